@@ -1,0 +1,164 @@
+"""The work of one cell, as it runs in its own process: training an arm at a seed, or measuring one phase of it."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments import gates
+from experiments.data.batches import Batches, StreamHash
+from experiments.data.dataset import Dataset
+from experiments.evaluation import evaluate, mean_loss
+from experiments.measurement.memory import PeakMemory, resident_bytes, settle
+from experiments.measurement.phases import measure_decode, measure_load, measure_prefill
+from experiments.spec import Arm, Experiment
+from experiments.training import train
+from models import checkpoint
+from models.config import ModelConfig
+from models.generation import Sampling, generate
+from models.language_model import LanguageModel
+from models.presets import preset
+
+Send = Callable[[Any], None]
+GATE_TOKENS = 24
+WARM_UP_STEPS = 5  # left out of the reported step time
+
+
+def model_config(arm: Arm, vocabulary: int) -> ModelConfig:
+    """The arm's preset with the tokenizer's vocabulary and the arm's overrides. Raises ConfigError."""
+    return preset(arm.model).with_overrides({"vocabulary": vocabulary} | arm.overrides)
+
+
+def prepare_process(experiment: Experiment) -> torch.device:
+    """Threads and number formats, the same for every cell."""
+    if experiment.threads:
+        torch.set_num_threads(experiment.threads)
+    return torch.device(experiment.device)
+
+
+def compile_kernels(send: Send, experiment: Experiment, dataset_folder: Path) -> dict[str, str]:
+    """Build each arm's model and run one tiny step forward, backward and in decode, so that kernels are compiled
+    (and cached on disk) before anything is timed. Returns the backend of each arm."""
+    device = prepare_process(experiment)
+    vocabulary = Dataset.load(dataset_folder).vocabulary
+    backends = {}
+    for name, arm in experiment.arms.items():
+        model = LanguageModel(model_config(arm, vocabulary), seed=0, device=device)
+        tokens = torch.zeros(2, 8, dtype=torch.int64, device=device)
+        model(tokens).sum().backward()
+        with torch.inference_mode():
+            for rows in (1, 2):
+                _, state = model.prefill(tokens[:rows], model.make_state(rows, 17))
+                _, state = model.prefill(tokens[:rows], state)
+                model.step(tokens[:rows, 0], state)
+        backends[name] = {"name": model.backend.name, "fallback": model.backend.fallback}
+    return backends
+
+
+def train_cell(
+    send: Send, experiment: Experiment, name: str, arm: Arm, seed: int, dataset_folder: Path, folder: Path
+) -> dict[str, Any]:
+    """Train, evaluate, sample, and keep everything under `folder`. Messages: ("step", done, total)."""
+    device = prepare_process(experiment)
+    dataset = Dataset.load(dataset_folder)
+    settings, evaluation = experiment.training, experiment.evaluation
+    config = model_config(arm, dataset.vocabulary)
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = Batches(
+        dataset.splits["train"].tokens, context=settings.context, batch=settings.batch, seed=seed
+    )
+    length = {"context": settings.context, "precision": settings.precision}
+    curve = {"sequences": evaluation.curve_sequences, **length}
+
+    model = LanguageModel(config, seed=seed, device=device)
+    passed = gates.check(model, batches.at(0)[0][:2, :GATE_TOKENS].to(device))
+    del model
+    settle()
+    baseline = resident_bytes()
+    step_ms, stream = [], StreamHash()
+    with PeakMemory(device) as peak, (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
+        model = LanguageModel(config, seed=seed, device=device)
+
+        def record(line: dict[str, Any]) -> None:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+
+        record({"step": 0, "validation_loss": mean_loss(model, dataset.splits["validation"], **curve)})
+        for step in train(model, batches, settings, arm.learning_rate, stream):
+            record(asdict(step))
+            step_ms.append(step.step_ms)
+            send(("step", step.step, settings.steps))
+            if step.step % settings.validate_every == 0 or step.step == settings.steps:
+                loss = mean_loss(model, dataset.splits["validation"], **curve)
+                record({"step": step.step, "validation_loss": loss})
+
+    splits = {
+        split: evaluate(model, dataset.splits[split], batch=evaluation.batch, **length).to_dict()
+        for split in evaluation.splits
+    }
+    initial = {"expected_loss": math.log(config.vocabulary), "test_bits_per_byte": None, "loss": None}
+    if "test" in evaluation.splits:
+        untrained = LanguageModel(config, seed=seed, device=device)
+        before = evaluate(untrained, dataset.splits["test"], batch=evaluation.batch, **length)
+        initial |= {"test_bits_per_byte": before.bits_per_byte, "loss": before.nats_per_token}
+    samples = _samples(model, dataset, experiment, seed)
+    checkpoint.save(model, folder / "checkpoint")
+    result = {
+        "arm": name, "seed": seed, "initial": initial, "splits": splits, "samples": samples,
+        "gates": [gate.to_dict() for gate in passed],
+        "backend": asdict(model.backend),
+        "data_sha256": stream.hexdigest(),
+        "train": {
+            "tokens": settings.steps * settings.accumulate * settings.batch * settings.context,
+            "tokens_per_step": settings.accumulate * settings.batch * settings.context,
+            "step_ms": step_ms[WARM_UP_STEPS:] or step_ms,
+            "median_step_ms": statistics.median(step_ms[WARM_UP_STEPS:] or step_ms),
+            "peak_bytes": peak.host_bytes - baseline if peak.device_bytes is None else peak.device_bytes,
+            "memory_method": peak.method if peak.device_bytes is None else "torch.cuda allocator",
+        },
+    }  # fmt: skip
+    return result
+
+
+def _samples(model: LanguageModel, dataset: Dataset, experiment: Experiment, seed: int) -> list[dict[str, Any]]:
+    """Continuations of the starts of validation text, the same prompts for every arm and seed."""
+    settings = experiment.evaluation
+    tokens = dataset.splits["validation"].tokens
+    length = min(32, len(tokens) // 2)
+    starts = [int(i * (len(tokens) - length) / max(1, settings.samples)) for i in range(settings.samples)]
+    samples = []
+    model.eval()
+    for start in starts:
+        prompt = torch.tensor(tokens[start : start + length].astype("int64"), device=model.device)[None]
+        sampling = Sampling(temperature=settings.temperature)
+        ids = [int(t) for t in generate(model, prompt, settings.sample_tokens, sampling, seed=seed)]
+        samples.append({
+            "prompt": dataset.tokenizer.decode(prompt[0].tolist()),
+            "text": dataset.tokenizer.decode(ids),
+            "temperature": settings.temperature,
+        })  # fmt: skip
+    return samples
+
+
+def measure_cell(
+    send: Send, experiment: Experiment, phase: str, context: int | None, dataset_folder: Path, folder: Path
+) -> dict[str, Any]:
+    """One phase of the trained model in `folder`: load, prefill or decode."""
+    device = prepare_process(experiment)
+    settings = experiment.measurement
+    if phase == "load":
+        return measure_load(folder / "checkpoint", settings, device)
+    assert context is not None
+    tokens = Dataset.load(dataset_folder).splits["validation"].tokens
+    # the start of the validation text, repeated where the context is longer than that
+    rows = [
+        torch.tensor([int(tokens[(row * context + i) % len(tokens)]) for i in range(context)])
+        for row in range(settings.batch)
+    ]
+    measure = measure_prefill if phase == "prefill" else measure_decode
+    return measure(folder / "checkpoint", settings, context, torch.stack(rows), device)

@@ -1,0 +1,1 @@
+"""Text to batches: documents -> split -> tokenizer -> token files -> batches, and two baselines."""

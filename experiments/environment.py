@@ -1,0 +1,86 @@
+"""What a run ran on, as far as a reader needs it to repeat the run or to doubt it."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+PACKAGES = (
+    "sequence-lab", "torch", "numpy", "numba", "llvmlite", "tokenizers", "safetensors", "scipy", "pandas",
+    "triton", "mamba-ssm", "causal-conv1d",
+)  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def source_sha256() -> str:
+    """Of the code that decides numbers: every Python file of `models` and `experiments`, and nothing else."""
+    digest = hashlib.sha256()
+    for package in ("models", "experiments"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def describe(device: str, threads: int) -> dict[str, Any]:
+    """JSON-able. `threads` as in the specification, 0 for torch's own choice."""
+    commit, dirty = _git()
+    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
+    return {
+        "lab_version": metadata.version("sequence-lab"),
+        "source_sha256": source_sha256(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": available_cores(),
+        "threads": threads or torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": device,
+        "gpu": None if gpu is None else gpu.name,
+        "gpu_memory_bytes": None if gpu is None else gpu.total_memory,
+        "cuda": torch.version.cuda,
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def available_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> tuple[str | None, bool | None]:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None, None  # installed inside somebody else's repository
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None

@@ -1,0 +1,90 @@
+"""How much memory a phase takes, of this process (host) and of its GPU (device)."""
+
+import ctypes
+import gc
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import torch
+
+SAMPLE_SECONDS = 0.001
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_ROLLUP = Path("/proc/self/smaps_rollup")
+
+
+def resident_bytes() -> int:
+    """Resident set of this process, exact where the kernel offers it (its cheap counter lags by some pages)."""
+    try:
+        for line in _ROLLUP.read_text().splitlines():
+            if line.startswith("Rss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: the counter is all there is
+    return psutil.Process().memory_info().rss
+
+
+def settle() -> None:
+    """Give back what is free, so that a baseline does not contain it."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+class PeakMemory:
+    """Context manager: `host_bytes` is the highest resident set inside, `device_bytes` the highest allocation of
+    torch on the GPU (None without one).
+
+    The kernel's own high-water mark is reset and read where that is allowed (Linux), which misses nothing;
+    elsewhere a thread samples every millisecond. `method` says which.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host_bytes = 0
+        self.device_bytes: int | None = None
+        self.method = ""
+        self._stop = threading.Event()
+        self._sampler: threading.Thread | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            _CLEAR_REFS.write_text("5")
+            self.method = "kernel high-water mark"
+        except OSError:
+            self.method = f"sampled every {SAMPLE_SECONDS * 1e3:g} ms"
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.device_bytes = torch.cuda.max_memory_allocated(self.device)
+        if self._sampler is not None:
+            self._stop.set()
+            self._sampler.join()
+        else:
+            self.host_bytes = _high_water_mark()
+        self.host_bytes = max(self.host_bytes, resident_bytes())
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self.host_bytes = max(self.host_bytes, process.memory_info().rss)
+
+
+def _high_water_mark() -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no VmHWM in /proc/self/status")

@@ -1,0 +1,154 @@
+"""The phases of inference, measured: load, prefill, decode. Each function is one cell, run in a fresh process.
+
+Memory. Before its baseline, a cell loads and runs a one-layer replica of the model, so that code, libraries and
+thread pools are in memory already and what is counted belongs to the model. `peak_bytes` is the peak over the
+baseline before the model was loaded: all that the process needs for that phase, weights included. `working_bytes`
+is the peak over the baseline right before the phase: activations and state. On a GPU both are torch's allocations.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.measurement.memory import PeakMemory, resident_bytes, settle
+from experiments.measurement.timing import timed
+from experiments.spec import Measurement
+from models import checkpoint, cost
+from models.config import ModelConfig
+from models.language_model import LanguageModel
+
+
+def measure_load(folder: Path, settings: Measurement, device: torch.device) -> dict[str, Any]:
+    """From files to a model that is ready for its first token, every weight having been read."""
+    config = _warm_up(folder, device)
+    settle()
+    baseline, device_baseline = resident_bytes(), _allocated(device)
+    with PeakMemory(device) as peak:
+        model = _load(folder, device)
+    settle()
+    resident = resident_bytes() - baseline if device.type == "cpu" else _allocated(device) - device_baseline
+    del model
+    samples = timed(
+        lambda: _load(folder, device), repeats=settings.repeats, seconds=settings.seconds, device=device
+    )
+    return {
+        "file_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        "host_peak_bytes": peak.host_bytes - baseline,
+        "device_peak_bytes": None if peak.device_bytes is None else peak.device_bytes - device_baseline,
+        "resident_bytes": resident,
+        "resident_bytes_analytic": cost.weight_bytes(config, 4),
+        "memory_method": peak.method,
+        "samples": samples.to_dict(),
+        "noisy": samples.noisy,
+    }
+
+
+def measure_prefill(
+    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """Read a prompt of `context` tokens (B, context) into an empty state and name the next token."""
+    _warm_up(folder, device)
+    settle()
+    before_load = _baseline(device)
+    model = _load(folder, device)
+    prompt = tokens.to(device)
+
+    @torch.inference_mode()
+    def prefill() -> Tensor:
+        state = model.make_state(prompt.shape[0], context)
+        logits, _ = model.prefill(prompt, state)
+        return logits.argmax(1)
+
+    settle()
+    before_phase = _baseline(device)
+    with PeakMemory(device) as peak:
+        samples = timed(prefill, repeats=settings.repeats, seconds=settings.seconds, device=device)
+    return _phase(model, peak, before_load, before_phase) | {
+        "context": context, "batch": prompt.shape[0], "samples": samples.to_dict(), "noisy": samples.noisy,
+    }  # fmt: skip
+
+
+def measure_decode(
+    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """Decode greedily, token by token, from a state that holds `context` tokens.
+
+    A sample is `settings.decode_tokens` tokens. Every sample starts from the same position: a cache is written
+    over beyond `context`; a recurrent state just goes on, which costs the same.
+    """
+    config = _warm_up(folder, device)
+    settle()
+    before_load = _baseline(device)
+    model = _load(folder, device)
+    with torch.inference_mode():
+        state = model.make_state(tokens.shape[0], context + settings.decode_tokens)
+        logits, state = model.prefill(tokens.to(device), state)
+        first = logits.argmax(1)
+
+    @torch.inference_mode()
+    def decode() -> Tensor:
+        token, now = first, state
+        for _ in range(settings.decode_tokens):
+            logits, now = model.step(token, now)
+            token = logits.argmax(1)
+        return token
+
+    del logits
+    settle()
+    before_phase = _baseline(device)
+    with PeakMemory(device) as peak:
+        samples = timed(decode, repeats=settings.repeats, seconds=settings.seconds, device=device)
+    element = state_element_size(model)
+    return _phase(model, peak, before_load, before_phase) | {
+        "context": context, "batch": tokens.shape[0], "tokens_per_sample": settings.decode_tokens,
+        "state_bytes": state.nbytes,
+        "state_bytes_analytic": cost.state_bytes(config, tokens.shape[0], context + settings.decode_tokens, element),
+        "samples": samples.to_dict(), "noisy": samples.noisy,
+    }  # fmt: skip
+
+
+def state_element_size(model: LanguageModel) -> int:
+    return torch.empty(0, dtype=model.dtype).element_size()
+
+
+def _phase(model: LanguageModel, peak: PeakMemory, before_load: int, before_phase: int) -> dict[str, Any]:
+    top = peak.host_bytes if peak.device_bytes is None else peak.device_bytes
+    return {
+        "peak_bytes": top - before_load,
+        "working_bytes": top - before_phase,
+        "memory_method": peak.method if peak.device_bytes is None else "torch.cuda allocator",
+        "backend": model.backend.name,
+    }
+
+
+def _load(folder: Path, device: torch.device) -> LanguageModel:
+    model = checkpoint.load(folder, device)
+    for parameter in model.parameters():
+        parameter.sum()  # a memory-mapped weight is in memory once it has been read
+    return model
+
+
+def _warm_up(folder: Path, device: torch.device) -> ModelConfig:
+    """Load, prefill and decode a one-layer replica with a small vocabulary; returns the model's configuration."""
+    config = checkpoint.load(folder, "cpu").config
+    replica = LanguageModel(replace(config, layers=1, vocabulary=64), seed=0, device=device)
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        checkpoint.save(replica, Path(scratch))
+        replica = _load(Path(scratch), device)
+        tokens = torch.arange(48, device=device)[None] % 64
+        logits, state = replica.prefill(tokens, replica.make_state(1, 50))
+        for _ in range(2):
+            logits, state = replica.step(logits.argmax(1), state)
+    return config
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _baseline(device: torch.device) -> int:
+    return resident_bytes() if device.type == "cpu" else _allocated(device)

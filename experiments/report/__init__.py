@@ -1,0 +1,97 @@
+"""The report: a pure function of a run directory.
+
+`write_report` leaves report.html, report.md and figures/*.svg in it; `render` returns one format as text;
+`frame` gives the rows to a notebook. The same directory gives the same bytes.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from experiments.errors import EnvironmentLacksError, SpecError
+from experiments.report import content, formats
+from experiments.report.record import COLUMNS, Record, read
+from models.errors import nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["FORMATS", "Format", "frame", "render", "write_report"]
+
+Format = Literal["table", "md", "html", "csv", "json"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+def write_report(run: Path) -> None:
+    """Write report.html, report.md and figures/*.svg into the run directory, each file atomically.
+
+    Raises SpecError or RunFailedError where `run` holds no usable result, EnvironmentLacksError where it
+    cannot be written.
+    """
+    record = read(run)
+    document = content.document(record)
+    drawn = _drawn(record, document)
+    files = {f"figures/{name}.svg": variants["wide"] for name, variants in drawn.items()}
+    files |= {"report.md": formats.markdown(document), "report.html": formats.html(document, drawn)}
+    for name, text in files.items():
+        _write(Path(run) / name, text)
+
+
+def render(run: Path, format: Format) -> str:
+    """The run as text: "table" for a terminal, "md", "html", "csv" (the rows), "json" (result.json itself).
+
+    Markdown links to the figures that `write_report` writes. Raises as `write_report`, and SpecError for an
+    unknown format.
+    """
+    if format not in FORMATS:
+        raise SpecError(f"unknown format '{format}': {nearest(format, FORMATS)}")
+    if format == "csv":
+        return frame(run).to_csv(index=False, lineterminator="\n")
+    record = read(run)
+    if format == "json":
+        return record.result_text
+    document = content.document(record)
+    if format == "html":
+        return formats.html(document, _drawn(record, document))
+    return formats.markdown(document) if format == "md" else formats.terminal(document)
+
+
+def frame(run: Path) -> "pd.DataFrame":
+    """The rows of result.json, one line each; missing whole numbers (seed, context, batch) are <NA>."""
+    import pandas as pd
+
+    rows = [[getattr(row, name) for name in COLUMNS] for row in read(run).rows]
+    whole = dict.fromkeys(("seed", "n", "context", "batch"), "Int64")
+    real = dict.fromkeys(("value", "ci_low", "ci_high", "p5", "p95"), "Float64")
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(whole | real | {"comparable": "bool"})
+
+
+def _drawn(record: Record, document: "content.Document") -> dict[str, formats.Drawn]:
+    """Every figure of the document on a page and on a phone, light and dark."""
+    from experiments.report import figures
+
+    drawn: dict[str, formats.Drawn] = {}
+    for section in document.sections:
+        for block in section.blocks:
+            if block.kind == "figure":
+                wide, narrow = (figures.draw(record, block.name, layout) for layout in ("wide", "narrow"))
+                drawn[block.name] = {
+                    "wide": wide,
+                    "narrow": narrow,
+                    "wide-dark": figures.dark(wide),
+                    "narrow-dark": figures.dark(narrow),
+                }
+    return drawn
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8", newline="\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentLacksError(f"cannot write {path}: {error.strerror}") from None

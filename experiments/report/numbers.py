@@ -1,0 +1,80 @@
+"""How numbers are printed: three significant digits, thousands separators, one scale per line of a table.
+
+An interval decides the digits of its value: enough to show two digits of its half-width, so
+2.0312 +- 0.0201 prints as "2.031 [2.011, 2.051]".
+"""
+
+import math
+from collections.abc import Iterable
+
+DASH = "–"  # stands for a missing value; its reason is always a footnote
+MINUS = "−"
+
+
+def places(value: float, digits: int = 3) -> int:
+    """Decimal places that show `digits` significant digits of `value`; negative: tens, hundreds, ..."""
+    if value == 0:
+        return 0
+    shown = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, shown)  # 9.996 becomes 10.0, which needs one place fewer
+    return digits - 1 - math.floor(math.log10(abs(rounded)))
+
+
+def number(value: float, at: int | None = None, sign: bool = False) -> str:
+    """`value` at `at` decimal places, or with three significant digits."""
+    at = places(value) if at is None else at
+    rounded = round(float(value), at) + 0.0  # + 0.0: no "-0"
+    text = f"{abs(rounded):,.{max(at, 0)}f}"
+    if rounded < 0:
+        return MINUS + text
+    return f"+{text}" if sign and rounded > 0 else text
+
+
+def interval(value: float, low: float | None, high: float | None, sign: bool = False) -> str:
+    """`value [low, high]`, all three with the same decimal places; without limits only the value."""
+    if low is None or high is None:
+        return number(value, sign=sign)
+    at = places(max(abs(value), abs(low), abs(high)))
+    half = (high - low) / 2
+    if half > 0:
+        at = min(max(at, places(half, 2)), at + 3)
+    return f"{number(value, at, sign)} [{number(low, at, sign)}, {number(high, at, sign)}]"
+
+
+def count(value: float) -> str:
+    """A whole number in full, e.g. 4,521,984."""
+    return f"{value:,.0f}"
+
+
+def plural(amount: int, noun: str) -> str:
+    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
+
+
+def probability(value: float) -> str:
+    return "< 0.001" if value < 0.001 else number(value, places(value, 2))
+
+
+def percent(fraction: float) -> str:
+    """A signed share, e.g. "+0.31%"; below 0.005% of a difference counts as none."""
+    share = 100 * fraction
+    if abs(share) < 0.005:
+        return "0.00%"
+    return number(share, max(0, min(places(share), 2)), sign=True) + "%"
+
+
+def scale(values: Iterable[float | None], unit: str) -> tuple[float, str]:
+    """(factor, unit) that prints all `values` of one line well: bytes as B, kB, MB or GB (powers of ten)."""
+    top = max((abs(value) for value in values if value is not None), default=0.0)
+    if unit in ("bytes", "byte", "B"):
+        return _step(top, (("GB", 1e9, 1e10), ("MB", 1e6, 1e6), ("kB", 1e3, 1e3)), "B")
+    if unit.startswith("FLOP"):
+        steps = (("T", 1e12, 1e13), ("G", 1e9, 1e9), ("M", 1e6, 1e6))
+        return _step(top, tuple((prefix + unit, size, least) for prefix, size, least in steps), unit)
+    return 1.0, "×" if unit == "x" else unit
+
+
+def _step(top: float, steps: tuple[tuple[str, float, float], ...], otherwise: str) -> tuple[float, str]:
+    for name, size, least in steps:
+        if top >= least:
+            return 1 / size, name
+    return 1.0, otherwise

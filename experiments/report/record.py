@@ -1,0 +1,353 @@
+"""A run directory, read once and checked: every number of a report comes from a `Record`.
+
+Text is cleaned on the way in: control characters, lone surrogates and bidirectional overrides become
+visible escapes, so that nothing a model wrote or an exception said can drive a terminal or a browser.
+"""
+
+import json
+import math
+import tomllib
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import RunFailedError, SpecError
+
+SCHEMA_VERSION = 1
+MEASURED_PHASES = ("load", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of result.json; `seed` None is the mean over `n` seeds with its 95% interval."""
+
+    arm: str
+    seed: int | None
+    phase: str
+    metric: str
+    value: float | None
+    unit: str
+    n: int
+    ci_low: float | None
+    ci_high: float | None
+    p5: float | None
+    p95: float | None
+    direction: str
+    backend: str | None
+    comparable: bool
+    reason: str | None
+    context: int | None
+    batch: int | None
+    mode: str | None
+
+    @property
+    def key(self) -> tuple[str, int | None, str, str, int | None]:
+        return self.arm, self.seed, self.phase, self.metric, self.context
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One (arm, seed): loss in nats/token against tokens consumed; S steps, P validation points."""
+
+    tokens: np.ndarray  # (S,)
+    loss: np.ndarray  # (S,)
+    validation_tokens: np.ndarray  # (P,)
+    validation_loss: np.ndarray  # (P,)
+
+
+@dataclass(frozen=True)
+class Record:
+    """See `read`."""
+
+    result: dict[str, Any]
+    result_text: str
+    environment: dict[str, Any]
+    spec: dict[str, Any]
+    spec_text: str
+    events: list[dict[str, Any]]
+    rows: list[Row]
+    curves: dict[str, dict[int, Curve]]  # arm -> seed
+    evaluations: dict[str, dict[int, dict[str, Any]]]  # arm -> seed
+    remarks: list[str]  # what the reading itself noticed
+
+    @cached_property
+    def arms(self) -> list[str]:
+        names = dict.fromkeys(self.result["arms"])
+        names.update(dict.fromkeys(row.arm for row in self.rows))
+        return list(names)
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        found = {row.seed for row in self.rows if row.seed is not None}
+        found.update(seed for by_seed in self.curves.values() for seed in by_seed)
+        return sorted(found)
+
+    @property
+    def sweep(self) -> bool:
+        return bool(self.spec.get("learning_rates"))
+
+    @property
+    def verdicts(self) -> list[dict[str, Any]]:
+        return self.result["verdicts"]
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        return self.result["failures"]
+
+    @property
+    def missing(self) -> list[str]:
+        return self.result["missing"]
+
+    @property
+    def split(self) -> str:
+        """The split whose loss by position is shown: test, or validation where test was not read."""
+        read = {name for arm in self.evaluations.values() for one in arm.values() for name in one["splits"]}
+        return "test" if "test" in read else "validation"
+
+    @cached_property
+    def _index(self) -> dict[tuple, Row]:
+        return {row.key: row for row in self.rows}
+
+    def row(
+        self, arm: str, phase: str, metric: str, context: int | None = None, seed: int | None = None
+    ) -> Row | None:
+        return self._index.get((arm, seed, phase, metric, context))
+
+    def per_seed(self, arm: str, phase: str, metric: str, context: int | None = None) -> list[Row]:
+        """Rows of the single seeds that carry a value, by seed."""
+        found = (self.row(arm, phase, metric, context, seed) for seed in self.seeds)
+        return [row for row in found if row is not None and row.value is not None]
+
+    def contexts(self, phase: str, metric: str | None = None) -> list[int]:
+        return sorted(
+            {
+                row.context
+                for row in self.rows
+                if row.phase == phase and row.context is not None and metric in (None, row.metric)
+            }
+        )
+
+    def has(self, phase: str, metric: str) -> bool:
+        """Whether any arm has a row of it, valued or with a reason for having no value."""
+        return any(row.phase == phase and row.metric == metric for row in self.rows)
+
+    @property
+    def measured(self) -> bool:
+        return any(row.phase in MEASURED_PHASES for row in self.rows)
+
+    def absence(self, arm: str, phase: str, metric: str, context: int | None = None) -> str:
+        """Why there is no number for it: the recorded reason, else the failure or the gap that explains it."""
+        row = self.row(arm, phase, metric, context)
+        if row is not None and row.reason:
+            return row.reason
+        own = phase if context is None else f"{phase}-{context}"
+
+        def concerns(cell: str | None) -> bool:
+            parts = (cell or "").split("/")
+            return parts[0] == arm and (len(parts) < 3 or (phase in MEASURED_PHASES and parts[2] == own))
+
+        causes = [f"{one['cell']}: {one['message']}" for one in self.failures if concerns(one["cell"])]
+        causes = causes or [f"missing from the run: {cell}" for cell in self.missing if concerns(cell)]
+        if causes:
+            return "; ".join(dict.fromkeys(causes))
+        if phase in MEASURED_PHASES and not self.spec.get("measurement", {}).get("enabled", True):
+            return "the run did not measure loading, prefill and decode (measurement.enabled = false)"
+        return "not recorded by this run"
+
+
+def read(run: Path) -> Record:
+    """Read a run directory. Only result.json and spec.toml are indispensable.
+
+    Raises SpecError where `run` is no folder, RunFailedError where its result cannot be used.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise SpecError(f"no run directory at {run}; `lab runs` lists those there are")
+    result_text = _text(run / "result.json", "the run has not written its result; `lab resume` finishes it")
+    result = _object(result_text, run / "result.json")
+    version = result.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise RunFailedError(
+            f"{run / 'result.json'}: schema_version {version!r}; this version of the lab reads {SCHEMA_VERSION}"
+        )
+    for key in ("run_id", "experiment", "title", "status", "missing", "failures", "warnings", "arms"):
+        if key not in result:
+            raise RunFailedError(
+                f"{run / 'result.json'}: the key '{key}' is missing; `lab verify` checks a run"
+            )
+    result = {
+        "baselines": None,
+        "verdicts": [],
+        "rows": [],
+        "profile": "",
+        "created": "",
+        "finished": "",
+    } | result
+    remarks: list[str] = []
+    spec_text = _text(run / "spec.toml", "a run directory keeps its resolved specification there")
+    try:
+        spec = tomllib.loads(spec_text)
+    except tomllib.TOMLDecodeError as error:
+        raise RunFailedError(f"{run / 'spec.toml'}: not valid TOML: {error}") from None
+    environment: dict[str, Any] = {}
+    if (run / "environment.json").is_file():
+        environment = _object(_text(run / "environment.json", ""), run / "environment.json")
+    else:
+        remarks.append("environment.json is missing: machine, versions and the repeat command are unknown")
+    curves: dict[str, dict[int, Curve]] = {}
+    evaluations: dict[str, dict[int, dict[str, Any]]] = {}
+    for arm in result["arms"]:
+        for cell, seed in _cells(run / "cells" / arm):
+            curve = _curve(cell / "metrics.jsonl", f"{arm}/seed{seed}", remarks)
+            if curve is not None:
+                curves.setdefault(clean(arm), {})[seed] = curve
+            if (cell / "evaluation.json").is_file():
+                path = cell / "evaluation.json"
+                evaluations.setdefault(clean(arm), {})[seed] = clean(_object(_text(path, ""), path))
+    return Record(
+        result=clean(result),
+        result_text=result_text,
+        environment=clean(environment),
+        spec=clean(spec),
+        spec_text=clean(spec_text),
+        events=clean(_lines(run / "events.jsonl", remarks)),
+        rows=_rows(clean(result["rows"]), run / "result.json", remarks),
+        curves=curves,
+        evaluations=evaluations,
+        remarks=clean(remarks),
+    )
+
+
+def clean(value: Any) -> Any:
+    """`value` with every string in it (keys too) made harmless to print; newline and tab stay."""
+    if isinstance(value, str):
+        return value if value.isprintable() else "".join(_visible(character) for character in value)
+    if isinstance(value, Mapping):
+        return {clean(key): clean(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [clean(item) for item in value]
+    return value
+
+
+def _visible(character: str) -> str:
+    if character in "\n\t":
+        return character
+    if ord(character) < 0x20:
+        return chr(0x2400 + ord(character))  # the control pictures: ESC becomes one visible sign
+    # Cc, Cf, Cs: controls, bidirectional overrides, lone surrogates; Zl, Zp: line breaks in disguise
+    if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"} and character != "\u200d":
+        return f"‹U+{ord(character):04X}›"
+    return character
+
+
+def _text(path: Path, remedy: str) -> str:
+    if not path.is_file():
+        raise RunFailedError(f"no {path.name} in {path.parent}" + (f": {remedy}" if remedy else ""))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RunFailedError(f"{path}: not UTF-8 text; the file is damaged") from None
+
+
+def _object(text: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RunFailedError(f"{path}: not valid JSON: {error}; the file is damaged") from None
+    if not isinstance(found, dict):
+        raise RunFailedError(f"{path}: must hold one JSON object")
+    return found
+
+
+def _lines(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
+    """JSON lines. A torn last line, left by an interruption, is dropped and remarked; others are errors."""
+    if not path.is_file():
+        return []
+    lines = [(at, line) for at, line in enumerate(_text(path, "").split("\n"), 1) if line.strip()]
+    found = []
+    for position, (at, line) in enumerate(lines):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if position + 1 < len(lines):
+                raise RunFailedError(
+                    f"{path} line {at}: not valid JSON: {error}; the file is damaged"
+                ) from None
+            remarks.append(f"{path.parent.name}/{path.name}: the last line is torn and was left out")
+    return found
+
+
+def _cells(folder: Path) -> Iterable[tuple[Path, int]]:
+    found = []
+    if folder.is_dir():
+        for cell in folder.iterdir():
+            number = cell.name.removeprefix("seed")
+            if cell.is_dir() and cell.name.startswith("seed") and number.isdecimal():
+                found.append((cell, int(number)))
+    return sorted(found, key=lambda one: one[1])
+
+
+def _curve(path: Path, cell: str, remarks: list[str]) -> Curve | None:
+    steps: dict[int, tuple[float, float]] = {}  # a resumed run may write a step twice: the last one counts
+    points: dict[int, float] = {}
+    for line in _lines(path, remarks):
+        if "loss" in line:
+            steps[line["step"]] = (line["tokens"], _finite(line["loss"], math.nan))
+        if "validation_loss" in line:
+            points[line["step"]] = _finite(line["validation_loss"], math.nan)
+    if not steps:
+        return None
+    at = np.array(sorted(steps))
+    tokens = np.array([steps[step][0] for step in at], dtype=float)
+    loss = np.array([steps[step][1] for step in at], dtype=float)
+    if np.isnan(loss).any():
+        first = int(at[np.isnan(loss)][0])
+        remarks.append(
+            f"{cell}: the training loss is not finite at step {first} ({np.isnan(loss).sum()} steps)"
+        )
+    validated = np.array(sorted(points))
+    return Curve(
+        tokens=tokens,
+        loss=loss,
+        validation_tokens=np.interp(validated, np.append(0, at), np.append(0, tokens)),
+        validation_loss=np.array([points[step] for step in validated], dtype=float),
+    )
+
+
+def _rows(raw: list[dict[str, Any]], path: Path, remarks: list[str]) -> list[Row]:
+    rows = []
+    seen = set()
+    for at, one in enumerate(raw):
+        for key in ("arm", "phase", "metric"):
+            if key not in one:
+                raise RunFailedError(f"{path}: rows[{at}] has no '{key}'; `lab verify` checks a run")
+        values = {name: one.get(name) for name in COLUMNS}
+        for name in ("value", "ci_low", "ci_high", "p5", "p95"):
+            values[name] = _finite(values[name], None)
+        if one.get("value") is not None and values["value"] is None:
+            values["reason"] = values["reason"] or "the recorded value is not a finite number"
+            remarks.append(f"{one['arm']}, {one['phase']} {one['metric']}: {values['reason']}")
+        values |= {
+            "unit": values["unit"] or "",
+            "n": values["n"] or 0,
+            "direction": values["direction"] or "none",
+            "comparable": values["comparable"] is not False,
+        }
+        row = Row(**values)
+        if row.key in seen:
+            raise RunFailedError(f"{path}: two rows for {row.key}; `lab verify` checks a run")
+        seen.add(row.key)
+        rows.append(row)
+    return rows
+
+
+def _finite(value: Any, otherwise: float | None) -> Any:
+    return otherwise if value is None or not math.isfinite(value) else value

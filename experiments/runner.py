@@ -1,0 +1,206 @@
+"""From an experiment to a finished run directory: prepare the data, then arms x seeds x phases, then the report."""
+
+import errno
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments import cells, report, store
+from experiments.data.batches import require_length
+from experiments.data.dataset import Dataset, default_cache, prepare
+from experiments.environment import describe, source_sha256
+from experiments.errors import EnvironmentLacksError, LabError, RunFailedError
+from experiments.measurement.process import CellFailedError, run_fresh
+from experiments.spec import Experiment
+from experiments.store import Cell, RunDirectory, build_result, write_json
+from models.ops.kernels import select
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person may want to see. kind: note, start, step, finish, skip, failure, warning.
+
+    done, total: cells for start and finish, training steps for step.
+    """
+
+    kind: str
+    message: str = ""
+    cell: str | None = None
+    done: int = 0
+    total: int = 0
+
+
+Listener = Callable[[Event], None]
+
+
+class InterruptedRunError(LabError):
+    """Ctrl-C. Every finished cell is kept."""
+
+    def __init__(self, run: RunDirectory, missing: list[str]) -> None:
+        self.run, self.missing = run, missing
+        super().__init__(f"interrupted; {len(missing)} cells missing in {run.path}")
+
+
+def check(experiment: Experiment) -> None:
+    """Everything that can be known to fail before any work: device, models, backends.
+
+    Raises EnvironmentLacksError, ConfigError, BackendUnavailableError.
+    """
+    if experiment.device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentLacksError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+    for arm in experiment.arms.values():
+        config = cells.model_config(arm, experiment.data.vocabulary)
+        if config.mixer.kind == "mamba":
+            select(config.mixer.backend, torch.device(experiment.device))
+
+
+def run(
+    experiment: Experiment, out: Path, *, command: str, listener: Listener = lambda event: None,
+    cache: Path | None = None, into: RunDirectory | None = None,
+) -> RunDirectory:  # fmt: skip
+    """Run what is missing of `experiment` and write its report.
+
+    An unfinished run of the same specification, data and code in `out` is continued; otherwise a new directory is
+    made. `into` continues that run, and tries its failed cells again. Cells that fail are recorded and their
+    neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
+    """
+    check(experiment)
+    dataset = prepare(experiment.data, cache or default_cache(), lambda message: listener(Event("note", message)))
+    _check_lengths(experiment, dataset)
+    with _writable(out):
+        directory = into or _unfinished(experiment, dataset, out)
+        if directory is None:
+            directory = _create(experiment, dataset, out, command, listener)
+        else:
+            _check_same_machine(directory, experiment, dataset)
+            listener(Event("note", f"continuing {directory.path}"))
+        retry = into is not None
+        todo = [
+            cell for cell in store.plan(experiment)
+            if directory.result(cell) is None and (retry or directory.failure(cell) is None)
+        ]  # fmt: skip
+        try:
+            _run_cells(directory, experiment, dataset, todo, listener)
+        except KeyboardInterrupt:
+            directory.event("warning", "interrupted")
+            result = _finish(directory, experiment, dataset)
+            raise InterruptedRunError(directory, result["missing"]) from None
+        result = _finish(directory, experiment, dataset)
+    for warning in result["warnings"]:
+        listener(Event("warning", warning))
+    if not any(directory.result(cell) for cell in store.plan(experiment) if cell.kind == "train"):
+        raise RunFailedError(f"no arm could be trained, see {directory.path}: {result['failures'][0]['message']}")
+    return directory
+
+
+def run_hash(experiment: Experiment, dataset: Dataset) -> str:
+    """Over every field of the resolved specification, the data and the tokenizer, and the code."""
+    parts = [experiment.to_toml(), json.dumps(dataset.facts["files"], sort_keys=True), source_sha256()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+def _create(
+    experiment: Experiment, dataset: Dataset, out: Path, command: str, listener: Listener
+) -> RunDirectory:
+    listener(Event("note", "compiling kernels"))
+    try:
+        backends = run_fresh(cells.compile_kernels, experiment, dataset.folder)
+    except CellFailedError as error:
+        raise RunFailedError(f"the models cannot be built and run here: {error}{error.detail}") from None
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    path = out / f"{stamp}-{experiment.name}-{run_hash(experiment, dataset)}"
+    path.mkdir(parents=True)
+    (path / "spec.toml").write_text(experiment.to_toml(), encoding="utf-8")
+    environment = {"created": store.now(), "command": command, "repeat": f"lab run {path}/spec.toml"}
+    environment |= describe(experiment.device, experiment.threads)
+    write_json(path / "environment.json", environment | {"backends": backends, "data": dataset.facts})
+    directory = RunDirectory(path)
+    directory.event("progress", f"started: {command}")
+    return directory
+
+
+def _unfinished(experiment: Experiment, dataset: Dataset, out: Path) -> RunDirectory | None:
+    suffix = f"-{experiment.name}-{run_hash(experiment, dataset)}"
+    for candidate in reversed(store.runs(out)):
+        if candidate.path.name.endswith(suffix):
+            done = all(candidate.result(c) or candidate.failure(c) for c in store.plan(experiment))
+            return None if done else candidate
+    return None
+
+
+def _check_same_machine(directory: RunDirectory, experiment: Experiment, dataset: Dataset) -> None:
+    then, here = directory.environment(), describe(experiment.device, experiment.threads)
+    for key in ("source_sha256", "cpu", "gpu", "threads", "packages", "python"):
+        if then[key] != here[key]:
+            raise RunFailedError(
+                f"{directory.path} was begun with another {key} ({then[key]}, here {here[key]}): its numbers would "
+                f"not compare with new ones; start a new run in another --out"
+            )
+    if then["data"]["files"] != dataset.facts["files"]:
+        raise RunFailedError(f"{directory.path} was begun with other data; start a new run in another --out")
+
+
+def _check_lengths(experiment: Experiment, dataset: Dataset) -> None:
+    for name in {"train", "validation", *experiment.evaluation.splits}:
+        require_length(f"{name} split", dataset.splits[name].tokens, experiment.training.context)
+
+
+def _run_cells(
+    directory: RunDirectory, experiment: Experiment, dataset: Dataset, todo: list[Cell], listener: Listener
+) -> None:
+    arms = experiment.cells()
+    for done, cell in enumerate(todo):
+        listener(Event("start", cell=cell.name, done=done, total=len(todo)))
+        folder = directory.folder(cell)
+        if cell.kind != "train" and not directory.result(Cell(cell.arm, cell.seed, "train")):
+            directory.fail(cell, "the model was not trained", "")
+            listener(Event("skip", "the model was not trained", cell.name))
+            continue
+
+        def on_message(message: Any, name: str = cell.name) -> None:
+            _, step, steps = message
+            listener(Event("step", cell=name, done=step, total=steps))
+
+        try:
+            if cell.kind == "train":
+                arguments = (cells.train_cell, experiment, cell.arm, arms[cell.arm], cell.seed, dataset.folder, folder)
+            else:
+                arguments = (cells.measure_cell, experiment, cell.kind, cell.context, dataset.folder, folder)
+            result = run_fresh(*arguments, on_message=on_message)
+        except CellFailedError as error:
+            directory.fail(cell, str(error), error.detail)
+            directory.event("failure", str(error), cell.name)
+            listener(Event("failure", str(error), cell.name))
+            continue
+        directory.finish(cell, result)
+        directory.event("progress", "finished", cell.name)
+        listener(Event("finish", cell=cell.name, done=done + 1, total=len(todo)))
+
+
+def _finish(directory: RunDirectory, experiment: Experiment, dataset: Dataset) -> dict[str, Any]:
+    result = build_result(directory, experiment, dataset.facts)
+    write_json(directory.path / "result.json", result)
+    report.write_report(directory.path)
+    return result
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    """Turn a folder that cannot be written, or a full disk, into one line; what is finished stays."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except (FileExistsError, NotADirectoryError):
+        raise EnvironmentLacksError(f"'{out}' is a file, runs need a folder; choose another with --out") from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or out
+        raise EnvironmentLacksError(f"cannot write '{where}': {error.strerror}; choose another folder with --out") from None

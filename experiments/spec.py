@@ -1,0 +1,319 @@
+"""The experiment as a value: what is compared, on what data, and how it is measured.
+
+A catalog file (TOML) holds defaults and, under `[profiles.<name>]`, what each profile changes. `load`
+merges file, profile and `--set` assignments, validates strictly, and returns an `Experiment`; its
+`to_toml()` is the resolved specification that a run directory keeps and that `lab run` accepts again.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from experiments.errors import SpecError
+from models.errors import nearest
+
+PROFILES = ("smoke", "cpu", "cuda")
+Split = Literal["validation", "test"]
+
+
+class Settings(BaseModel):
+    """Frozen and strict: an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Arm(Settings):
+    """One side of the comparison."""
+
+    model: str = Field(description="preset name, see `lab models`")
+    learning_rate: float = Field(gt=0, description="peak learning rate, chosen on validation by a sweep")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="model settings that differ from the preset, e.g. mixer.state = 32"
+    )
+
+
+class Data(Settings):
+    corpus: str = Field(default="stdlib", description="stdlib or text")
+    path: str = Field(default="", description="file, folder or glob; for corpus = text")
+    vocabulary: int = Field(default=2048, ge=257, le=1_000_000, description="entries of the byte-level BPE")
+    validation_fraction: float = Field(default=0.02, gt=0, lt=0.5, description="of the corpus's bytes")
+    test_fraction: float = Field(default=0.02, gt=0, lt=0.5, description="of the corpus's bytes")
+    max_bytes: int = Field(default=0, ge=0, description="use at most this many bytes of text; 0: all")
+
+
+class Training(Settings):
+    """One recipe for every arm; only the peak learning rate belongs to the arm."""
+
+    context: int = Field(default=256, ge=2, description="tokens per sequence, T")
+    batch: int = Field(default=8, ge=1, description="sequences per micro-batch, B")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
+    steps: int = Field(default=300, ge=1)
+    warmup_steps: int = Field(default=30, ge=0)
+    final_learning_rate_fraction: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: autocast, parameters stay float32"
+    )
+    validate_every: int = Field(default=50, ge=1, description="steps between points of the validation curve")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "Training":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps} must be below steps = {self.steps}")
+        return self
+
+
+class Evaluation(Settings):
+    splits: tuple[Split, ...] = ("validation", "test")
+    batch: int = Field(default=16, ge=1)
+    curve_sequences: int = Field(default=16, ge=1, description="validation sequences per point of the curve")
+    samples: int = Field(default=2, ge=0, description="pieces of generated text per arm and seed")
+    sample_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.8, ge=0)
+
+
+class Measurement(Settings):
+    """Load, prefill and decode, each cell in a fresh process. See docs/method.md."""
+
+    enabled: bool = True
+    contexts: tuple[int, ...] = Field(default=(128, 512, 2048), min_length=1)
+    batch: int = Field(default=1, ge=1)
+    repeats: int = Field(default=10, ge=1, description="at least this many timed repeats per cell")
+    seconds: float = Field(default=1.0, ge=0, description="and at least this long")
+    decode_tokens: int = Field(default=16, ge=1, description="tokens per timed decode repeat")
+
+    @field_validator("contexts")
+    @classmethod
+    def _ascending(cls, contexts: tuple[int, ...]) -> tuple[int, ...]:
+        if min(contexts) < 1 or list(contexts) != sorted(set(contexts)):
+            raise ValueError("contexts must be positive, distinct and ascending")
+        return contexts
+
+
+class Experiment(Settings):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    title: str
+    profile: str = Field(default="", description="the profile it was resolved with")
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: as many as this process may use")
+    arms: dict[str, Arm] = Field(min_length=1)
+    learning_rates: tuple[float, ...] = Field(
+        default=(), description="a sweep: every arm at each of these rates instead of its own"
+    )
+    data: Data = Data()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    measurement: Measurement = Measurement()
+
+    @field_validator("seeds", "learning_rates")
+    @classmethod
+    def _distinct(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"each may appear once, got {list(values)}")
+        if any(value < 0 for value in values):
+            raise ValueError(f"must not be negative, got {list(values)}")
+        return values
+
+    @model_validator(mode="after")
+    def _arm_names_are_folders(self) -> "Experiment":
+        for name in self.arms:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"arm name '{name}' must be letters, digits, '-' and '_' (it names a folder)")
+        return self
+
+    def cells(self) -> "dict[str, Arm]":
+        """The arms that actually train: with `learning_rates`, one per (arm, rate), named `arm-lr<rate>`."""
+        if not self.learning_rates:
+            return dict(self.arms)
+        return {
+            f"{name}-lr{rate:g}": arm.model_copy(update={"learning_rate": rate})
+            for name, arm in self.arms.items()
+            for rate in self.learning_rates
+        }
+
+    def to_toml(self) -> str:
+        """Every field, resolved; `load` of this text gives this experiment back."""
+        return _toml(self.model_dump(mode="json"))
+
+
+def catalog() -> dict[str, str]:
+    """Names of the built-in experiments and their titles."""
+    found = {}
+    for entry in sorted(resources.files("experiments.catalog").iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".toml"):
+            found[entry.name.removesuffix(".toml")] = tomllib.loads(entry.read_text(encoding="utf-8"))["title"]
+    return found
+
+
+def load(
+    name_or_path: str,
+    *,
+    profile: str | None = None,
+    assignments: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    seeds: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> Experiment:
+    """Resolve an experiment from the catalog or a TOML file.
+
+    profile: one of `PROFILES`; None takes `cuda` on a CUDA device and `cpu` otherwise, and leaves a file
+        without profiles as it is.
+    assignments: `dotted.key=value`, the value in TOML syntax (a bare word counts as a string).
+    arms: keep only these, in this order. seeds: use the first N seeds 0..N-1.
+    Raises SpecError, with the place and the nearest valid name.
+    """
+    text, source = _read(name_or_path)
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{source}: not valid TOML: {error}") from None
+    profiles = raw.pop("profiles", {})
+    if profile is not None and profile not in PROFILES:
+        raise SpecError(f"unknown profile '{profile}': {nearest(profile, PROFILES)}")
+    if profile is not None and not profiles:
+        raise SpecError(f"{source} has no profiles (it is already resolved); leave --profile away")
+    if profiles:
+        profile = profile or ("cuda" if device == "cuda" else "cpu")
+        if profile not in profiles:
+            raise SpecError(f"{source} has no profile '{profile}': {nearest(profile, profiles)}")
+        raw = _merged(raw, profiles[profile])
+        raw["profile"] = profile
+        raw["device"] = device
+    elif device != "cpu" or "device" not in raw:
+        raw["device"] = device
+    if arms:
+        known = raw.get("arms", {})
+        for arm in arms:
+            if arm not in known:
+                raise SpecError(f"unknown arm '{arm}' in {source}: {nearest(arm, known)}")
+        raw["arms"] = {arm: known[arm] for arm in arms}
+    if seeds is not None:
+        if seeds < 1:
+            raise SpecError(f"--seeds must be at least 1, got {seeds}")
+        raw["seeds"] = list(range(seeds))
+    for assignment in assignments:
+        _assign(raw, assignment)
+    try:
+        return Experiment.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError(f"{source}: {_first_problem(error)}") from None
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or "/" in name_or_path:
+        if not path.is_file():
+            raise SpecError(f"no such file: {name_or_path}")
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError:
+            raise SpecError(f"{path}: not a text file; a specification is TOML in UTF-8") from None
+    known = catalog()
+    if name_or_path not in known:
+        raise SpecError(f"unknown experiment '{name_or_path}': {nearest(name_or_path, known)}")
+    file = resources.files("experiments.catalog") / f"{name_or_path}.toml"
+    return file.read_text(encoding="utf-8"), f"experiment '{name_or_path}'"
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _assign(raw: dict[str, Any], assignment: str) -> None:
+    """Apply `a.b=c`; the key must exist in the specification's schema (checked here for a near name)."""
+    key, equals, literal = assignment.partition("=")
+    if not equals or not key.strip():
+        raise SpecError(f"--set takes KEY=VALUE, got '{assignment}'")
+    parts = key.strip().split(".")
+    _check_key(parts, raw)
+    try:
+        value = tomllib.loads(f"value = {literal.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = literal.strip()
+    table = raw
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+    table[parts[-1]] = value
+
+
+def _check_key(parts: list[str], raw: Mapping[str, Any]) -> None:
+    schema: type[BaseModel] = Experiment
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[: depth + 1])
+        field = schema.model_fields.get(part)
+        if field is None:
+            raise SpecError(f"unknown key '{where}': {nearest(part, schema.model_fields)}")
+        if part == "overrides":
+            return  # free-form; the model's own configuration checks it
+        if part == "arms":
+            if len(parts) > depth + 1 and parts[depth + 1] not in raw.get("arms", {}):
+                raise SpecError(f"unknown arm '{parts[depth + 1]}': {nearest(parts[depth + 1], raw['arms'])}")
+            return _check_arm_key(parts[depth + 2 :])
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            schema = annotation
+        elif depth + 1 < len(parts):
+            raise SpecError(f"'{where}' is a value, it has no '{parts[depth + 1]}'")
+    if parts[-1] in {"data", "training", "evaluation", "measurement"} and len(parts) == 1:
+        raise SpecError(f"'{parts[0]}' is a table; set one of its keys, e.g. {parts[0]}.{next(iter(schema.model_fields))}")
+
+
+def _check_arm_key(rest: list[str]) -> None:
+    if not rest:
+        raise SpecError("an arm is a table; set one of its keys, e.g. arms.mamba.learning_rate")
+    if rest[0] not in Arm.model_fields:
+        raise SpecError(f"unknown key '{rest[0]}' of an arm: {nearest(rest[0], Arm.model_fields)}")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        schema: Any = Experiment
+        for part in problem["loc"][:-1]:
+            field = schema.model_fields.get(part) if hasattr(schema, "model_fields") else None
+            schema = field.annotation if field else Arm
+        known = getattr(schema, "model_fields", {})
+        return f"unknown key '{where}': {nearest(str(problem['loc'][-1]), known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = problem.get("input")
+    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | list | tuple) else ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _toml(table: Mapping[str, Any], prefix: str = "") -> str:
+    """Enough TOML for a specification: scalars, arrays of scalars, nested tables."""
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in table.items() if not isinstance(v, Mapping)]
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            name = f"{prefix}{_key(key)}"
+            inner = _toml(value, f"{name}.")
+            lines.append(f"\n[{name}]\n{inner}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _key(key: str) -> str:
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else _value(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    return repr(value)

@@ -1,0 +1,46 @@
+"""Models on disk: `config.json` and `model.safetensors` in one folder. Loading one executes nothing."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from models.config import ModelConfig
+from models.errors import ConfigError
+from models.language_model import LanguageModel
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save(model: LanguageModel, folder: Path) -> None:
+    """Write the configuration and the parameters; a tied head is written once, as the embedding."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = dict(model.named_parameters())  # shared parameters appear once
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:
+    """The model of `save`, on `device`. The file is memory-mapped and its tensors become the parameters, so the
+    host never holds a second copy. Raises ConfigError: not a checkpoint, damaged, or of another shape."""
+    try:
+        config = ModelConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        tensors = load_file(folder / WEIGHTS, device=str(device))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} is no checkpoint: {Path(error.filename or WEIGHTS).name} is missing") from None
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{folder}: damaged checkpoint: {error}") from None
+    model = LanguageModel(config, seed=None, device=device)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise ConfigError(
+            f"{folder}: {len(names)} tensors do not fit the configuration, first '{names[0]}': "
+            f"expected {expected.get(names[0])}, found {found.get(names[0])}"
+        )
+    model.load_state_dict(tensors, strict=False, assign=True)  # names checked above; a tied head is absent
+    model.tie()
+    return model

@@ -1,0 +1,19 @@
+"""What can go wrong because of a person or a machine, as opposed to a defect of ours."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A model configuration that cannot be built. The message names the value and the remedy."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and this machine lacks it. The message names the remedy."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt `name`: the nearest known name, or the whole list where none is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

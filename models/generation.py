@@ -1,0 +1,78 @@
+"""Prefill, then decode token by token through the cache or the recurrent state.
+
+B: batch   T: time   V: vocabulary
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.errors import ConfigError
+from models.language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from logits. temperature 0 is greedy: always the highest score.
+
+    top_k keeps the k likeliest tokens; top_p the fewest whose probability reaches p (arXiv 1904.09751). Both are
+    applied after the temperature. Raises ConfigError on values that mean nothing.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be 0 (greedy) or above, got {self.temperature!r}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {self.top_k!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, V) -> (B, V), each row summing to 1; one-hot for temperature 0."""
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+        p = (logits.float() / self.temperature).softmax(1)
+        if self.top_k is not None and self.top_k < p.shape[1]:
+            kept = p.topk(self.top_k, 1)
+            p = torch.zeros_like(p).scatter_(1, kept.indices, kept.values)
+            p = p / p.sum(1, keepdim=True)
+        if self.top_p is not None:
+            ordered, order = p.sort(1, descending=True)
+            # a token is kept while those before it have not reached p: the first always is
+            ordered[ordered.cumsum(1) - ordered >= self.top_p] = 0
+            p = torch.zeros_like(p).scatter_(1, order, ordered)
+        return p / p.sum(1, keepdim=True)
+
+    def choose(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """(B, V) -> token ids (B,)."""
+        if self.temperature == 0:
+            return logits.argmax(1)
+        return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel, prompt: Tensor, tokens: int, sampling: Sampling, *, seed: int = 0
+) -> Iterator[Tensor]:
+    """Continue `prompt` (B, T), T >= 1, by `tokens` tokens; yields each as (B,) as soon as it is chosen.
+
+    seed: of this call's own random stream; greedy decoding draws nothing from it.
+    """
+    if prompt.shape[1] < 1:
+        raise ConfigError("the prompt has no tokens; give at least one")
+    if tokens < 1:
+        return
+    generator = torch.Generator(model.device).manual_seed(seed)
+    state = model.make_state(prompt.shape[0], prompt.shape[1] + tokens)
+    logits, state = model.prefill(prompt, state)
+    for _ in range(tokens - 1):
+        token = sampling.choose(logits, generator)
+        yield token
+        logits, state = model.step(token, state)
+    yield sampling.choose(logits, generator)

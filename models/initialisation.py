@@ -1,0 +1,23 @@
+"""One initialisation for every trunk, so that none is a hidden advantage.
+
+Every linear layer is uniform in +-1/sqrt(fan-in), which is torch's default and what `mamba_ssm` leaves in place;
+the layers that write to the residual stream are divided by sqrt(number of residual branches), as `mamba_ssm` and
+GPT-2 do; the embedding (and an untied head) is normal with standard deviation 1/(4 sqrt(width)), so that the first
+logits have standard deviation 1/4 at every width and the first loss lies within 1% of ln(vocabulary). Mixers add what is
+their own (Mamba's dt and A).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def reset_embedding(weight: Tensor, generator: torch.Generator) -> None:
+    """weight (V, D)."""
+    weight.normal_(0, 0.25 / math.sqrt(weight.shape[1]), generator=generator)
+
+
+def reset_linear(linear: nn.Linear, generator: torch.Generator) -> None:
+    bound = 1 / math.sqrt(linear.in_features)
+    linear.weight.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,60 @@
+"""Causal self-attention with rotary positions and optional grouped queries; weights as Llama's.
+
+B: batch   T: time   D: width   H: heads   K: key-value heads   P: head width, D / H
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.config import AttentionConfig, ModelConfig
+from models.errors import ConfigError, nearest
+from models.initialisation import reset_linear
+from models.ops.attention import ATTENTION, rotate
+from models.ops.kernels import Selection
+from models.state import KVCache
+
+
+class Attention(nn.Module):
+    """One fused projection to queries, keys and values, attention, one projection back."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        super().__init__()
+        mixer = config.mixer
+        assert isinstance(mixer, AttentionConfig)
+        self.heads, self.kv_heads = mixer.heads, mixer.kv_heads or mixer.heads
+        self.head_width = config.width // mixer.heads
+        self.rotary_base = mixer.rotary_base
+        name = "sdpa" if mixer.backend == "auto" else mixer.backend
+        if name not in ATTENTION:
+            raise ConfigError(f"unknown backend '{name}' for attention: {nearest(name, (*ATTENTION, 'auto'))}")
+        self.backend = Selection(name, mixer.backend)
+        self.attend = ATTENTION[name]
+        self.qkv_proj = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
+        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        reset_linear(self.qkv_proj, generator)
+        reset_linear(self.o_proj, generator)
+
+    def forward(self, x: Tensor, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
+        B, T, D = x.shape
+        H, K = self.heads, self.kv_heads
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * K, self.head_width)
+        start = state.length if state is not None else 0
+        q, k = rotate(qkv[:, :, : H + K], start, self.rotary_base).transpose(1, 2).split([H, K], 1)
+        v = qkv[:, :, H + K :].transpose(1, 2)
+        if state is not None:
+            state = state.append(k, v)
+            # a cache in another type than the activations (16-bit, say) is read in the activations' type
+            k, v = (c[:, :, : state.length].to(q.dtype) for c in (state.keys, state.values))
+        y = self.attend(q, k, v).transpose(1, 2).reshape(B, T, D)
+        return self.o_proj(y), state
+
+    def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
+        y, after = self(x[:, None], state)
+        assert after is not None
+        return y[:, 0], after
+
+    def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        shape = (batch, self.kv_heads, max_len, self.head_width)
+        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))

@@ -1,0 +1,60 @@
+"""Cross-entropy of a linear head, without ever holding all logits.
+
+M: rows (batch x time)   D: width   V: vocabulary
+
+The fast form walks the rows in chunks and computes a chunk's gradient together with its loss, so at most
+(CHUNK_BYTES / 4) logits exist at a time and nothing (M, V) is kept for the backward pass.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = 16 * 2**20
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows of -log softmax(hidden weight^T)[target], in nats. hidden (M, D), weight (V, D)."""
+    return F.cross_entropy((hidden @ weight.t()).float(), targets)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """As `reference`, in chunks. Under autocast the products run in the autocast type, the rest in float32."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        M, V = hidden.shape[0], weight.shape[0]
+        rows = max(1, CHUNK_BYTES // (4 * V))
+        accumulate = torch.promote_types(dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=accumulate)
+        wanted = any(ctx.needs_input_grad[:2])
+        h, w = hidden.to(dtype), weight.to(dtype)
+        d_hidden = torch.empty_like(hidden) if wanted else None
+        d_weight = torch.zeros_like(weight) if wanted else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, M, rows):
+                now = slice(start, start + rows)
+                logits = (h[now] @ w.t()).to(accumulate)
+                target = targets[now, None]
+                log_sum = logits.logsumexp(1, keepdim=True)
+                total += (log_sum - logits.gather(1, target)).sum()
+                if d_hidden is not None and d_weight is not None:
+                    # softmax minus one-hot, in place of the logits
+                    d_logits = logits.sub_(log_sum).exp_()
+                    d_logits.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+                    d_logits = d_logits.mul_(1 / M).to(dtype)
+                    d_hidden[now] = d_logits @ w
+                    d_weight += d_logits.t() @ h[now]
+        if d_hidden is not None and d_weight is not None:
+            ctx.save_for_backward(d_hidden, d_weight)
+        return total / M
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_loss, d_weight * d_loss, None, None

@@ -1,0 +1,97 @@
+"""Selection of a form for each heavy operation. The only place that imports numba, mamba_ssm, causal_conv1d.
+
+A form is chosen once, when a model is built, by name or by `auto`:
+
+    reference   the mathematics, a readable loop; any device
+    torch       plain torch, chunked; any device
+    numba       compiled for the CPU
+    cuda        mamba_ssm and causal_conv1d; CUDA
+
+A form asked for by name and not available raises `BackendUnavailableError` with the remedy. `auto` takes numba on
+a CPU and cuda on a GPU; where the machine lacks that, it takes torch and says so in `Selection.fallback`, which
+makes the arm's speed and memory not comparable in the record.
+"""
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from models.errors import BackendUnavailableError, ConfigError, nearest
+
+BACKENDS = ("reference", "torch", "numba", "cuda")
+INSTALL_CUDA = (
+    "MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE "
+    "pip install --no-build-isolation --no-deps einops causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1"
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What runs, what was asked for, and, where `auto` had to take second best, why."""
+
+    name: str
+    asked: str
+    fallback: str | None = None
+
+
+def select(asked: str, device: torch.device) -> Selection:
+    """Choose the form for `device`. Raises ConfigError (no such form), BackendUnavailableError (not here)."""
+    if asked not in (*BACKENDS, "auto"):
+        raise ConfigError(f"unknown backend '{asked}': {nearest(asked, (*BACKENDS, 'auto'))}")
+    name = asked if asked != "auto" else ("cuda" if device.type == "cuda" else "numba")
+    missing = unavailable(name, device.type)
+    if missing is None:
+        return Selection(name, asked)
+    if asked == "auto":
+        return Selection("torch", asked, fallback=f"{name}: {missing}")
+    raise BackendUnavailableError(f"backend '{name}' is not available on {device.type}: {missing}")
+
+
+@cache
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why a form cannot run on this kind of device (with the remedy), or None where it can."""
+    if name in ("reference", "torch"):
+        return None
+    if name == "numba":
+        if device_type != "cpu":
+            return "numba runs on the CPU; choose 'auto', 'torch' or 'cuda'"
+        return _import_problem("numba", "pip install numba")
+    if device_type != "cuda":
+        return "the mamba-ssm kernels need a CUDA GPU; choose 'auto', 'torch' or 'numba'"
+    for module in ("causal_conv1d", "mamba_ssm"):
+        problem = _import_problem(module, INSTALL_CUDA)
+        if problem:
+            return problem
+    return _probe_cuda()
+
+
+def _import_problem(module: str, remedy: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken extension raises anything from ImportError to OSError
+        return f"cannot import {module} ({type(error).__name__}: {error}); install with: {remedy}"
+    return None
+
+
+def _probe_cuda() -> str | None:
+    """Run the kernels once: an installed package says nothing about whether it works on this card."""
+    try:
+        kernels = load("cuda")
+        x = torch.randn(1, 8, 8, device="cuda")
+        weight = torch.randn(8, 4, device="cuda")
+        ones = torch.ones(8, device="cuda")
+        kernels.causal_conv1d(x, weight, ones, None)
+        kernels.selective_scan(x, x, -torch.rand(8, 8, device="cuda"), x, x, ones, x, ones, None)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"the kernels are installed but fail on this GPU ({type(error).__name__}: {error})"
+    return None
+
+
+def load(name: str) -> ModuleType:
+    """The module that implements a form: `selective_scan`, `selective_scan_step`, `causal_conv1d`,
+    `causal_conv1d_step`, with the signatures of `models.ops`."""
+    return importlib.import_module(f"models.ops.kernels.{name}_form")

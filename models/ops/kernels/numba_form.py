@@ -1,0 +1,70 @@
+"""Form `numba`: the compiled CPU kernels, brought to the signatures of `models.ops`."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from models.ops.kernels import numba_conv, numba_scan, numba_step
+from models.ops.selective_scan import forward_flops
+
+
+def _real(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The kernels compute in float32 or float64; bfloat16 inputs are computed in float32."""
+    return [t.float() if t is not None and t.dtype is torch.bfloat16 else t for t in tensors]
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = u.dtype
+    u, dt, A, B, C, D, z, dt_bias, initial_state = _real(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    before = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
+    needs_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    )
+    y, state, _ = numba_scan.scan(
+        u.contiguous(), dt.contiguous(), A, B.contiguous(), C.contiguous(), D, z, dt_bias, before, needs_gradient
+    )
+    return y.to(dtype), state.transpose(1, 2)
+
+
+def selective_scan_step(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
+    state: Tensor,
+) -> Tensor:  # fmt: skip
+    return numba_step.scan_step(u, dt, A, B, C, D, z, dt_bias, state)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
+    dtype = x.dtype
+    x, weight, bias, before = _real(x, weight, bias, before)
+    return numba_conv.conv(x, weight, bias, before).to(dtype)
+
+
+def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
+    return numba_step.conv_step(x, weight, bias, state)
+
+
+@register_flop_formula(torch.ops.lab.selective_scan_cpu)
+def _(u_shape, dt_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    rows, T, E = u_shape
+    return rows * T * forward_flops(E, A_shape[1])
+
+
+@register_flop_formula(torch.ops.lab.selective_scan_cpu_backward)
+def _(u_shape, dt_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    rows, T, E = u_shape
+    return rows * T * 2 * forward_flops(E, A_shape[1])
+
+
+@register_flop_formula(torch.ops.lab.causal_conv1d_cpu)
+def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    rows, T, E = x_shape
+    return rows * T * 2 * E * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.lab.causal_conv1d_cpu_backward)
+def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    rows, T, E = x_shape
+    return rows * T * 4 * E * weight_shape[1]

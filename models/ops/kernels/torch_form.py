@@ -1,0 +1,8 @@
+"""Form `torch`: plain torch on any device; the scan in chunks, the rest as defined."""
+
+from models.ops.causal_conv1d import reference as causal_conv1d
+from models.ops.causal_conv1d import step_reference as causal_conv1d_step
+from models.ops.selective_scan import chunked as selective_scan
+from models.ops.selective_scan import step_reference as selective_scan_step
+
+__all__ = ["causal_conv1d", "causal_conv1d_step", "selective_scan", "selective_scan_step"]

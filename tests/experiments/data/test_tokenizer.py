@@ -1,0 +1,83 @@
+"""Any text comes back as it went in; no text spells the end-of-text token; pieces change nothing."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from experiments.data import tokenizer
+from experiments.errors import CorpusError
+
+TEXTS = ["the cat sat on the mat, the cat sat\n  and sat again\n" * 3, "def f(x):\n    return x + x\n" * 4]
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+awkward = st.lists(
+    st.sampled_from(
+        ["<|endoftext|>", "\U0001f468‍\U0001f469", "\n", " ", "\t", "the cat", "'s", "\x00", "\x1c\n", "é"]
+    )
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return tokenizer.train(TEXTS, 280)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=any_text | awkward)
+def test_every_text_round_trips_and_none_spells_end_of_text(trained: Tokenizer, text: str):
+    ids = trained.encode(text).ids
+    assert tokenizer.END_OF_TEXT_ID not in ids
+    assert trained.decode(ids) == text
+    with_ends = [tokenizer.END_OF_TEXT_ID, *ids, tokenizer.END_OF_TEXT_ID]
+    assert trained.decode(with_ends) == text
+    assert trained.encode_batch_fast([text], add_special_tokens=False)[0].ids == ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lines=st.lists(any_text | awkward | st.sampled_from(["a", "the", "", " x ", "'s", "1"])),
+    size=st.integers(1, 9),
+)
+def test_pieces_are_the_text_and_encode_as_the_whole(trained: Tokenizer, lines: list[str], size: int):
+    text = "\n".join(lines)
+    parts = list(tokenizer.pieces(text, size))
+    assert "".join(parts) == text
+    assert [token for part in parts for token in trained.encode(part).ids] == trained.encode(text).ids
+
+
+def test_pieces_are_bounded_where_lines_are():
+    text = "some words here\n" * 10_000
+    parts = list(tokenizer.pieces(text, 1000))
+    assert len(parts) > 150
+    assert max(map(len, parts)) <= 1016
+
+
+def test_the_vocabulary_is_end_of_text_then_every_byte_then_merges(trained: Tokenizer):
+    assert trained.get_vocab_size() == 280
+    assert trained.token_to_id(tokenizer.END_OF_TEXT) == tokenizer.END_OF_TEXT_ID == 0
+    bytes_only = tokenizer.train(["x"], 257)
+    every_character = bytes(range(256)).decode("latin-1")
+    ids = set(bytes_only.encode(every_character).ids)
+    assert len(ids) == 128 + 64 + 2  # ASCII, continuation bytes, and the two lead bytes of U+0080 to U+00FF
+    assert len(trained.encode(TEXTS[0]).ids) < len(TEXTS[0]) / 2
+
+
+def test_training_and_loading_are_exact(trained: Tokenizer, tmp_path: Path):
+    again = tokenizer.train(iter(TEXTS), 280)
+    assert again.to_str() == trained.to_str()
+    trained.save(str(tmp_path / "tokenizer.json"))
+    loaded = tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.encode("a<|endoftext|>b").ids == trained.encode("a<|endoftext|>b").ids
+    assert 0 not in loaded.encode("a<|endoftext|>b").ids
+
+
+def test_a_vocabulary_too_large_for_the_text_is_answered_with_the_size_it_supports():
+    with pytest.raises(
+        CorpusError, match=r"data.vocabulary = 5000: the train split supports (\d+)"
+    ) as caught:
+        tokenizer.train(TEXTS, 5000)
+    supported = int(str(caught.value).split("supports ")[1].split()[0])
+    assert 280 < supported < 400
+    assert tokenizer.train(TEXTS, supported).get_vocab_size() == supported
