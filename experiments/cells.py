@@ -69,9 +69,7 @@ def train_cell(
     settings, evaluation = experiment.training, experiment.evaluation
     config = model_config(arm, dataset.vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
-    batches = Batches(
-        dataset.splits["train"].tokens, context=settings.context, batch=settings.batch, seed=seed
-    )
+    batches = Batches(dataset.splits["train"].tokens, context=settings.context, batch=settings.batch, seed=seed)
     length = {"context": settings.context, "precision": settings.precision}
     curve = {"sequences": evaluation.curve_sequences, **length}
 

@@ -41,7 +41,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": available_cores(),
         "threads": threads or torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "memory_bytes": psutil.virtual_memory().total,
         "device": device,
         "gpu": None if gpu is None else gpu.name,

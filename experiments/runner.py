@@ -3,12 +3,14 @@
 import errno
 import hashlib
 import json
+import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -48,13 +50,19 @@ class InterruptedRunError(LabError):
         super().__init__(f"interrupted; {len(missing)} cells missing in {run.path}")
 
 
+def resolve_device(asked: str) -> Literal["cpu", "cuda"]:
+    """`auto` is the GPU where there is one. Raises EnvironmentLacksError for a GPU that is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentLacksError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def check(experiment: Experiment) -> None:
     """Everything that can be known to fail before any work: device, models, backends.
 
     Raises EnvironmentLacksError, ConfigError, BackendUnavailableError.
     """
-    if experiment.device == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentLacksError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+    resolve_device(experiment.device)
     for arm in experiment.arms.values():
         config = cells.model_config(arm, experiment.data.vocabulary)
         if config.mixer.kind == "mamba":
@@ -106,9 +114,7 @@ def run_hash(experiment: Experiment, dataset: Dataset) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
-def _create(
-    experiment: Experiment, dataset: Dataset, out: Path, command: str, listener: Listener
-) -> RunDirectory:
+def _create(experiment: Experiment, dataset: Dataset, out: Path, command: str, listener: Listener) -> RunDirectory:
     listener(Event("note", "compiling kernels"))
     try:
         backends = run_fresh(cells.compile_kernels, experiment, dataset.folder)
@@ -118,7 +124,12 @@ def _create(
     path = out / f"{stamp}-{experiment.name}-{run_hash(experiment, dataset)}"
     path.mkdir(parents=True)
     (path / "spec.toml").write_text(experiment.to_toml(), encoding="utf-8")
-    environment = {"created": store.now(), "command": command, "repeat": f"lab run {path}/spec.toml"}
+    shutil.copy(dataset.tokenizer_path, path / "tokenizer.json")
+    environment = {
+        "created": store.now(),
+        "command": command,
+        "repeat": shlex.join(["lab", "run", f"{path}/spec.toml"]),
+    }
     environment |= describe(experiment.device, experiment.threads)
     write_json(path / "environment.json", environment | {"backends": backends, "data": dataset.facts})
     directory = RunDirectory(path)
@@ -170,7 +181,15 @@ def _run_cells(
 
         try:
             if cell.kind == "train":
-                arguments = (cells.train_cell, experiment, cell.arm, arms[cell.arm], cell.seed, dataset.folder, folder)
+                arguments = (
+                    cells.train_cell,
+                    experiment,
+                    cell.arm,
+                    arms[cell.arm],
+                    cell.seed,
+                    dataset.folder,
+                    folder,
+                )
             else:
                 arguments = (cells.measure_cell, experiment, cell.kind, cell.context, dataset.folder, folder)
             result = run_fresh(*arguments, on_message=on_message)
@@ -203,4 +222,6 @@ def _writable(out: Path) -> Iterator[None]:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or out
-        raise EnvironmentLacksError(f"cannot write '{where}': {error.strerror}; choose another folder with --out") from None
+        raise EnvironmentLacksError(
+            f"cannot write '{where}': {error.strerror}; choose another folder with --out"
+        ) from None

@@ -267,7 +267,9 @@ def _check_key(parts: list[str], raw: Mapping[str, Any]) -> None:
         elif depth + 1 < len(parts):
             raise SpecError(f"'{where}' is a value, it has no '{parts[depth + 1]}'")
     if parts[-1] in {"data", "training", "evaluation", "measurement"} and len(parts) == 1:
-        raise SpecError(f"'{parts[0]}' is a table; set one of its keys, e.g. {parts[0]}.{next(iter(schema.model_fields))}")
+        raise SpecError(
+            f"'{parts[0]}' is a table; set one of its keys, e.g. {parts[0]}.{next(iter(schema.model_fields))}"
+        )
 
 
 def _check_arm_key(rest: list[str]) -> None:

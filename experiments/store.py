@@ -1,7 +1,7 @@
 """The run directory: what is written where, and how the rows of `result.json` follow from the cells' files.
 
     runs/<UTC time>-<experiment>-<short hash>/
-      spec.toml  environment.json  events.jsonl  result.json  report.html  report.md
+      spec.toml  tokenizer.json  environment.json  events.jsonl  result.json  report.html  report.md
       cells/<arm>/seed<k>/   metrics.jsonl  evaluation.json  checkpoint/  measure/<phase>[-<context>].json
       cells/<arm>/seed<k>/   failed/<cell>.json where a cell gave no result
 
@@ -117,6 +117,15 @@ def runs(folder: Path) -> list[RunDirectory]:
     """The run directories in `folder`, oldest first."""
     found = sorted(path.parent for path in folder.glob("*/environment.json")) if folder.is_dir() else []
     return [RunDirectory(path) for path in found]
+
+
+def summary(run: RunDirectory) -> dict[str, Any]:
+    """One line of `lab runs`."""
+    experiment = run.experiment()
+    file = run.path / "result.json"
+    status = read_json(file)["status"] if file.is_file() else "unfinished"
+    arms = list(experiment.cells())
+    return {"run": run.path.name, "status": status, "profile": experiment.profile, "arms": arms}
 
 
 def find(reference: str | None, folder: Path) -> RunDirectory:
@@ -254,13 +263,21 @@ def _quality_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
     for split, quality in result["splits"].items():
         common["n"] = quality["tokens"]
         yield _row(
-            cell, "quality", f"{split}_bits_per_byte", quality["bits_per_byte"], "bits/byte", "lower", **common
+            cell,
+            "quality",
+            f"{split}_bits_per_byte",
+            quality["bits_per_byte"],
+            "bits/byte",
+            "lower",
+            **common,
         )
         if split == "test":
             perplexity = quality["token_perplexity"]
             yield _row(cell, "quality", "test_token_perplexity", perplexity, "perplexity", "lower", **common)
             losses = quality["loss_at_position"]
-            positions = sorted({2**i for i in range(len(losses).bit_length())} & {*range(1, len(losses) + 1)} | {len(losses)})
+            positions = sorted(
+                {2**i for i in range(len(losses).bit_length())} & {*range(1, len(losses) + 1)} | {len(losses)}
+            )
             for position in positions:
                 yield _row(
                     cell, "quality", "test_loss_at_position", losses[position - 1], "nats/token", "lower",
@@ -288,12 +305,24 @@ def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, r
 
 def _load_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> Iterator[dict]:
     common = {"batch": None, "mode": "eager"}
-    for metric in ("file_bytes", "host_peak_bytes", "device_peak_bytes", "resident_bytes", "resident_bytes_analytic"):
+    for metric in (
+        "file_bytes",
+        "host_peak_bytes",
+        "device_peak_bytes",
+        "resident_bytes",
+        "resident_bytes_analytic",
+    ):
         reason = "no GPU in this run" if result[metric] is None else None
         direction = "none" if metric.endswith("analytic") else "lower"
         yield _row(cell, "load", metric, result[metric], "bytes", direction, reason=reason, **common)
     yield _row(
-        cell, "load", "load_ms", unit="ms", direction="lower", **_percentiles(result["samples"]["ms"]), **common
+        cell,
+        "load",
+        "load_ms",
+        unit="ms",
+        direction="lower",
+        **_percentiles(result["samples"]["ms"]),
+        **common,
     )
 
 
@@ -304,7 +333,15 @@ def _phase_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
         per_sample, latency = result["batch"] * result["context"], "time_to_first_token_ms"
     else:
         per_sample, latency = result["batch"] * result["tokens_per_sample"], "ms_per_token"
-    yield _row(cell, cell.kind, "tokens_per_s", unit="tokens/s", direction="higher", **_rate(times, per_sample), **common)
+    yield _row(
+        cell,
+        cell.kind,
+        "tokens_per_s",
+        unit="tokens/s",
+        direction="higher",
+        **_rate(times, per_sample),
+        **common,
+    )
     steps = result.get("tokens_per_sample", 1)
     latencies = {key: value / steps if key != "n" else value for key, value in times.items()}
     yield _row(cell, cell.kind, latency, unit="ms", direction="lower", **latencies, **common)

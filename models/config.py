@@ -54,7 +54,7 @@ class MambaConfig:
             _positive(self, "dt_rank")
         if not 0 < self.dt_min <= self.dt_max:
             raise ConfigError(f"mamba needs 0 < dt_min <= dt_max, got {self.dt_min!r} and {self.dt_max!r}")
-        if not 0 < self.dt_floor:
+        if not self.dt_floor > 0:
             raise ConfigError(f"mamba.dt_floor must be above 0, got {self.dt_floor!r}")
 
 

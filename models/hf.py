@@ -21,7 +21,10 @@ _MAMBA = {
 
 def from_llama(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """`LlamaForCausalLM.state_dict()` to ours: q, k, v and gate, up are joined."""
-    ours = {"embedding.weight": theirs["model.embed_tokens.weight"], "norm.weight": theirs["model.norm.weight"]}
+    ours = {
+        "embedding.weight": theirs["model.embed_tokens.weight"],
+        "norm.weight": theirs["model.norm.weight"],
+    }
     if not config.tie_embeddings:
         ours["head.weight"] = theirs["lm_head.weight"]
     for i in range(config.layers):
@@ -60,7 +63,10 @@ def to_llama(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 def from_mamba(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """`MambaForCausalLM.state_dict()` (or `mamba_ssm`'s, which says `embedding`) to ours."""
     embedding = next(name for name in ("embeddings", "embedding") if f"backbone.{name}.weight" in theirs)
-    ours = {"embedding.weight": theirs[f"backbone.{embedding}.weight"], "norm.weight": theirs["backbone.norm_f.weight"]}
+    ours = {
+        "embedding.weight": theirs[f"backbone.{embedding}.weight"],
+        "norm.weight": theirs["backbone.norm_f.weight"],
+    }
     if not config.tie_embeddings:
         ours["head.weight"] = theirs["lm_head.weight"]
     for i in range(config.layers):
@@ -74,7 +80,10 @@ def from_mamba(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
 
 def to_mamba(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `from_mamba`, in Hugging Face's spelling (`backbone.embeddings`)."""
-    theirs = {"backbone.embeddings.weight": ours["embedding.weight"], "backbone.norm_f.weight": ours["norm.weight"]}
+    theirs = {
+        "backbone.embeddings.weight": ours["embedding.weight"],
+        "backbone.norm_f.weight": ours["norm.weight"],
+    }
     theirs["lm_head.weight"] = ours["embedding.weight" if config.tie_embeddings else "head.weight"]
     for i in range(config.layers):
         there, here = f"backbone.layers.{i}", f"blocks.{i}"

@@ -7,9 +7,7 @@ import numpy as np
 _CHUNK = 1 << 22  # tokens counted at once: bincount wants them as int64
 
 
-def unigram_bits_per_byte(
-    train_tokens: np.ndarray, test_tokens: np.ndarray, test_bytes: int, vocabulary: int
-) -> float:
+def unigram_bits_per_byte(train_tokens: np.ndarray, test_tokens: np.ndarray, test_bytes: int, vocabulary: int) -> float:
     """Bits per byte of test text under the train split's token frequencies, add-one smoothed.
 
     Charged as models are: every test token but the first, end-of-text tokens included, over the text's bytes.

@@ -123,7 +123,7 @@ def prepare(data: Data, cache: Path, progress: Callable[[str], None] = lambda me
     plan = _plan(data)
     folder = cache / cache_key(data, plan.corpus_sha256)
     damaged = False
-    if folder.exists():
+    if os.path.exists(folder):  # Path.exists raises where the cache is not ours to look into
         try:
             return Dataset.load(folder)
         except CorpusError as error:
@@ -140,7 +140,7 @@ def prepare(data: Data, cache: Path, progress: Callable[[str], None] = lambda me
             try:
                 os.rename(made, folder)
             except OSError:
-                if not folder.exists():  # otherwise another process was first, with the same files
+                if not os.path.exists(folder):  # otherwise another process was first, with the same files
                     raise
     return Dataset.load(folder)
 
@@ -258,9 +258,7 @@ def _planned(data: Data, plan: _Plan) -> Iterator[tuple[str, str]]:
     """(split, text) of each used document, read anew. Raises CorpusError where it is not what it was."""
     for document, digest, split in zip_longest(corpora.read(data), plan.digests, plan.split):
         if document is None or digest is None or _digest(document.text.encode()) != digest.tobytes():
-            raise CorpusError(
-                f"{_shown(data)} changed while it was being read; start again once it is settled"
-            )
+            raise CorpusError(f"{_shown(data)} changed while it was being read; start again once it is settled")
         if split >= 0:
             yield SPLITS[split], document.text
 
@@ -289,9 +287,7 @@ def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]
     tokens = {split: np.memmap(folder / f"{split}.bin", dtype=kind, mode="r") for split in SPLITS}
     test_bytes = counts["bytes"]["test"]
     baselines = {
-        "unigram_bits_per_byte": unigram_bits_per_byte(
-            tokens["train"], tokens["test"], test_bytes, data.vocabulary
-        ),
+        "unigram_bits_per_byte": unigram_bits_per_byte(tokens["train"], tokens["test"], test_bytes, data.vocabulary),
         "lzma_bits_per_byte": lzma_bits_per_byte((folder / _TEST_TEXT).read_bytes()),
         "bytes": test_bytes,
     }

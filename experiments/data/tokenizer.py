@@ -48,7 +48,7 @@ def load(path: Path) -> Tokenizer:
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """`text` in pieces of about `size` characters that encode, one by one, exactly as the whole does.
+    """`text` in pieces of about `size` >= 1 characters that encode, one by one, exactly as the whole does.
 
     It keeps long documents from being encoded at once, which takes a hundred times their size in memory.
     """

@@ -32,9 +32,7 @@ def measure_load(folder: Path, settings: Measurement, device: torch.device) -> d
     settle()
     resident = resident_bytes() - baseline if device.type == "cpu" else _allocated(device) - device_baseline
     del model
-    samples = timed(
-        lambda: _load(folder, device), repeats=settings.repeats, seconds=settings.seconds, device=device
-    )
+    samples = timed(lambda: _load(folder, device), repeats=settings.repeats, seconds=settings.seconds, device=device)
     return {
         "file_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "host_peak_bytes": peak.host_bytes - baseline,

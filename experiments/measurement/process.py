@@ -30,9 +30,9 @@ class CellFailedError(Exception):
 
 
 def quiet_thread_pools() -> None:
-    """Let torch's idle OpenMP threads sleep instead of spinning: they would hold the cores that numba's threads
+    """Let torch's idle OpenMP threads sleep after tens of microseconds of spinning: they hold the cores that numba's threads
     want. Has an effect only before torch is imported, here and in processes started from here."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def run_fresh(

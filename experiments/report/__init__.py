@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from experiments.errors import EnvironmentLacksError, SpecError
 from experiments.report import content, formats
+from experiments.report.document import Document, Figure
 from experiments.report.record import COLUMNS, Record, read
 from models.errors import nearest
 
@@ -66,14 +67,14 @@ def frame(run: Path) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(whole | real | {"comparable": "bool"})
 
 
-def _drawn(record: Record, document: "content.Document") -> dict[str, formats.Drawn]:
+def _drawn(record: Record, document: Document) -> dict[str, formats.Drawn]:
     """Every figure of the document on a page and on a phone, light and dark."""
     from experiments.report import figures
 
     drawn: dict[str, formats.Drawn] = {}
     for section in document.sections:
         for block in section.blocks:
-            if block.kind == "figure":
+            if isinstance(block, Figure):
                 wide, narrow = (figures.draw(record, block.name, layout) for layout in ("wide", "narrow"))
                 drawn[block.name] = {
                     "wide": wide,

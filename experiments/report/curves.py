@@ -16,23 +16,19 @@ def window(record: Record) -> int:
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     """Trailing mean over `width` values (fewer at the start), so that a point knows nothing of its future."""
-    return pd.Series(values).rolling(width, min_periods=1).mean().to_numpy()
+    return np.asarray(pd.Series(values).rolling(width, min_periods=1).mean())
 
 
 def training(record: Record, arm: str) -> list[Series]:
     """Smoothed training loss per seed."""
     width = window(record)
-    return [
-        (curve.tokens, smoothed(curve.loss, width)) for _, curve in sorted(record.curves.get(arm, {}).items())
-    ]
+    return [(curve.tokens, smoothed(curve.loss, width)) for _, curve in sorted(record.curves.get(arm, {}).items())]
 
 
 def validation(record: Record, arm: str) -> list[Series]:
     """Validation points per seed."""
     found = sorted(record.curves.get(arm, {}).items())
-    return [
-        (curve.validation_tokens, curve.validation_loss) for _, curve in found if len(curve.validation_loss)
-    ]
+    return [(curve.validation_tokens, curve.validation_loss) for _, curve in found if len(curve.validation_loss)]
 
 
 def mean(series: list[Series]) -> Series | None:
@@ -114,11 +110,15 @@ def sweep_rates(record: Record) -> dict[str, dict[float, str]]:
     return {base: dict(sorted(rates.items())) for base, rates in found.items()}
 
 
-def best_rate(record: Record, base: str) -> float | None:
-    """The rate with the lowest mean validation bits per byte."""
-    values = {}
-    for rate, arm in sweep_rates(record)[base].items():
-        row = record.row(arm, "quality", "validation_bits_per_byte")
-        if row is not None and row.value is not None:
-            values[rate] = row.value
-    return min(values, key=lambda rate: values[rate]) if values else None
+def rate_rows(record: Record, base: str) -> dict[float, Row]:
+    """Validation bits per byte over seeds at every rate that has a result, by ascending rate."""
+    found = {
+        rate: record.row(arm, "quality", "validation_bits_per_byte") for rate, arm in sweep_rates(record)[base].items()
+    }
+    return {rate: row for rate, row in found.items() if row is not None and row.value is not None}
+
+
+def best_rate(record: Record, base: str) -> float:
+    """The rate with the lowest mean validation bits per byte. At least one rate must have a result."""
+    values = {rate: row.value for rate, row in rate_rows(record, base).items() if row.value is not None}
+    return min(values, key=lambda rate: values[rate])

@@ -14,6 +14,7 @@ class Cell:
     text: str
     marks: str = ""  # letters of its footnotes, "a" or "a,b"
     strong: bool = False
+    unit: str = ""  # of the numbers in its line, with an arrow towards better
 
 
 @dataclass(frozen=True)

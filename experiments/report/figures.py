@@ -8,7 +8,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -36,7 +36,7 @@ LINES: tuple = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0
                 (0, (2.5, 2.5)), (0, (1, 3)))  # fmt: skip
 HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "||||", "++++")
 
-RC = {
+RC: dict[str, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "lab-report",
     "text.parse_math": False,
@@ -71,11 +71,11 @@ SIZES = {"wide": 9.0, "narrow": 8.2}  # points
 def draw(record: Record, name: str, layout: Layout) -> str:
     """The figure `name` of PLOTS as SVG text, in the light palette."""
     size = SIZES[layout]
-    fonts = {
+    settings: Any = RC | {
         "font.size": size, "axes.titlesize": size + 0.5, "axes.labelsize": size, "legend.fontsize": size,
         "xtick.labelsize": size - 0.5, "ytick.labelsize": size - 0.5,
     }  # fmt: skip
-    with matplotlib.rc_context(RC | fonts):
+    with matplotlib.rc_context(settings):
         figure = PLOTS[name](record, layout)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -140,6 +140,7 @@ def position(record: Record, layout: Layout) -> Figure:
     axes.set_xscale("log", base=2)
     ticks = [1 << k for k in range(int(math.log2(longest)) + 2)]
     _ticks(axes, ticks if len(ticks) <= 9 or layout == "wide" else ticks[::2])
+    axes.set_xlim(0.8, longest * 1.25)
     axes.set_xlabel("position in the context, tokens")
     axes.set_ylabel("loss, nats/token")
     _legend(figure, record.arms, layout)
@@ -165,9 +166,7 @@ def memory(record: Record, layout: Layout) -> Figure:
     arms = record.arms
     thick = 0.8 / len(arms)
     inches = max(0.20 if len(arms) < 3 else 0.13, 0.12)
-    height = (
-        len(lines) * (len(arms) * inches + 0.10) + 0.9 + (0.18 * len(arms) if layout == "narrow" else 0.2)
-    )
+    height = len(lines) * (len(arms) * inches + 0.10) + 0.9 + (0.18 * len(arms) if layout == "narrow" else 0.2)
     figure, (axes,) = _panels(layout, 1, height, stacked=False)
     top = 0.0
     for row, (_, phase, metric, context) in enumerate(lines):
@@ -177,9 +176,7 @@ def memory(record: Record, layout: Layout) -> Figure:
             y = row + (at - (len(arms) - 1) / 2) * thick
             found = record.row(arm, phase, metric, context)
             if found is None or found.value is None:
-                axes.text(
-                    0, y, " not measured", va="center", ha="left", color=MUTED, fontsize=SIZES[layout] - 2
-                )
+                axes.text(0, y, " not measured", va="center", ha="left", color=MUTED, fontsize=SIZES[layout] - 2)
                 continue
             value = found.value / 1e6
             low, high = (end / 1e6 for end in curves.spread(record, found))
@@ -199,8 +196,7 @@ def memory(record: Record, layout: Layout) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.set_xlabel("memory, MB")
     handles = [
-        Patch(facecolor=ARMS[at % 8], hatch=HATCHES[at % 8], edgecolor=PAPER, linewidth=0)
-        for at in range(len(arms))
+        Patch(facecolor=ARMS[at % 8], hatch=HATCHES[at % 8], edgecolor=PAPER, linewidth=0) for at in range(len(arms))
     ]
     _legend(figure, arms, layout, handles)
     return figure
@@ -235,26 +231,23 @@ def sweep(record: Record, layout: Layout) -> Figure:
         colour = ARMS[at % 8]
         for seed in record.seeds:
             rows = [
-                (rate, record.row(arm, "quality", "validation_bits_per_byte", seed=seed))
-                for rate, arm in rates.items()
+                (rate, record.row(arm, "quality", "validation_bits_per_byte", seed=seed)) for rate, arm in rates.items()
             ]
             known = [(rate, row.value) for rate, row in rows if row is not None and row.value is not None]
             if known:
                 axes.plot(*zip(*known, strict=True), color=colour, linewidth=0.7, alpha=0.45)
-        best = curves.best_rate(record, base)
+        rows_by_rate = curves.rate_rows(record, base)
+        best = curves.best_rate(record, base) if rows_by_rate else None
         xs, ys = [], []
-        for rate, arm in rates.items():
-            row = record.row(arm, "quality", "validation_bits_per_byte")
-            if row is None or row.value is None:
-                continue
+        for rate, row in rows_by_rate.items():
             xs.append(rate)
-            ys.append(row.value)
+            ys.append(row.known)
             low, high = curves.spread(record, row)
             axes.plot([rate, rate], [low, high], color=colour, linewidth=1.1)
             if rate == best:
                 axes.plot(
                     rate,
-                    row.value,
+                    row.known,
                     "o",
                     markersize=13,
                     markerfacecolor="none",
@@ -336,7 +329,7 @@ def _whiskered(
         if row is None or not row.value:
             continue
         low, high = curves.spread(record, row)
-        floor = row.value * 0.05  # an interval that reaches zero has no place on a logarithmic axis
+        floor = row.value / 4  # an interval that reaches zero has no place on a logarithmic axis
         axes.plot([context] * 2, [max(low, floor) * factor, high * factor], color=ARMS[at % 8], linewidth=1.2)
         xs.append(context)
         ys.append(row.value * factor)
@@ -355,9 +348,7 @@ def _loglog(axes: Axes, contexts: list[int]) -> None:
     axes.set_xlabel("context, tokens")
     low, high = axes.dataLim.ymin, axes.dataLim.ymax
     ladder = [
-        m * 10.0**e
-        for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-        for m in (1, 2, 5)
+        m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2) for m in (1, 2, 5)
     ]
     bottom = max(step for step in ladder if step <= low)
     top = min(step for step in ladder if step >= high)

@@ -38,9 +38,7 @@ def html(document: Document, drawn: dict[str, Drawn]) -> str:
     )
     environment.filters |= {"uri": _data_uri, "ident": id}
     source = (resources.files("experiments.report") / "page.html.jinja").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
-        document=document, drawn=drawn, numbered=_numbered(document)
-    )
+    page = environment.from_string(source).render(document=document, drawn=drawn, numbered=_numbered(document))
     return page.rstrip("\n") + "\n"
 
 
@@ -118,6 +116,7 @@ def _md_table(table: Table, number: int) -> list[str]:
 
 def _md_cell(cell: Cell) -> str:
     text = f"**{_md(cell.text)}**" if cell.strong and cell.text else _md(cell.text)
+    text += f", {_md(cell.unit)}" if cell.unit else ""
     return f"{text} <sup>{cell.marks}</sup>" if cell.marks else text
 
 
@@ -140,14 +139,13 @@ def _md(text: str) -> str:
 def terminal(document: Document) -> str:
     """For a terminal, about 100 columns, no colour: notices and verdict first, then the tables."""
     file = io.StringIO()
-    console = Console(
-        file=file, width=TERMINAL_WIDTH, color_system=None, force_terminal=False, legacy_windows=False
-    )
+    console = Console(file=file, width=TERMINAL_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
 
-    def say(text: str, indent: str = "") -> None:
+    def say(text: str, indent: str = "", hanging: str | None = None) -> None:
         body = RichText(" ".join(text.split()))
-        for line in body.wrap(console, TERMINAL_WIDTH - len(indent)):
-            console.print(RichText(indent) + line, end="\n", soft_wrap=True)
+        hanging = indent if hanging is None else hanging
+        for at, line in enumerate(body.wrap(console, TERMINAL_WIDTH - len(hanging))):
+            console.print(RichText(hanging if at else indent) + line, end="\n", soft_wrap=True)
 
     say(document.title)
     for name, value in document.facts:
@@ -167,7 +165,7 @@ def terminal(document: Document) -> str:
             elif isinstance(block, Notice):
                 _say_notice(block, say)
             elif isinstance(block, Verdict):
-                say(f"{SIGNS[block.tone]} {block.sentence}")
+                say(f"{SIGNS[block.tone]} {block.sentence}", hanging="    ")
                 say(f"{block.standing}. {block.numbers}", "    ")
             elif isinstance(block, Code):
                 console.print(RichText(f"  {block.text}"), soft_wrap=True)
@@ -177,15 +175,15 @@ def terminal(document: Document) -> str:
                 for part in _parts(block):
                     console.print(RichText(part), soft_wrap=True)
                 for reason, letter in block.notes.items():
-                    say(f"[{letter}] {reason}", "  ")
+                    say(f"[{letter}] {reason}", "  ", "      ")
     lines = [line.rstrip() for line in file.getvalue().split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
 
 
 def _say_notice(notice: Notice, say: Callable[..., None]) -> None:
-    say(f"{SIGNS[notice.tone]} {notice.title}")
+    say(f"{SIGNS[notice.tone]} {notice.title}", hanging="    ")
     for point in notice.points:
-        say(f"- {point}", "    ")
+        say(f"- {point}", "    ", "      ")
 
 
 def _parts(table: Table) -> list[str]:
@@ -194,8 +192,7 @@ def _parts(table: Table) -> list[str]:
     keys = [at for at in shown if table.columns[at].key]
     lines = [cells for _, body in table.groups for cells in body]
     widths = {
-        at: max([cell_len(table.columns[at].title), *(cell_len(_plain(cells[at])) for cells in lines)])
-        for at in shown
+        at: max([cell_len(table.columns[at].title), *(cell_len(_plain(cells[at])) for cells in lines)]) for at in shown
     }
 
     def room(columns: list[int]) -> int:
@@ -210,12 +207,11 @@ def _parts(table: Table) -> list[str]:
     parts = []
     for chunk in chunks:
         kept = sorted(keys + chunk)
-        rule = "─" * min(room(kept), TERMINAL_WIDTH)
+        indent = "  " if room(kept) + 2 <= TERMINAL_WIDTH and any(heading for heading, _ in table.groups) else ""
         titles = {at: table.columns[at].title for at in kept}
-        part = [_line(table, titles, widths), rule]
+        part = [indent + _line(table, titles, widths), "─" * min(room(kept) + len(indent), TERMINAL_WIDTH)]
         for heading, body in table.groups:
             part += [f"{heading}:"] if heading else []
-            indent = "  " if heading and room(kept) + 2 <= TERMINAL_WIDTH else ""
             part += [indent + _line(table, {at: _plain(cells[at]) for at in kept}, widths) for cells in body]
         parts.append("\n".join(part))
     return parts
@@ -230,4 +226,5 @@ def _line(table: Table, texts: dict[int, str], widths: dict[int, int]) -> str:
 
 
 def _plain(cell: Cell) -> str:
-    return f"{cell.text} [{cell.marks}]" if cell.marks else cell.text
+    text = f"{cell.text}, {cell.unit}" if cell.unit else cell.text
+    return f"{text} [{cell.marks}]" if cell.marks else text

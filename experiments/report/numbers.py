@@ -30,11 +30,22 @@ def number(value: float, at: int | None = None, sign: bool = False) -> str:
     return f"+{text}" if sign and rounded > 0 else text
 
 
-def interval(value: float, low: float | None, high: float | None, sign: bool = False) -> str:
-    """`value [low, high]`, all three with the same decimal places; without limits only the value."""
+def interval(
+    value: float,
+    low: float | None,
+    high: float | None,
+    *,
+    factor: float = 1.0,
+    sign: bool = False,
+    least: int | None = None,
+) -> str:
+    """`value [low, high]` times `factor`, all with the same decimal places, at least `least`; else `value` alone."""
+    value *= factor
     if low is None or high is None:
-        return number(value, sign=sign)
+        return number(value, places(value) if least is None else max(least, places(value)), sign)
+    low, high = low * factor, high * factor
     at = places(max(abs(value), abs(low), abs(high)))
+    at = at if least is None else max(at, least)
     half = (high - low) / 2
     if half > 0:
         at = min(max(at, places(half, 2)), at + 3)
@@ -51,7 +62,13 @@ def plural(amount: int, noun: str) -> str:
 
 
 def probability(value: float) -> str:
-    return "< 0.001" if value < 0.001 else number(value, places(value, 2))
+    """Two digits, and more where rounding would carry a p value over 0.05."""
+    if value < 0.001:
+        return "< 0.001"
+    digits = 2
+    while digits < 6 and (round(value, places(value, digits)) < 0.05) != (value < 0.05):
+        digits += 1
+    return number(value, places(value, digits))
 
 
 def percent(fraction: float) -> str:

@@ -46,6 +46,12 @@ class Row:
     mode: str | None
 
     @property
+    def known(self) -> float:
+        """The value of a row that must have one."""
+        assert self.value is not None
+        return self.value
+
+    @property
     def key(self) -> tuple[str, int | None, str, str, int | None]:
         return self.arm, self.seed, self.phase, self.metric, self.context
 
@@ -116,9 +122,7 @@ class Record:
     def _index(self) -> dict[tuple, Row]:
         return {row.key: row for row in self.rows}
 
-    def row(
-        self, arm: str, phase: str, metric: str, context: int | None = None, seed: int | None = None
-    ) -> Row | None:
+    def row(self, arm: str, phase: str, metric: str, context: int | None = None, seed: int | None = None) -> Row | None:
         return self._index.get((arm, seed, phase, metric, context))
 
     def per_seed(self, arm: str, phase: str, metric: str, context: int | None = None) -> list[Row]:
@@ -152,7 +156,7 @@ class Record:
 
         def concerns(cell: str | None) -> bool:
             parts = (cell or "").split("/")
-            return parts[0] == arm and (len(parts) < 3 or (phase in MEASURED_PHASES and parts[2] == own))
+            return parts[0] == arm and (len(parts) < 3 or parts[2] in ("train", own))
 
         causes = [f"{one['cell']}: {one['message']}" for one in self.failures if concerns(one["cell"])]
         causes = causes or [f"missing from the run: {cell}" for cell in self.missing if concerns(cell)]
@@ -180,9 +184,7 @@ def read(run: Path) -> Record:
         )
     for key in ("run_id", "experiment", "title", "status", "missing", "failures", "warnings", "arms"):
         if key not in result:
-            raise RunFailedError(
-                f"{run / 'result.json'}: the key '{key}' is missing; `lab verify` checks a run"
-            )
+            raise RunFailedError(f"{run / 'result.json'}: the key '{key}' is missing; `lab verify` checks a run")
     result = {
         "baselines": None,
         "verdicts": [],
@@ -278,9 +280,7 @@ def _lines(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except json.JSONDecodeError as error:
             if position + 1 < len(lines):
-                raise RunFailedError(
-                    f"{path} line {at}: not valid JSON: {error}; the file is damaged"
-                ) from None
+                raise RunFailedError(f"{path} line {at}: not valid JSON: {error}; the file is damaged") from None
             remarks.append(f"{path.parent.name}/{path.name}: the last line is torn and was left out")
     return found
 
@@ -310,9 +310,7 @@ def _curve(path: Path, cell: str, remarks: list[str]) -> Curve | None:
     loss = np.array([steps[step][1] for step in at], dtype=float)
     if np.isnan(loss).any():
         first = int(at[np.isnan(loss)][0])
-        remarks.append(
-            f"{cell}: the training loss is not finite at step {first} ({np.isnan(loss).sum()} steps)"
-        )
+        remarks.append(f"{cell}: the training loss is not finite at step {first} ({np.isnan(loss).sum()} steps)")
     validated = np.array(sorted(points))
     return Curve(
         tokens=tokens,
@@ -329,7 +327,7 @@ def _rows(raw: list[dict[str, Any]], path: Path, remarks: list[str]) -> list[Row
         for key in ("arm", "phase", "metric"):
             if key not in one:
                 raise RunFailedError(f"{path}: rows[{at}] has no '{key}'; `lab verify` checks a run")
-        values = {name: one.get(name) for name in COLUMNS}
+        values: dict[str, Any] = {name: one.get(name) for name in COLUMNS}
         for name in ("value", "ci_low", "ci_high", "p5", "p95"):
             values[name] = _finite(values[name], None)
         if one.get("value") is not None and values["value"] is None:

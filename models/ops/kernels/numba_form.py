@@ -24,7 +24,16 @@ def selective_scan(
         t is not None and t.requires_grad for t in (u, dt, A, B, C, D, z, dt_bias, initial_state)
     )
     y, state, _ = numba_scan.scan(
-        u.contiguous(), dt.contiguous(), A, B.contiguous(), C.contiguous(), D, z, dt_bias, before, needs_gradient
+        u.contiguous(),
+        dt.contiguous(),
+        A,
+        B.contiguous(),
+        C.contiguous(),
+        D,
+        z,
+        dt_bias,
+        before,
+        needs_gradient,
     )
     return y.to(dtype), state.transpose(1, 2)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models.ops.kernels.numba_runtime import LN_2, LOG2_E, compiled, exp2, run_tasks, sigmoid, softplus
 
-L = 64  # channels per task: 16 states x 64 channels x 4 bytes = 4 KiB of state
+L = 128  # channels per task: 16 states x 128 channels x 4 bytes = 8 KiB of state
 Q = 16  # steps between kept states
 
 

@@ -38,9 +38,7 @@ def test_stdlib_is_the_library_without_tests_installed_packages_and_machine_spec
     assert names[len(modules) :] == sorted(names[len(modules) :])
     for name in modules:
         parts = set(Path(name).parts)
-        assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}, (
-            name
-        )
+        assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}, name
         assert not Path(name).name.startswith(("test_", "_sysconfigdata")), name
         assert not name.startswith("config-"), name
     assert "pydoc_data/topics.py" not in names
@@ -70,9 +68,7 @@ def test_a_folder_gives_one_document_per_visible_text_file(tmp_path: Path):
     for name in ("z.txt", "b/A.MD", "b/n.py", ".hidden.txt", ".git/x.txt", "photo.png"):
         (tmp_path / name).write_text(f"one\n\ntwo {name}\r\n", newline="")
     os.symlink(tmp_path, tmp_path / "b" / "loop")
-    assert documents(tmp_path) == [
-        Document(name, f"one\n\ntwo {name}\r\n") for name in ("b/A.MD", "b/n.py", "z.txt")
-    ]
+    assert documents(tmp_path) == [Document(name, f"one\n\ntwo {name}\r\n") for name in ("b/A.MD", "b/n.py", "z.txt")]
 
 
 def test_a_folder_without_text_names_the_suffixes(tmp_path: Path):

@@ -145,9 +145,7 @@ def test_max_bytes_bounds_the_text_and_keeps_smaller_choices_inside_larger_ones(
         sizes[limit] = sum(small.facts["bytes"].values())
         assert limit - 120 < sizes[limit] <= limit
         assert small.facts["beyond_max_bytes"] == 60 - sum(small.facts["documents"].values())
-    order = write(tmp_path / "other", some_texts()[::-1]).model_copy(
-        update={"max_bytes": 4_000, "vocabulary": 260}
-    )
+    order = write(tmp_path / "other", some_texts()[::-1]).model_copy(update={"max_bytes": 4_000, "vocabulary": 260})
     renamed = prepare(order, tmp_path / "cache")
     again = prepare(data.model_copy(update={"max_bytes": 4_000, "vocabulary": 260}), tmp_path / "cache")
     for split in SPLITS:
@@ -306,9 +304,7 @@ def test_a_folder_that_is_not_there_is_an_error_not_a_traceback(tmp_path: Path):
         Dataset.load(tmp_path / "nothing")
 
 
-def test_an_interrupted_preparation_leaves_nothing(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupted_preparation_leaves_nothing(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupt(*_: object) -> float:
         raise KeyboardInterrupt
 
@@ -360,6 +356,13 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(data: Data, tmp_path: P
             prepare(data, cache)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_is_somebody_elses_names_the_remedy(data: Data, tmp_path: Path):
+    (tmp_path / "theirs").mkdir(mode=0)
+    with pytest.raises(EnvironmentLacksError, match=r"Permission denied\); set LAB_CACHE"):
+        prepare(data, tmp_path / "theirs" / "cache")
+
+
 def test_a_full_disk_names_the_remedy_and_leaves_nothing(data: Data, tmp_path: Path, monkeypatch):
     def full(*_: object) -> float:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -386,6 +389,12 @@ def test_too_little_text(tmp_path: Path, texts: list[str], expected: str):
     with pytest.raises(CorpusError, match=expected):
         prepare(write(tmp_path / "corpus", texts), tmp_path / "cache")
     assert not (tmp_path / "cache").exists() or os.listdir(tmp_path / "cache") == []
+
+
+def test_a_single_file_of_blank_lines(tmp_path: Path):
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    with pytest.raises(CorpusError, match="holds no text"):
+        prepare(Data(corpus="text", path=str(tmp_path / "blank.txt")), tmp_path / "cache")
 
 
 def test_max_bytes_below_every_document(data: Data, tmp_path: Path):

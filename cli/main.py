@@ -1,0 +1,288 @@
+"""The command line: parse, call one function, print. Results go to stdout, progress and messages to stderr.
+
+Imports that cost time (torch, pandas, the experiments) stand inside the commands, so that `lab --help` is quick.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+OK, FAILED, USAGE, LACKING, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 5, 130
+
+app = typer.Typer(
+    name="lab",
+    help="The comparison lab for sequence models: transformers and state-space models, measured alike.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="The folder of run directories.")]
+RunName = Annotated[
+    str | None, typer.Argument(help="A run directory or the name of one in --out; the latest if left out.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+
+
+def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A person's or a machine's mistake becomes one line on stderr and its exit code, never a traceback."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from experiments.measurement.process import quiet_thread_pools
+
+        quiet_thread_pools()
+        from experiments.errors import CorpusError, EnvironmentLacksError, LabError, SpecError
+        from models.errors import BackendUnavailableError, ConfigError
+
+        try:
+            return command(*args, **kwargs)
+        except (SpecError, CorpusError, ConfigError) as error:
+            fail(error, USAGE)
+        except (EnvironmentLacksError, BackendUnavailableError) as error:
+            fail(error, LACKING)
+        except LabError as error:
+            fail(error, FAILED)
+        except KeyboardInterrupt:
+            fail("interrupted before anything was measured", INTERRUPTED)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of stdout went away: nothing left to say
+            raise typer.Exit(OK) from None
+
+    return wrapped
+
+
+def fail(error: object, code: int) -> None:
+    typer.echo(f"lab: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(code)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+@app.command()
+@one_line_errors
+def run(
+    experiment: Annotated[str, typer.Argument(help="A built-in experiment (see below) or a TOML file.")],
+    profile: Annotated[str | None, typer.Option(help="smoke, cpu or cuda; by default the one for the device.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. training.steps=100. Repeatable."),
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Only these arms, separated by commas; the first is the baseline.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Use this many seeds.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Out = Path("runs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved specification and the cells; run nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run an experiment: train, evaluate, measure, report.
+
+    Built in: compare (transformer or Mamba?), learning-rate (which rate, by validation?).
+    The same specification continues an unfinished run in --out. Exit codes: 0 complete, 1 failed, 2 bad usage,
+    3 the machine lacks something, 5 some cells failed, 130 interrupted (repeat the command to go on).
+    """
+    from cli.progress import Progress
+    from experiments import runner, store
+    from experiments.errors import SpecError
+    from experiments.spec import load
+    from models.errors import nearest
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise SpecError(f"unknown device '{device}': {nearest(device, ('auto', 'cpu', 'cuda'))}")
+    spec = load(
+        experiment, profile=profile, assignments=set_ or (), seeds=seeds, device=runner.resolve_device(device),
+        arms=[arm.strip() for arm in arms.split(",")] if arms is not None else (),
+    )  # fmt: skip
+    if dry_run:
+        runner.check(spec)
+        cells = [cell.name for cell in store.plan(spec)]
+        if as_json:
+            print_json({"spec": spec.model_dump(mode="json"), "cells": cells})
+        else:
+            typer.echo(spec.to_toml() + f"\n# {len(cells)} cells: " + ", ".join(cells))
+        return
+    finish(lambda listener: runner.run(spec, out, command=_command(), listener=listener), Progress(), as_json)
+
+
+@app.command()
+@one_line_errors
+def resume(name: RunName = None, out: Out = Path("runs"), as_json: AsJson = False) -> None:
+    """Finish an interrupted run; cells that failed are tried again."""
+    from cli.progress import Progress
+    from experiments import runner, store
+
+    directory = store.find(name, out)
+    spec = directory.experiment()
+    finish(
+        lambda listener: runner.run(
+            spec, directory.path.parent, command=_command(), listener=listener, into=directory
+        ),
+        Progress(), as_json,
+    )  # fmt: skip
+
+
+def finish(start: Callable[[Any], Any], progress: Any, as_json: bool) -> None:
+    """Run, then print the result and leave with the code that says how it went."""
+    from experiments import report, store
+    from experiments.runner import InterruptedRunError
+
+    try:
+        with progress:
+            directory = start(progress)
+    except InterruptedRunError as error:
+        missing = ", ".join(error.missing[:4]) + (", ..." if len(error.missing) > 4 else "")
+        fail(
+            f"interrupted; kept in {error.run.path}; missing: {missing}; the same command goes on",
+            INTERRUPTED,
+        )
+    result = store.read_json(directory.path / "result.json")
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(report.render(directory.path, "table"))
+        typer.echo(f"\n{directory.path}/report.html", err=True)
+    if result["failures"]:
+        count = len(result["failures"])
+        fail(f"{count} cell{'s' if count > 1 else ''} failed, first {result['failures'][0]['cell']}: "
+             f"{result['failures'][0]['message']}", SOME_FAILED)  # fmt: skip
+
+
+@app.command()
+@one_line_errors
+def report(
+    name: RunName = None,
+    format: Annotated[str, typer.Option(help="table, md, html, csv or json.")] = "table",
+    open_: Annotated[bool, typer.Option("--open", help="Open report.html in a browser.")] = False,
+    out: Out = Path("runs"),
+) -> None:
+    """Read a result, the latest by default."""
+    from experiments import store
+    from experiments.errors import SpecError
+    from experiments.report import render
+    from models.errors import nearest
+
+    formats = ("table", "md", "html", "csv", "json")
+    if format not in formats:
+        raise SpecError(f"unknown format '{format}': {nearest(format, formats)}")
+    directory = store.find(name, out)
+    typer.echo(render(directory.path, format))  # type: ignore[arg-type]
+    if open_:
+        typer.launch(str(directory.path / "report.html"))
+
+
+@app.command()
+@one_line_errors
+def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
+    """List runs, oldest first."""
+    from experiments import store
+
+    listed = [store.summary(directory) for directory in store.runs(out)]
+    if as_json:
+        print_json(listed)
+        return
+    if not listed:
+        typer.echo(f"no runs in '{out}'; make one with: lab run compare", err=True)
+    for one in listed:
+        typer.echo(f"{one['run']}  {one['status']:<10}  {one['profile'] or '-':<5}  {', '.join(one['arms'])}")
+
+
+@app.command()
+@one_line_errors
+def models(as_json: AsJson = False) -> None:
+    """List the presets: parameters, mixer, bytes of decode state."""
+    from models import cost
+    from models.presets import PRESETS
+
+    listed = []
+    for name, config in PRESETS.items():
+        count = cost.parameters(config)
+        state = {str(T): cost.state_bytes(config, 1, T, 2) for T in (1024, 16384)}
+        listed.append({
+            "model": name, "mixer": config.mixer.kind, "layers": config.layers, "width": config.width,
+            "parameters": count.total, "non_embedding": count.non_embedding, "active": count.active,
+            "feedforward": config.feedforward.kind if config.feedforward else None, "state_bytes_16bit": state,
+        })  # fmt: skip
+    if as_json:
+        print_json(listed)
+        return
+    typer.echo(f"{'model':<18}{'mixer':<11}{'layers':>6}{'width':>7}{'parameters':>13}{'non-embedding':>15}"
+               f"{'state at 1k':>13}{'at 16k':>10}   (16-bit state, MB = 10^6)")  # fmt: skip
+    for one in listed:
+        short, long = (f"{one['state_bytes_16bit'][T] / 1e6:.3g} MB" for T in ("1024", "16384"))
+        typer.echo(f"{one['model']:<18}{one['mixer']:<11}{one['layers']:>6}{one['width']:>7}{one['parameters']:>13,}"
+                   f"{one['non_embedding']:>15,}{short:>13}{long:>10}")  # fmt: skip
+
+
+@app.command()
+@one_line_errors
+def generate(
+    name: Annotated[str, typer.Argument(help="A run directory or the name of one in --out; 'latest' for the latest.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    arm: Annotated[str | None, typer.Option(help="Which arm; every one by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    trained_seed: Annotated[int | None, typer.Option(help="Which trained seed; the first by default.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the highest score.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the fewest that reach this probability.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt with the trained arms of a run."""
+    from experiments import runner, store
+    from experiments.inference import continuations
+    from models.generation import Sampling
+
+    directory = store.find(None if name == "latest" else name, out)
+    texts = continuations(
+        directory, prompt, tokens, Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+        arm=arm, trained_seed=trained_seed, seed=seed, device=runner.resolve_device(device),
+    )  # fmt: skip
+    if as_json:
+        print_json([text.to_dict() for text in texts])
+        return
+    for text in texts:
+        typer.echo(f"[{text.arm}] {text.prompt}{text.text}")
+        typer.echo(f"{text.tokens} tokens, {text.tokens_per_s:.0f} tokens/s with prefill, "
+                   f"{text.state_bytes:,} bytes of state", err=True)  # fmt: skip
+
+
+@app.command()
+@one_line_errors
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has: CPU, GPU, versions, and which form of each heavy operation would run."""
+    from experiments.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json(findings)
+        return
+    for name, value in findings["environment"].items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {version}" for key, version in value.items())
+        typer.echo(f"{name:<18} {'-' if value is None else value}")
+    typer.echo()
+    for form in findings["forms"]:
+        typer.echo(f"{form['form']:<10} on {form['device']:<5} {form['problem'] or 'runs, agrees with the reference'}")
+
+
+def _command() -> str:
+    return shlex.join(["lab", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    app()

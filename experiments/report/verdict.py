@@ -1,0 +1,154 @@
+"""What stands at the top: what must be known before any number is read, and the verdict with its limits."""
+
+from collections import Counter
+from typing import Any
+
+from experiments.report import curves
+from experiments.report.document import Block, Notice, Section, Text, Verdict
+from experiments.report.numbers import count, interval, plural
+from experiments.report.record import Record
+from experiments.report.tables import WITHIN, evidence, standing
+
+HEADLINES = 8  # verdicts told as sentences; the table of comparisons has every one
+
+
+def notices(record: Record) -> list[Notice]:
+    found = []
+    if record.result["status"] != "complete":
+        points = [f"{one['cell'] or 'the run'}: {one['message']}" for one in record.failures]
+        failed = {one["cell"] for one in record.failures}
+        points += [f"{cell}: missing" for cell in record.missing if cell not in failed]
+        lost = len({*record.missing, *(one["cell"] for one in record.failures)})
+        title = f"This run is partial: {plural(lost, 'planned cell')} gave no result. What follows rests on the rest."
+        found.append(Notice("failure", title, _first(points)))
+    elif record.failures:
+        points = [f"{one['cell'] or 'the run'}: {one['message']}" for one in record.failures]
+        found.append(Notice("failure", f"{plural(len(record.failures), 'failure')} during this run", _first(points)))
+    refused = Counter(
+        (row.arm, row.phase, row.reason or "no reason recorded")
+        for row in record.rows
+        if not row.comparable and row.seed is None
+    )
+    if refused:
+        points = [
+            f"{arm}, {phase} ({plural(lines, 'number')}): {reason}" for (arm, phase, reason), lines in refused.items()
+        ]
+        title = "Some numbers must not be compared across arms; they are marked and decide nothing"
+        found.append(Notice("warning", title, _first(points)))
+    differing = _differing_data(record)
+    if differing:
+        title = "The arms of these seeds were trained on different tokens: their difference means nothing"
+        found.append(Notice("failure", title, _first([f"seed {seed}" for seed in differing])))
+    return found
+
+
+def _first(points: list[str], limit: int = 8) -> tuple[str, ...]:
+    rest = len(points) - limit
+    more = (f"and {rest} more, listed under warnings and failures",) if rest > 0 else ()
+    return tuple(points[:limit]) + more
+
+
+def _differing_data(record: Record) -> list[str]:
+    """Seeds whose arms report different hashes of the training tokens."""
+    found: dict[str, set[str]] = {}
+    for arm in record.result["arms"].values():
+        for seed, digest in (arm.get("data_sha256") or {}).items():
+            found.setdefault(seed, set()).add(digest)
+    return sorted(seed for seed, digests in found.items() if len(digests) > 1)
+
+
+def verdict(record: Record) -> Section:
+    blocks: list[Block] = []
+    if record.sweep:
+        intro = (
+            "A sweep chooses a learning rate on the validation split. The test split was not read, so "
+            "this run says nothing about which architecture is better."
+        )
+        blocks += _best_rates(record)
+    else:
+        intro = (
+            "Arms are paired by seed: the same batches in the same order, the same recipe. A difference "
+            "is called resolved when a paired t test over the seeds gives p < 0.05 after Holm's "
+            "correction for making several comparisons, or when it is the same at every seed."
+        )
+        chosen = headlines(record.verdicts)
+        for one in chosen:
+            tone, text = standing(one)
+            blocks.append(Verdict(tone, one["sentence"], text, evidence(record, one)))
+        rest = len(record.verdicts) - len(chosen)
+        if rest > 0:
+            blocks.append(Text(f"{plural(rest, 'further comparison')}: see the table of paired comparisons."))
+        if not record.verdicts:
+            alone = len(record.arms) < 2
+            said = "This run has one arm, so it compares nothing." if alone else "This run recorded no comparison."
+            blocks.append(Text(said))
+    blocks.append(Text(_limits(record)))
+    return Section("verdict", "Verdict", intro, blocks)
+
+
+def headlines(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts told as sentences: quality first; of a metric at several contexts, the longest."""
+    longest: dict[tuple, dict[str, Any]] = {}
+    for one in verdicts:
+        key = (one["phase"], one["metric"], one["a"], one["b"])
+        if key not in longest or (one["context"] or 0) > (longest[key]["context"] or 0):
+            longest[key] = one
+    order = ["quality", "train", "load", "prefill", "decode"]
+    ranked = sorted(longest.values(), key=lambda one: order.index(one["phase"]) if one["phase"] in order else 9)
+    return ranked[:HEADLINES]
+
+
+def _limits(record: Record) -> str:
+    """What nobody may read into this run."""
+    sizes = sorted({arm["parameters"] for arm in record.result["arms"].values() if arm.get("parameters")})
+    if not sizes:
+        size = "one model size"
+    elif sizes[0] == sizes[-1]:
+        size = f"one model size ({count(sizes[0])} parameters)"
+    else:
+        size = f"one model size per arm ({count(sizes[0])} to {count(sizes[-1])} parameters)"
+    corpus = record.environment.get("data", {}).get("corpus") or record.spec.get("data", {}).get("corpus")
+    text = f"one corpus ({corpus})" if corpus else "one corpus"
+    where = f"one machine ({machine(record.environment)})" if record.environment else "one machine"
+    recipe = record.spec.get("training", {})
+    budget = ""
+    if {"steps", "batch", "accumulate", "context"} <= recipe.keys():
+        tokens = recipe["steps"] * recipe["batch"] * recipe["accumulate"] * recipe["context"]
+        budget = f", {count(tokens)} training tokens at context {count(recipe['context'])}"
+    return (
+        f"What this run does not show: it has {size}, {text}{budget} and {where}, and "
+        f"{plural(len(record.seeds), 'seed')}. It says nothing about larger models, other text, longer "
+        "training, other hardware or other settings, and an interval covers the spread over seeds only."
+    )
+
+
+def machine(environment: dict[str, Any]) -> str:
+    name = environment.get("gpu") or environment.get("cpu") or "unnamed machine"
+    threads = environment.get("threads")
+    return name if environment.get("gpu") or not threads else f"{name}, {plural(threads, 'thread')}"
+
+
+def _best_rates(record: Record) -> list[Block]:
+    """The chosen rates; one at the edge of what was tried and gave a result is no choice yet."""
+    blocks: list[Block] = []
+    for base in curves.sweep_rates(record):
+        values = curves.rate_rows(record, base)
+        if not values:
+            blocks.append(Verdict("blocked", f"{base}: no learning rate has a result.", "no result", ""))
+            continue
+        best = curves.best_rate(record, base)
+        row = values[best]
+        value = interval(row.known, row.ci_low, row.ci_high, least=3)
+        numbers = f"Validation bits per byte at {best:g}: {value} bits/byte"
+        spread = f" ({WITHIN}); n = {plural(row.n, 'seed')}" if row.ci_low is not None else "; n = 1 seed, no interval"
+        sentence = f"{base}: of the rates tried, {best:g} has the lowest mean validation bits per byte."
+        if len(values) == 1:
+            end = "the only rate with a result"
+        elif best in (min(values), max(values)):
+            end = f"the {'lowest' if best == min(values) else 'highest'} rate with a result"
+        else:
+            blocks.append(Verdict("resolved", sentence, "inside the grid", numbers + spread))
+            continue
+        warning = f"at the grid's edge ({end}): widen the grid before using it"
+        blocks.append(Verdict("open", sentence, warning, numbers + spread))
+    return blocks

@@ -1,0 +1,131 @@
+"""Numbers as they are printed, against the numbers themselves."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from experiments.report import curves, numbers
+
+VALUES = st.floats(min_value=-1e12, max_value=1e12, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-9)
+
+
+def parsed(text: str) -> float:
+    return float(text.replace(",", "").replace("−", "-"))
+
+
+@given(VALUES)
+def test_three_significant_digits(value: float) -> None:
+    shown = parsed(numbers.number(value))
+    assert math.isclose(shown, value, rel_tol=0.5e-2 + 1e-9, abs_tol=0)
+    digits = re.sub(r"[^\d]", "", numbers.number(value)).lstrip("0")
+    assert value == 0 or len(digits) >= 3
+
+
+@given(VALUES, st.floats(min_value=0, max_value=1e9), st.floats(min_value=0, max_value=1e9))
+def test_interval_keeps_its_three_numbers(value: float, below: float, above: float) -> None:
+    low, high = value - below, value + above
+    assume(max(abs(low), abs(value), abs(high)) > 1e-9)
+    text = numbers.interval(value, low, high)
+    found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", text)
+    assert found
+    largest = max(abs(low), abs(value), abs(high))
+    for shown, true in zip(found.groups(), (value, low, high), strict=True):
+        assert abs(parsed(shown) - true) <= 0.5e-2 * largest * (1 + 1e-9)
+    assert len({len(shown.partition(".")[2]) for shown in found.groups()}) == 1
+    assert parsed(found[2]) <= parsed(found[1]) <= parsed(found[3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((2.03124, 2.0111, 2.0514), "2.031 [2.011, 2.051]"),
+        ((-0.0429, -0.0483, -0.0375), "−0.0429 [−0.0483, −0.0375]"),
+        ((0.0003, -0.0197, 0.0203), "0.0003 [−0.0197, 0.0203]"),
+        ((12345.6, 11111.0, 13579.0), "12,300 [11,100, 13,600]"),
+        ((18.1, 18.1, 18.1), "18.1 [18.1, 18.1]"),
+        ((5.0, None, None), "5.00"),
+    ],
+)
+def test_intervals(arguments: tuple, text: str) -> None:
+    assert numbers.interval(*arguments) == text
+
+
+def test_factor_and_least_places() -> None:
+    assert numbers.interval(2.5e6, 2e6, 3e6, factor=1e-6) == "2.50 [2.00, 3.00]"
+    assert numbers.interval(2.0, None, None, least=3) == "2.000"
+    assert numbers.interval(0.5, 0.4, 0.6, sign=True) == "+0.500 [+0.400, +0.600]"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(9.996, "10.0"), (0.0999999, "0.100"), (999.6, "1,000"), (0, "0"), (-0.0, "0"), (1234567, "1,230,000")],
+)
+def test_rounding_that_gains_a_digit(value: float, text: str) -> None:
+    assert numbers.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "expected"),
+    [
+        ([999], "bytes", (1.0, "B")),
+        ([1500, None], "bytes", (1e-3, "kB")),
+        ([131_072, 8_388_608], "bytes", (1e-6, "MB")),
+        ([9.9e9], "bytes", (1e-6, "MB")),
+        ([1e10], "bytes", (1e-9, "GB")),
+        ([2.7e7], "FLOP/token", (1e-6, "MFLOP/token")),
+        ([0.9], "x", (1.0, "×")),
+        ([2.0], "bits/byte", (1.0, "bits/byte")),
+        ([], "bytes", (1.0, "B")),
+    ],
+)
+def test_scale(values: list, unit: str, expected: tuple) -> None:
+    factor, shown = numbers.scale(values, unit)
+    assert math.isclose(factor, expected[0])
+    assert shown == expected[1]
+
+
+@given(st.floats(min_value=0, max_value=1))
+def test_a_p_value_never_crosses_the_threshold(p: float) -> None:
+    text = numbers.probability(p)
+    if text.startswith("<"):
+        assert p < 0.001
+    else:
+        assert (parsed(text) < 0.05) == (p < 0.05) or abs(p - 0.05) < 1e-6
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.08, "+8.00%"), (-0.0171, "−1.71%"), (1e-7, "0.00%"), (1.18, "+118%")])
+def test_percent(share: float, text: str) -> None:
+    assert numbers.percent(share) == text
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 8))
+def test_smoothing_is_the_mean_of_the_last_steps(values: list[float], width: int) -> None:
+    expected = [np.mean(values[max(0, at + 1 - width) : at + 1]) for at in range(len(values))]
+    np.testing.assert_allclose(curves.smoothed(np.array(values), width), expected, atol=1e-9)
+
+
+def test_smoothing_survives_a_step_that_is_not_finite() -> None:
+    shown = curves.smoothed(np.array([1.0, np.nan, 3.0, 5.0]), 2)
+    np.testing.assert_allclose(shown, [1.0, 1.0, 3.0, 4.0])
+
+
+def test_mean_over_seeds_only_where_all_have_come() -> None:
+    long = (np.array([0.0, 10, 20]), np.array([5.0, 4, 3]))
+    short = (np.array([0.0, 10]), np.array([7.0, 6]))
+    found = curves.mean([long, short])
+    assert found is not None
+    np.testing.assert_array_equal(found[0], [0, 10])
+    np.testing.assert_array_equal(found[1], [6, 5])
+
+
+@given(st.integers(1, 300))
+def test_bins_of_positions_cover_every_position_once(T: int) -> None:
+    ones, ramp = curves._binned(np.ones(T)), curves._binned(np.arange(1.0, T + 1))
+    np.testing.assert_allclose(ones[1], 1)
+    assert (np.diff(ones[0]) > 0).all()
+    assert ramp[1][0] == 1  # the first position stands alone
+    assert ones[0][-1] <= T
