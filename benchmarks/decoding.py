@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py [--json]
 
-About 1.2M parameters (the size of the cpu profile), float32, batch 1, a prompt of 64 tokens, 128 new tokens; both sides are timed over the whole
-call, prefill included, and must produce the same tokens.
+About 1.2M parameters (the size of the cpu profile), float32, batch 1, a prompt of 64 tokens, 128 new tokens. Both sides
+are timed over the whole call, prefill included, and must produce the same tokens.
 """
 
 from experiments.measurement.process import quiet_thread_pools

@@ -10,7 +10,7 @@ from models.language_model import LanguageModel
 
 def llama(model: LanguageModel, positions: int) -> LlamaForCausalLM:
     config, mixer = model.config, model.config.mixer
-    assert isinstance(mixer, ours.AttentionConfig)
+    assert isinstance(mixer, ours.AttentionConfig) and config.feedforward_hidden is not None  # noqa: PT018
     theirs = LlamaForCausalLM(LlamaConfig(
         vocab_size=config.vocabulary, hidden_size=config.width, intermediate_size=config.feedforward_hidden,
         num_hidden_layers=config.layers, num_attention_heads=mixer.heads,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from experiments.data.batches import windows
+from experiments.data.batches import Batches, windows
 from experiments.data.dataset import TokenSplit
 from experiments.training import autocast, token_loss
 from models.language_model import LanguageModel
@@ -62,8 +62,8 @@ def evaluate(model: LanguageModel, split: TokenSplit, *, context: int, batch: in
 
 @torch.no_grad()
 def mean_loss(model: LanguageModel, split: TokenSplit, *, context: int, sequences: int, precision: str) -> float:
-    """Nats per token over the first `sequences` windows of a split: a point of the validation curve."""
-    inputs, targets = next(iter(windows(split.tokens, context=context, batch=sequences)))
+    """Nats per token over `sequences` fixed windows from all over a split: a point of the validation curve."""
+    inputs, targets = Batches(split.tokens, context=context, batch=sequences, seed=0).at(0)
     model.eval()
     with autocast(precision, model.device):
         loss = token_loss(model, inputs.to(model.device), targets.to(model.device)).item()

@@ -181,18 +181,10 @@ def _run_cells(
 
         try:
             if cell.kind == "train":
-                arguments = (
-                    cells.train_cell,
-                    experiment,
-                    cell.arm,
-                    arms[cell.arm],
-                    cell.seed,
-                    dataset.folder,
-                    folder,
-                )
+                work, details = cells.train_cell, (cell.arm, arms[cell.arm], cell.seed)
             else:
-                arguments = (cells.measure_cell, experiment, cell.kind, cell.context, dataset.folder, folder)
-            result = run_fresh(*arguments, on_message=on_message)
+                work, details = cells.measure_cell, (cell.kind, cell.context)
+            result = run_fresh(work, experiment, *details, dataset.folder, folder, on_message=on_message)
         except CellFailedError as error:
             directory.fail(cell, str(error), error.detail)
             directory.event("failure", str(error), cell.name)

@@ -90,7 +90,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _comparison(differences: np.ndarray, interval: Interval) -> Comparison:
-    spread = len(differences) > 1 and np.ptp(differences) > 0
-    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if spread else None
-    exact = len(differences) > 1 and not spread and differences[0] != 0
+    spread = bool(len(differences) > 1 and np.ptp(differences) > 0)
+    p = float(stats.ttest_1samp(differences, 0.0)[1]) if spread else None
+    exact = bool(len(differences) > 1 and not spread and differences[0] != 0)
     return Comparison(interval, p, exact, tuple(differences.tolist()))

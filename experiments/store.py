@@ -402,10 +402,12 @@ def _warnings(run: RunDirectory, cells: list[Cell], environment: dict[str, Any],
         result = run.result(cell)
         if result and result.get("noisy"):
             warnings.append(f"{cell.name}: noisy timing (95th percentile over 1.5 times the median)")
-    for cell, result in trained.items():
-        for gate in result["gates"]:
-            if not gate["passed"]:
-                warnings.append(f"{cell.group}: gate '{gate['name']}' failed: {gate['value']:.3g} > {gate['limit']:g}")
+    warnings += [
+        f"{cell.group}: gate '{gate['name']}' failed: {gate['value']:.3g} > {gate['limit']:g}"
+        for cell, result in trained.items()
+        for gate in result["gates"]
+        if not gate["passed"]
+    ]
     return warnings
 
 

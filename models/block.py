@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.feedforward import FEEDFORWARDS
-from models.mixers import MIXERS
+from models.mixers import MIXERS, Mixer
+from models.norm import RMSNorm
 from models.state import State
 
 
@@ -14,12 +15,19 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.width, config.norm_eps)
-        self.mixer = MIXERS[config.mixer.kind](config, device)
+        self.mixer_norm = RMSNorm(config, device)
+        self.mixer: Mixer = MIXERS[config.mixer.kind](config, device)
         self.feedforward_norm = self.feedforward = None
         if config.feedforward is not None:
-            self.feedforward_norm = nn.RMSNorm(config.width, config.norm_eps)
+            self.feedforward_norm = RMSNorm(config, device)
             self.feedforward = FEEDFORWARDS[config.feedforward.kind](config)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        self.mixer_norm.reset_parameters()
+        self.mixer.reset_parameters(generator)
+        if self.feedforward is not None and self.feedforward_norm is not None:
+            self.feedforward_norm.reset_parameters()
+            self.feedforward.reset_parameters(generator)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         y, state = self.mixer(self.mixer_norm(x), state)

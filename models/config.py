@@ -22,7 +22,7 @@ class AttentionConfig:
     heads: int
     kv_heads: int | None = None  # None: as many as heads
     rotary_base: float = 10000.0
-    backend: str = "auto"  # auto, sdpa, reference
+    backend: str = "auto"  # auto, reference, sdpa, numba
 
     def __post_init__(self) -> None:
         _positive(self, "heads")

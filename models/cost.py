@@ -86,7 +86,8 @@ def state_formula(config: ModelConfig) -> str:
         kv = (mixer.kv_heads or mixer.heads) * (D // mixer.heads)
         return f"{config.layers} layers x 2 x {kv} elements per token"
     assert isinstance(mixer, MambaConfig)
-    return f"{config.layers} blocks x {mixer.expand * D} x ({mixer.state} + {mixer.conv_width}) elements, whatever the length"
+    size = f"{config.layers} blocks x {mixer.expand * D} x ({mixer.state} + {mixer.conv_width})"
+    return f"{size} elements, whatever the length"
 
 
 def weight_bytes(config: ModelConfig, element_size: int) -> int:

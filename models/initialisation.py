@@ -3,8 +3,8 @@
 Every linear layer is uniform in +-1/sqrt(fan-in), which is torch's default and what `mamba_ssm` leaves in place;
 the layers that write to the residual stream are divided by sqrt(number of residual branches), as `mamba_ssm` and
 GPT-2 do; the embedding (and an untied head) is normal with standard deviation 1/(4 sqrt(width)), so that the first
-logits have standard deviation 1/4 at every width and the first loss lies within 1% of ln(vocabulary). Mixers add what is
-their own (Mamba's dt and A).
+logits have standard deviation 1/4 at every width and the first loss lies within 1% of ln(vocabulary). Mixers add
+what is their own (Mamba's dt and A).
 """
 
 import math

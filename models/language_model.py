@@ -3,6 +3,9 @@
 B: batch   T: time   D: width   V: vocabulary
 """
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from models.block import Block
 from models.config import ModelConfig
 from models.initialisation import reset_embedding
+from models.norm import RMSNorm
 from models.ops.kernels import Selection
 from models.state import ModelState
 
@@ -42,8 +46,8 @@ class LanguageModel(nn.Module):
                 # from_pretrained: the constructor would draw numbers, which on the meta device imports a compiler
                 weight = torch.empty(config.vocabulary, config.width)
                 self.embedding = nn.Embedding.from_pretrained(weight, freeze=False)
-                self.blocks = nn.ModuleList(Block(config, device) for _ in range(config.layers))
-                self.norm = nn.RMSNorm(config.width, config.norm_eps)
+                self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config, device) for _ in range(config.layers)))
+                self.norm = RMSNorm(config, device)
                 self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         finally:
             torch.set_default_dtype(default)
@@ -69,11 +73,7 @@ class LanguageModel(nn.Module):
         self.norm.reset_parameters()
         writers = []
         for block in self.blocks:
-            block.mixer_norm.reset_parameters()
-            block.mixer.reset_parameters(generator)
-            if block.feedforward is not None:
-                block.feedforward_norm.reset_parameters()
-                block.feedforward.reset_parameters(generator)
+            block.reset_parameters(generator)
             writers += block.residual_writers()
         for linear in writers:
             linear.weight /= len(writers) ** 0.5

@@ -40,12 +40,17 @@ class KVCache:
 
     def append(self, keys: Tensor, values: Tensor) -> "KVCache":
         """Write (B, H_kv, T, P) after what is there. Raises ConfigError when it does not fit."""
-        end = self.length + keys.shape[2]
+        grown = self.grow(keys.shape[2])
+        self.keys[:, :, self.length : grown.length] = keys
+        self.values[:, :, self.length : grown.length] = values
+        return grown
+
+    def grow(self, tokens: int) -> "KVCache":
+        """With `tokens` more positions, for the caller to fill. Raises ConfigError when there is no room."""
+        end = self.length + tokens
         if end > self.keys.shape[2]:
             raise ConfigError(f"the cache holds {self.keys.shape[2]} tokens, {end} were asked for: raise max_len")
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        return replace(self, length=end)
+        return KVCache(self.keys, self.values, end)
 
     def clone(self) -> "KVCache":
         return replace(self, keys=self.keys.clone(), values=self.values.clone())

@@ -129,7 +129,8 @@ def _md(text: str) -> str:
     text = re.sub(r"([\\`*_~|$])", r"\\\1", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"\](?=[\[(:])", r"\\]", text)
-    text = re.sub(r"^([#+=-]|\d+[.)])(?=\s|$)", r"\\\1", text)
+    text = re.sub(r"^(#{1,6}|[+-]|-{2,}|=+)(?=\s|$)", r"\\\1", text)  # heading, list, rule
+    text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", text)
     return re.sub(r"(?i)\b(https?|ftp|www)(:|\.)", r"\1&#8203;\2", text)  # no automatic link
 
 

@@ -1,6 +1,6 @@
 """Sequence mixers. The contract of each:
 
-    Mixer(config, generator-free)         parameters allocated, not yet initialised
+    Mixer(config, device)                 parameters allocated, not yet initialised
     forward(x, state=None) -> (y, state)  x, y (B, T, D); a state continues a sequence; None wants none back
     step(x, state) -> (y, state)          one token, x, y (B, D)
     make_state(batch, max_len, dtype, device) -> state
@@ -10,7 +10,11 @@
 and in `models.cost`: its FLOPs per token and its state bytes.
 """
 
+from typing import Any
+
 from models.mixers.attention import Attention
 from models.mixers.mamba import Mamba
+
+Mixer = Any  # one of the classes below; each block's state is of its mixer's own type
 
 MIXERS = {"attention": Attention, "mamba": Mamba}

@@ -3,14 +3,16 @@
 B: batch   T: time   D: width   H: heads   K: key-value heads   P: head width, D / H
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from models.config import AttentionConfig, ModelConfig
 from models.errors import ConfigError, nearest
 from models.initialisation import reset_linear
-from models.ops.attention import ATTENTION, rotate
-from models.ops.kernels import Selection
+from models.ops.attention import ATTENTION, rotary_row, rotate
+from models.ops.kernels import Selection, load, select
 from models.state import KVCache
 
 
@@ -24,11 +26,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = mixer.heads, mixer.kv_heads or mixer.heads
         self.head_width = config.width // mixer.heads
         self.rotary_base = mixer.rotary_base
-        name = "sdpa" if mixer.backend == "auto" else mixer.backend
-        if name not in ATTENTION:
-            raise ConfigError(f"unknown backend '{name}' for attention: {nearest(name, (*ATTENTION, 'auto'))}")
-        self.backend = Selection(name, mixer.backend)
-        self.attend = ATTENTION[name]
+        self.backend = _select(mixer.backend, device)
+        self.attend = ATTENTION.get(self.backend.name, ATTENTION["sdpa"])
         self.qkv_proj = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
 
@@ -51,10 +50,29 @@ class Attention(nn.Module):
         return self.o_proj(y), state
 
     def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
-        y, after = self(x[:, None], state)
-        assert after is not None
-        return y[:, 0], after
+        if self.backend.name != "numba" or state.keys.dtype != x.dtype:
+            y, after = self(x[:, None], state)
+            assert after is not None
+            return y[:, 0], after
+        position = state.length
+        after = state.grow(1)
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_width)
+        cos, sin = rotary_row(position, self.head_width, self.rotary_base, x.dtype)
+        y = load("numba").attention_step(qkv, cos, sin, state.keys, state.values, position)
+        return self.o_proj(y), after
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         shape = (batch, self.kv_heads, max_len, self.head_width)
-        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+
+def _select(asked: str, device: torch.device) -> Selection:
+    """`numba` is torch's kernel over sequences and a compiled step for single tokens; `auto` takes it on a CPU and
+    torch's kernel for both on a GPU, which is no fallback there."""
+    names = (*ATTENTION, "numba", "auto")
+    if asked not in names:
+        raise ConfigError(f"unknown backend '{asked}' for attention: {nearest(asked, names)}")
+    if asked in ATTENTION or (asked == "auto" and device.type != "cpu"):
+        return Selection("sdpa" if asked == "auto" else asked, asked)
+    selection = select(asked, device)
+    return replace(selection, name="sdpa") if selection.fallback else selection

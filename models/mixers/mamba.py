@@ -20,8 +20,8 @@ class Mamba(nn.Module):
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         super().__init__()
+        assert isinstance(config.mixer, MambaConfig)
         self.config = config.mixer
-        assert isinstance(self.config, MambaConfig)
         D, E, N, R = config.width, self.config.expand * config.width, self.config.state, config.dt_rank
         self.sizes = (R, N, N)
         self.backend = select(self.config.backend, device)
@@ -61,13 +61,12 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState | None]:
         u, z = self.in_proj(x).chunk(2, -1)
-        continues = state is not None and state.length > 0
-        before, initial = (state.conv.to(u.dtype), state.ssm) if continues else (None, None)
+        before = initial = None
+        if state is not None and state.length > 0:
+            before, initial = state.conv.to(u.dtype), state.ssm.to(self.A_log.dtype)
         conv = None if state is None else last_inputs(u, self.config.conv_width, before)
         u = self.ops.causal_conv1d(u, self.conv_weight, self.conv_bias, before)
         dt, B, C = self.x_proj(u).split(self.sizes, -1)
-        if initial is not None and initial.dtype != self.A_log.dtype:
-            initial = initial.to(self.A_log.dtype)
         y, h = self.ops.selective_scan(
             u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, initial
         )  # fmt: skip

@@ -45,6 +45,14 @@ def rotary_table(positions: int, width: int, base: float, device: torch.device) 
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
+@lru_cache(maxsize=4096)
+def rotary_row(position: int, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (P/2) at one position, on the CPU."""
+    table = rotary_table(1 << position.bit_length(), width, base, torch.device("cpu"))
+    cos, sin = (part[position, 0].to(dtype) for part in table)
+    return cos, sin
+
+
 def rotate(x: Tensor, start: int, base: float) -> Tensor:
     """Rotary positions start..start+T-1 on x (B, T, heads, P): entry i is paired with i + P/2, as Llama does."""
     T, P = x.shape[1], x.shape[3]

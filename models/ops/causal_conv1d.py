@@ -29,7 +29,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = N
 
 def last_inputs(x: Tensor, width: int, before: Tensor | None = None) -> Tensor:
     """The state after x: its last `width` inputs (B, E, W), reaching back into `before` where x is shorter."""
-    rows, T, E = x.shape
+    rows, _, E = x.shape
     before = x.new_zeros(rows, E, width) if before is None else before
     tail = x[:, -width:].transpose(1, 2)
     return torch.cat([before[:, :, tail.shape[2] :], tail], 2)

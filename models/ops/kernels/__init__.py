@@ -93,5 +93,5 @@ def _probe_cuda() -> str | None:
 
 def load(name: str) -> ModuleType:
     """The module that implements a form: `selective_scan`, `selective_scan_step`, `causal_conv1d`,
-    `causal_conv1d_step`, with the signatures of `models.ops`."""
+    `causal_conv1d_step`, `rms_norm`, with the signatures of `models.ops`; numba's also has `attention_step`."""
     return importlib.import_module(f"models.ops.kernels.{name}_form")

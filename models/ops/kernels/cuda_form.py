@@ -10,7 +10,10 @@ from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.ops.rms_norm import fused as rms_norm
 from models.ops.selective_scan import CHUNK
+
+__all__ = ["causal_conv1d", "causal_conv1d_step", "rms_norm", "selective_scan", "selective_scan_step"]
 
 
 def selective_scan(

@@ -1,14 +1,22 @@
 """Form `numba`: the compiled CPU kernels, brought to the signatures of `models.ops`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from models.ops.kernels import numba_conv, numba_scan, numba_step
+from models.ops.kernels.numba_norm import rms_norm
+from models.ops.kernels.numba_step import attention_step
 from models.ops.selective_scan import forward_flops
 
+__all__ = [
+    "attention_step", "causal_conv1d", "causal_conv1d_step", "rms_norm", "selective_scan", "selective_scan_step",
+]  # fmt: skip
 
-def _real(*tensors: Tensor | None) -> list[Tensor | None]:
+
+def _real(*tensors: Tensor | None) -> list[Any]:
     """The kernels compute in float32 or float64; bfloat16 inputs are computed in float32."""
     return [t.float() if t is not None and t.dtype is torch.bfloat16 else t for t in tensors]
 

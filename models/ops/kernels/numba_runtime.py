@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import numba
 import numpy as np
@@ -22,8 +24,8 @@ from numba.extending import intrinsic, overload
 
 # contract: fused multiply-add. nsz, reassoc: sums in vector order. NaN and infinity keep their meaning.
 _FASTMATH = {"contract", "nsz", "reassoc"}
-_OPTIONS = {"fastmath": _FASTMATH, "error_model": "numpy"}
-compiled = numba.njit(nogil=True, cache=True, boundscheck=False, **_OPTIONS)
+_OPTIONS: Any = {"fastmath": _FASTMATH, "error_model": "numpy"}
+compiled: Any = numba.njit(nogil=True, cache=True, boundscheck=False, **_OPTIONS)
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -39,7 +41,7 @@ _LOG2_E32 = np.float32(LOG2_E)
 
 
 @intrinsic
-def _bits_to_float32(typingctx, bits):
+def _bits_to_float32(typingctx: Any, bits: Any = None) -> Any:
     def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], ir.FloatType())
 
@@ -130,10 +132,7 @@ def run_tasks(kernel: Callable[..., None], tasks: int, *arguments: object) -> No
         kernel(*arguments, 0, tasks)
         return
     bounds = [tasks * i // threads for i in range(threads + 1)]
-    others = [
-        _pool(threads - 1).submit(kernel, *arguments, first, last)
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
-    ]
+    others = [_pool(threads - 1).submit(kernel, *arguments, first, last) for first, last in pairwise(bounds[1:])]
     kernel(*arguments, bounds[0], bounds[1])
     for other in others:
         other.result()

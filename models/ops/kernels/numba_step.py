@@ -1,16 +1,18 @@
-"""One decode step of the convolution and of the scan on a CPU, without autograd.
+"""One decode step of the convolution, of the scan and of attention on a CPU, without autograd.
 
-A step touches a few kilobytes, so the cost that matters is that of calling: no task splitting, one call each.
+A step of a recurrence touches a few kilobytes, so the cost that matters is that of calling: no task splitting, one
+call each. Attention splits its heads over threads once the cache is long enough to be worth waking them.
 """
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from models.ops.kernels.numba_runtime import compiled, exp2, sigmoid, softplus
+from models.ops.kernels.numba_runtime import LOG2_E, compiled, exp2, run_tasks, sigmoid, softplus
 
-LOG2_E = math.log2(math.e)
+_ONE_THREAD = 1 << 19  # elements of the cache below which a step stays on the calling thread
 
 
 @compiled
@@ -63,4 +65,68 @@ def conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
     """As `models.ops.causal_conv1d.step_reference`; every tensor float32, or every one float64."""
     out = torch.empty(x.shape, dtype=x.dtype)
     _conv_step(*(t.detach().numpy() for t in (x, weight, bias)), state.numpy(), out.numpy())
+    return out
+
+
+@compiled
+def _attention_step(qkv, cos, sin, keys, values, length, out, first, last):
+    """Tasks are (batch row, key-value head). cos, sin (P/2): of this position. Softmax without a second pass over
+    the keys: the running maximum rescales what was summed before it rose."""
+    K, P = keys.shape[1], keys.shape[3]
+    H = qkv.shape[1] - 2 * K
+    half = P // 2
+    scale = qkv.dtype.type(1.0 / math.sqrt(P))
+    zero, one = qkv.dtype.type(0), qkv.dtype.type(1)
+    log2_e = qkv.dtype.type(LOG2_E)
+    q = np.empty(P, qkv.dtype)
+    y = np.empty(P, qkv.dtype)
+    for task in range(first, last):
+        b, kv = task // K, task % K
+        for i in range(half):
+            x0, x1 = qkv[b, H + kv, i], qkv[b, H + kv, half + i]
+            keys[b, kv, length, i] = x0 * cos[i] - x1 * sin[i]
+            keys[b, kv, length, half + i] = x1 * cos[i] + x0 * sin[i]
+        for p in range(P):
+            values[b, kv, length, p] = qkv[b, H + K + kv, p]
+        for h in range(kv * (H // K), (kv + 1) * (H // K)):
+            for i in range(half):
+                x0, x1 = qkv[b, h, i] * scale, qkv[b, h, half + i] * scale
+                q[i] = x0 * cos[i] - x1 * sin[i]
+                q[half + i] = x1 * cos[i] + x0 * sin[i]
+            for p in range(P):
+                y[p] = zero
+            top, total = zero, zero
+            for s in range(length + 1):
+                score = zero
+                for p in range(P):
+                    score += q[p] * keys[b, kv, s, p]
+                if s == 0 or score > top:
+                    shrink = zero if s == 0 else exp2((top - score) * log2_e)
+                    top = score
+                    total *= shrink
+                    for p in range(P):
+                        y[p] *= shrink
+                weight = exp2((score - top) * log2_e)
+                total += weight
+                for p in range(P):
+                    y[p] += weight * values[b, kv, s, p]
+            for p in range(P):
+                out[b, h * P + p] = y[p] * (one / total)
+
+
+def attention_step(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+    """One token of `models.ops.attention`, rotation and cache included.
+
+    qkv (B, H + 2K, P): this token's queries, keys, values, not yet rotated. cos, sin (P/2): the rotation at its
+    position. keys, values (B, K, max_len, P): the cache with `length` filled positions; the token's are written after
+    them. Returns (B, H P). Every tensor float32, or every one float64.
+    """
+    rows, K, _, P = keys.shape
+    H = qkv.shape[1] - 2 * K
+    out = torch.empty(rows, H * P, dtype=qkv.dtype)
+    arrays = [t.detach().numpy() for t in (qkv, cos, sin, keys, values)]
+    if length * rows * H * P < _ONE_THREAD:
+        _attention_step(*arrays, length, out.numpy(), 0, rows * K)
+    else:
+        run_tasks(_attention_step, rows * K, *arrays, length, out.numpy())
     return out

@@ -1,0 +1,25 @@
+"""RMSNorm as a module, in the form that the device has."""
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.ops.kernels import load, select
+
+
+class RMSNorm(nn.Module):
+    """Over the last axis, with a learned weight; models.ops.rms_norm. A model whose mixer is asked for as `reference`
+    is a reference throughout."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        asked = "reference" if config.mixer.backend == "reference" else "auto"
+        self.ops = load(select(asked, device).name)
+        self.weight = nn.Parameter(torch.empty(config.width))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)

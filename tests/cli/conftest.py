@@ -1,0 +1,76 @@
+"""Fixtures: the `lab` command as a person runs it, a small corpus, and one real run of the smoke profile."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+LAB = Path(sys.executable).with_name("lab")
+Lab = Callable[..., subprocess.CompletedProcess]
+
+# the smoke profile on a text of a few kilobytes, in seconds
+SMALL = (
+    "data.corpus=text", "data.vocabulary=300", "data.test_fraction=0.1", "data.validation_fraction=0.1",
+    "training.context=16", "training.batch=4", "training.steps=4", "training.warmup_steps=1",
+    "training.validate_every=2", "evaluation.sample_tokens=4", "evaluation.curve_sequences=4",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished command and the folder of runs that it wrote to."""
+
+    process: subprocess.CompletedProcess
+    out: Path
+
+    @property
+    def directory(self) -> Path:
+        (only,) = self.out.iterdir()
+        return only
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return os.environ | {"LAB_CACHE": str(tmp_path_factory.mktemp("cache")), "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="session")
+def lab(environment: dict[str, str]) -> Lab:
+    """Runs `lab` with arguments; `env` adds variables."""
+
+    def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        command = [str(LAB), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment | (env or {}), timeout=500)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 short documents of a small grammar."""
+    who, does, what = ("the cat", "a dog", "one bird", "my friend"), ("sees", "likes", "hears"), ("rain", "music", "it")
+    lines = [
+        f"{who[i % 4]} {does[i % 3]} {what[i * i % 3]} and {who[i // 4 % 4]} {does[i // 12 % 3]} the number {i}."
+        for i in range(300)
+    ]
+    path = tmp_path_factory.mktemp("corpus") / "small.txt"
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(corpus: Path) -> list[str]:
+    """Arguments of `lab run` for a run of seconds."""
+    settings = (*SMALL, f"data.path={corpus}")
+    return ["compare", "--profile", "smoke", *[word for setting in settings for word in ("--set", setting)]]
+
+
+@pytest.fixture(scope="session")
+def smoke(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The smoke profile, unchanged. Tests only read it."""
+    out = tmp_path_factory.mktemp("smoke") / "runs"
+    return Finished(lab("run", "compare", "--profile", "smoke", "--out", out, "--json"), out)

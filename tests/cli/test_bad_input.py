@@ -1,0 +1,221 @@
+"""Mistakes end in one line that says what is wrong and what would be right, with the exit code of their kind."""
+
+import errno
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, Lab
+from typer.testing import CliRunner
+
+from cli.main import app
+from experiments import runner
+
+OK, USAGE, LACKING, SOME_FAILED = 0, 2, 3, 5
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Callable[..., tuple[int, str]]:
+    """Runs `lab` here, which is quick and can be patched: exit code and stderr."""
+    monkeypatch.setenv("LAB_CACHE", environment["LAB_CACHE"])
+
+    def run(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, result.stderr
+
+    return run
+
+
+def one_line(stderr: str) -> str:
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("lab: ")]
+    assert len(lines) == 1, stderr
+    assert stderr.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "comparre"], "unknown experiment 'comparre': did you mean 'compare'?"),
+        (["run", "compare", "--arms", "mmba"], "unknown arm 'mmba' in experiment 'compare': did you mean 'mamba'?"),
+        (["run", "compare", "--set", "trainin.steps=1"], "unknown key 'trainin': did you mean 'training'?"),
+        (["run", "compare", "--set", "training.stepz=1"], "unknown key 'training.stepz': did you mean 'steps'?"),
+        (["run", "compare", "--set", "arms.mamba.modle=x"], "unknown key 'modle' of an arm: did you mean 'model'?"),
+        (["run", "compare", "--set", "arms.mmba.model=x"], "unknown arm 'mmba': did you mean 'mamba'?"),
+        (["run", "compare", "--set", "training.steps"], "--set takes KEY=VALUE, got 'training.steps'"),
+        (["run", "compare", "--set", "training=3"], "'training' is a table"),
+        (["run", "compare", "--set", "training.steps.x=3"], "'training.steps' is a value, it has no 'x'"),
+        (["run", "compare", "--set", "training.steps=many"], "training.steps: "),
+        (["run", "compare", "--set", "training.steps=0"], "training.steps: "),
+        (["run", "compare", "--set", "training.warmup_steps=9999"], "warmup_steps = 9999 must be below steps"),
+        (["run", "compare", "--set", "arms.mamba.model=mmba-1m"], "unknown model 'mmba-1m': did you mean 'mamba-1m'?"),
+        (["run", "compare", "--set", "arms.mamba.overrides.mixer.stat=3"], "mixer.stat': did you mean 'state'?"),
+        (["run", "compare", "--set", "arms.mamba.overrides.mixer.state=-3"], "mamba.state must be a positive"),
+        (["run", "compare", "--set", "data.corpus=stdlb", "--profile", "smoke"], "did you mean 'stdlib'?"),
+        (["run", "compare", "--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'?"),
+        (["run", "compare", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["run", "compare", "--device", "cdua"], "unknown device 'cdua': did you mean 'cuda'?"),
+        (["run", "nowhere/spec.toml"], "no such file: nowhere/spec.toml"),
+        (["report", "--format", "htm"], "unknown format 'htm': did you mean 'html'?"),
+    ],
+)
+def test_misspelt(in_process, tmp_path: Path, arguments: list[str], said: str) -> None:
+    code, stderr = in_process(*arguments, "--out", tmp_path / "runs")
+    assert code == USAGE
+    assert said in one_line(stderr)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"name = ", "not valid TOML"),
+        (b"name = 'x'\ntitle = 'x'\n", "arms: "),
+        (b"\xff\xfe\x00", "not a text file"),
+        (b"name='x'\ntitle='x'\n[arms.a]\nmodel='mamba-tiny'\nlearning_rat=1\n", "did you mean 'learning_rate'?"),
+        (b"name='x'\ntitle='x'\ndata=3\n[arms.a]\nmodel='mamba-tiny'\nlearning_rate=1\n", "data: "),
+    ],
+)
+def test_bad_specification(in_process, tmp_path: Path, text: bytes, said: str) -> None:
+    file = tmp_path / "spec.toml"
+    file.write_bytes(text)
+    code, stderr = in_process("run", file, "--out", tmp_path / "runs")
+    assert code == USAGE
+    assert said in one_line(stderr)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file or folder"),
+        (b"", "is empty"),
+        (b"\n \n\n", "holds no text"),
+        (b"some\x00thing", "binary, not UTF-8 text (NUL at byte 4)"),
+        (b"caf\xe9 au lait", "not UTF-8 (0xe9 at byte 3)"),
+        (b"one document only", "too few distinct documents"),
+        (b"a\n\nb\n\nc\n\nd", "supports"),
+    ],
+)
+def test_unusable_corpus(in_process, tmp_path: Path, content: bytes | None, said: str) -> None:
+    file = tmp_path / "corpus.txt"
+    if content is not None:
+        file.write_bytes(content)
+    settings = ["data.corpus=text", f"data.path={file}", "data.vocabulary=300"]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    code, stderr = in_process("run", "compare", "--profile", "smoke", *sets, "--out", tmp_path / "runs")
+    assert code == USAGE
+    assert said in one_line(stderr)
+
+
+def test_corpus_shorter_than_a_window(in_process, small: list[str], tmp_path: Path) -> None:
+    code, stderr = in_process("run", *small, "--set", "training.context=5000", "--out", tmp_path / "runs")
+    assert code == USAGE
+    assert "context = 5000 needs 5001" in one_line(stderr)
+
+
+def test_vocabulary_larger_than_the_corpus_supports(in_process, small: list[str], tmp_path: Path) -> None:
+    code, stderr = in_process("run", *small, "--set", "data.vocabulary=50000", "--out", tmp_path / "runs")
+    assert code == USAGE
+    assert "data.vocabulary = 50000: the train split supports" in one_line(stderr)
+
+
+def test_cuda_without_cuda(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, stderr = in_process("run", "compare", "--device", "cuda", "--out", tmp_path / "runs")
+    assert code == LACKING
+    assert "torch sees no CUDA GPU; use --device cpu" in one_line(stderr)
+
+
+def test_backend_that_is_not_here(in_process, small: list[str], tmp_path: Path) -> None:
+    demand = "arms.mamba.overrides.mixer.backend=cuda"
+    code, stderr = in_process("run", *small, "--device", "cpu", "--set", demand, "--out", tmp_path / "runs")
+    assert code == LACKING
+    assert "backend 'cuda' is not available on cpu" in one_line(stderr)
+
+
+def test_output_folder_below_a_file(in_process, small: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    code, stderr = in_process("run", *small, "--out", tmp_path / "file" / "runs")
+    assert code == LACKING
+    assert "runs need a folder; choose another with --out" in one_line(stderr)
+
+
+@pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only file system")])
+def test_full_or_read_only_disk(
+    in_process, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, word: str
+) -> None:
+    def refuse(path: Path, value: object) -> None:
+        raise OSError(number, word, str(path))
+
+    monkeypatch.setattr(runner, "write_json", refuse)
+    monkeypatch.setattr(runner, "run_fresh", lambda *_, **__: {})
+    code, stderr = in_process("run", *small, "--out", tmp_path / "runs")
+    assert code == LACKING
+    assert word in one_line(stderr)
+    assert "choose another folder with --out" in one_line(stderr)
+
+
+@pytest.fixture(scope="module")
+def diverged(
+    lab: Lab, small: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess]:
+    out = tmp_path_factory.mktemp("diverged") / "runs"
+    settings = ("arms.mamba.learning_rate=1e30", "measurement.contexts=[8]", "training.steps=8")
+    return out, lab(
+        "run", *small, "--seeds", 1, "--out", out, *[word for setting in settings for word in ("--set", setting)]
+    )
+
+
+def test_an_arm_that_diverges_stops_alone(diverged: tuple[Path, subprocess.CompletedProcess]) -> None:
+    out, process = diverged
+    assert process.returncode == SOME_FAILED, process.stderr
+    one_line(process.stderr)
+    (directory,) = out.iterdir()
+    result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    assert result["status"] == "partial"
+    assert result["missing"] == []
+    failed = {failure["cell"]: failure["message"] for failure in result["failures"]}
+    assert set(failed) == {f"mamba/seed0/{part}" for part in ("train", "load", "prefill-8", "decode-8")}
+    assert "at step " in failed["mamba/seed0/train"]
+    assert "learning rate 1e+30" in failed["mamba/seed0/train"]
+    assert failed["mamba/seed0/load"] == "the model was not trained"
+    done = {row["phase"] for row in result["rows"] if row["arm"] == "transformer"}
+    assert done == {"quality", "train", "load", "prefill", "decode"}
+    assert not [row for row in result["rows"] if row["arm"] == "mamba"]
+    report = (directory / "report.md").read_text(encoding="utf-8")
+    assert failed["mamba/seed0/train"] in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (["latest", ""], "the prompt is empty", USAGE),
+        (["latest", "the", "--temperature", "-1"], "temperature must be 0 (greedy) or above, got -1.0", USAGE),
+        (["latest", "the", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0", USAGE),
+        (["latest", "the", "--arm", "transformr"], "did you mean 'transformer'?", USAGE),
+        (["latest", "the", "--arm", "mamba"], "arm 'mamba', seed 0", USAGE),
+        (["latest", "the", "--trained-seed", "7"], "no seed 7", USAGE),
+        (["nonsense", "the"], "no run named 'nonsense'", 1),
+    ],
+)
+def test_generate(diverged, in_process, arguments: list[str], said: str, code: int) -> None:
+    given, stderr = in_process("generate", *arguments, "--out", diverged[0])
+    assert given == code
+    assert said in one_line(stderr)
+
+
+def test_no_runs(in_process, tmp_path: Path) -> None:
+    code, stderr = in_process("report", "--out", tmp_path)
+    assert code == 1
+    assert "make one with: lab run compare" in one_line(stderr)
+
+
+def test_the_small_settings_are_settings(in_process, tmp_path: Path) -> None:
+    sets = [word for setting in SMALL for word in ("--set", setting)]
+    code, _ = in_process("run", "compare", "--profile", "smoke", *sets, "--dry-run", "--out", tmp_path / "runs")
+    assert code == OK

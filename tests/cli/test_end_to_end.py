@@ -1,0 +1,202 @@
+"""From the command to the record: everything that a finished run promises is there, and the numbers agree."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Finished, Lab
+
+ARMS, SEEDS, CONTEXTS = ("transformer", "mamba"), (0, 1), (32, 64, 128)
+QUALITY = {
+    "initial_test_bits_per_byte", "test_bits_per_byte", "validation_bits_per_byte", "test_token_perplexity",
+    "test_loss_at_position",
+}  # fmt: skip
+TRAIN = {"tokens_per_s", "step_ms", "peak_bytes", "flops_per_token"}
+LOAD = {"file_bytes", "host_peak_bytes", "device_peak_bytes", "resident_bytes", "resident_bytes_analytic", "load_ms"}
+PREFILL = {"tokens_per_s", "time_to_first_token_ms", "peak_bytes", "working_bytes"}
+DECODE = {"tokens_per_s", "ms_per_token", "peak_bytes", "working_bytes", "state_bytes", "state_bytes_analytic"}
+
+
+@pytest.fixture(scope="module")
+def result(smoke: Finished) -> dict[str, Any]:
+    assert smoke.process.returncode == 0, smoke.process.stderr
+    return json.loads((smoke.directory / "result.json").read_text(encoding="utf-8"))
+
+
+def rows(result: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if all(row[key] == value for key, value in wanted.items())]
+
+
+def value(result: dict[str, Any], **wanted: Any) -> float:
+    (row,) = rows(result, **wanted)
+    return row["value"]
+
+
+def test_json_is_all_that_stdout_holds(smoke: Finished, result: dict[str, Any]) -> None:
+    assert json.loads(smoke.process.stdout) == result
+    assert "Traceback" not in smoke.process.stderr
+
+
+def test_complete(result: dict[str, Any]) -> None:
+    assert (result["status"], result["missing"], result["failures"]) == ("complete", [], [])
+    assert list(result["arms"]) == list(ARMS)
+
+
+@pytest.mark.parametrize("seed", [*SEEDS, None])
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_metric_of_every_arm_and_seed(result: dict[str, Any], arm: str, seed: int | None) -> None:
+    one = {"arm": arm, "seed": seed}
+    for phase, metrics in {"quality": QUALITY, "train": TRAIN, "load": LOAD}.items():
+        assert {row["metric"] for row in rows(result, phase=phase, **one)} == metrics
+    for context in CONTEXTS:
+        for phase, metrics in {"prefill": PREFILL, "decode": DECODE}.items():
+            assert {row["metric"] for row in rows(result, phase=phase, context=context, **one)} == metrics
+    for row in rows(result, **one):
+        if row["metric"] == "device_peak_bytes":
+            assert row["value"] is None
+            assert row["reason"]
+        elif row["metric"] == "working_bytes":  # a phase may fit into memory that loading left free
+            assert row["value"] >= 0
+        else:
+            assert row["value"] > 0, row
+
+
+def test_rows_over_seeds_are_means(result: dict[str, Any]) -> None:
+    for row in rows(result, seed=None):
+        same = {key: row[key] for key in ("arm", "phase", "metric", "context")}
+        values = [value(result, seed=seed, **same) for seed in SEEDS]
+        if values[0] is not None:
+            assert row["value"] == pytest.approx(sum(values) / len(values), rel=1e-12)
+            assert row["n"] == len(SEEDS)
+            assert row["ci_low"] <= row["value"] <= row["ci_high"]
+
+
+def test_arms_consumed_the_same_tokens(result: dict[str, Any]) -> None:
+    first, second = (result["arms"][arm]["data_sha256"] for arm in ARMS)
+    assert first == second
+    assert set(first) == {"0", "1"}
+    assert first["0"] != first["1"]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_state_is_as_large_as_the_formula_says(result: dict[str, Any], arm: str, context: int) -> None:
+    one = {"arm": arm, "seed": 0, "phase": "decode", "context": context}
+    assert value(result, metric="state_bytes", **one) == value(result, metric="state_bytes_analytic", **one)
+
+
+def test_a_cache_grows_with_context_and_a_recurrent_state_does_not(result: dict[str, Any]) -> None:
+    sizes = {
+        arm: {value(result, arm=arm, seed=0, metric="state_bytes", context=context) for context in CONTEXTS}
+        for arm in ARMS
+    }
+    assert len(sizes["transformer"]) == len(CONTEXTS)
+    assert len(sizes["mamba"]) == 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_learns(result: dict[str, Any], arm: str, seed: int) -> None:
+    before, after = (
+        value(result, arm=arm, seed=seed, metric=metric)
+        for metric in ("initial_test_bits_per_byte", "test_bits_per_byte")
+    )
+    assert after < 0.95 * before
+
+
+def test_training_speed_is_tokens_over_time(result: dict[str, Any]) -> None:
+    for arm in ARMS:
+        one = {"arm": arm, "seed": 0, "phase": "train"}
+        expected = 8 * 64 / (value(result, metric="step_ms", **one) / 1e3)
+        assert value(result, metric="tokens_per_s", **one) == pytest.approx(expected, rel=1e-9)
+
+
+def test_verdicts_cover_quality_speed_and_memory(result: dict[str, Any]) -> None:
+    assert {(v["phase"], v["metric"]) for v in result["verdicts"]} == {
+        ("quality", "test_bits_per_byte"), ("train", "tokens_per_s"), ("prefill", "tokens_per_s"),
+        ("decode", "tokens_per_s"), ("load", "resident_bytes"), ("decode", "peak_bytes"), ("decode", "state_bytes"),
+    }  # fmt: skip
+    assert all(v["sentence"].endswith(".") for v in result["verdicts"])
+
+
+def test_files_of_the_run(smoke: Finished, result: dict[str, Any]) -> None:
+    for name in ("spec.toml", "environment.json", "events.jsonl", "tokenizer.json", "report.html", "report.md"):
+        assert (smoke.directory / name).stat().st_size > 0
+    steps = (smoke.directory / "cells/mamba/seed0/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [line["step"] for line in map(json.loads, steps) if "loss" in line] == list(range(1, 41))
+
+
+def test_report_formats(lab: Lab, smoke: Finished, result: dict[str, Any]) -> None:
+    shown = {
+        name: lab("report", "--out", smoke.out, "--format", name) for name in ("table", "md", "html", "csv", "json")
+    }
+    assert {name: process.returncode for name, process in shown.items()} == dict.fromkeys(shown, 0)
+    assert json.loads(shown["json"].stdout) == result
+    assert len(list(csv.DictReader(io.StringIO(shown["csv"].stdout)))) == len(result["rows"])
+    assert shown["html"].stdout.rstrip() == (smoke.directory / "report.html").read_text(encoding="utf-8").rstrip()
+    assert shown["md"].stdout.rstrip() == (smoke.directory / "report.md").read_text(encoding="utf-8").rstrip()
+    assert all(arm in shown["table"].stdout for arm in ARMS)
+
+
+def test_runs(lab: Lab, smoke: Finished, result: dict[str, Any]) -> None:
+    expected = {"run": result["run_id"], "status": "complete", "profile": "smoke", "arms": list(ARMS)}
+    assert json.loads(lab("runs", "--out", smoke.out, "--json").stdout) == [expected]
+    assert lab("runs", "--out", smoke.out).stdout.split()[:2] == [result["run_id"], "complete"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_generate_repeats(lab: Lab, smoke: Finished, result: dict[str, Any], temperature: float) -> None:
+    arguments = (
+        "generate",
+        "latest",
+        "import ",
+        "--out",
+        smoke.out,
+        "--tokens",
+        12,
+        "--temperature",
+        temperature,
+        "--json",
+    )
+    first, second = (json.loads(lab(*arguments).stdout) for _ in range(2))
+    assert [one["arm"] for one in first] == list(ARMS)
+    assert [one["text"] for one in first] == [one["text"] for one in second]
+    if temperature:
+        other = json.loads(lab(*arguments, "--seed", 1).stdout)
+        assert [one["text"] for one in first] != [one["text"] for one in other]
+
+
+def test_models(lab: Lab) -> None:
+    listed = json.loads(lab("models", "--json").stdout)
+    by_name = {one["model"]: one for one in listed}
+    for size in ("tiny", "1m", "30m"):
+        ratio = by_name[f"mamba-{size}"]["non_embedding"] / by_name[f"transformer-{size}"]["non_embedding"]
+        assert ratio == pytest.approx(1, abs=0.01)
+
+
+def test_doctor(lab: Lab) -> None:
+    process = lab("doctor", "--json")
+    assert process.returncode == 0, process.stderr
+    forms = {(one["form"], one["device"]): one["problem"] for one in json.loads(process.stdout)["forms"]}
+    assert forms["reference", "cpu"] is None
+    assert forms["torch", "cpu"] is None
+    assert forms["numba", "cpu"] is None
+    assert "CUDA" in forms["cuda", "cpu"]
+
+
+def test_the_kept_specification_repeats_the_run_bit_for_bit(lab: Lab, small: list[str], tmp_path: Path) -> None:
+    arguments = ("--set", "measurement.enabled=false", "--seeds", 1, "--out", tmp_path / "first", "--json")
+    first = lab("run", *small, *arguments)
+    assert first.returncode == 0, first.stderr
+    (spec,) = (tmp_path / "first").glob("*/spec.toml")
+    second = lab("run", spec, "--out", tmp_path / "second", "--json")
+    assert second.returncode == 0, second.stderr
+    quality = [
+        [{**row, "reason": None} for row in rows(json.loads(process.stdout), phase="quality")]
+        for process in (first, second)
+    ]
+    assert len(quality[0]) > 20
+    assert quality[0] == quality[1]

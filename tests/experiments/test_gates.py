@@ -1,0 +1,81 @@
+"""Each gate passes for a sound model and fails for the defect it is there for."""
+
+import pytest
+import torch
+
+from experiments.gates import Gate, check
+from models.language_model import LanguageModel
+from models.presets import preset
+
+TOKENS = torch.randint(0, 512, (2, 24), generator=torch.Generator().manual_seed(0))
+NAMES = ["initial loss near ln(vocabulary)", "causality", "forward = prefill + steps", "fast form = reference"]
+
+
+def sound(name: str) -> LanguageModel:
+    return LanguageModel(preset(name), seed=0)
+
+
+def failed(model: LanguageModel) -> list[str]:
+    gates = check(model, TOKENS)
+    assert [gate.name for gate in gates] == NAMES
+    return [gate.name for gate in gates if not gate.passed]
+
+
+class Leaking(LanguageModel):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(tokens)
+        return logits + 1e-5 * logits.mean(1, keepdim=True)  # of all times
+
+
+class WrongStep(LanguageModel):
+    def step(self, token, state):
+        logits, after = super().step(token, state)
+        return logits + 0.01, after
+
+
+class WrongFast(LanguageModel):
+    """Off unless its mixers run the reference."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens) * 1.1
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
+def test_sound_models_pass(name: str) -> None:
+    assert failed(sound(name)) == []
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
+def test_leak(name: str) -> None:
+    assert "causality" in failed(Leaking(preset(name), seed=0))
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
+def test_wrong_step(name: str) -> None:
+    assert failed(WrongStep(preset(name), seed=0)) == ["forward = prefill + steps"]
+
+
+def test_wrong_fast_form() -> None:
+    assert "fast form = reference" in failed(WrongFast(preset("mamba-tiny"), seed=0))
+
+
+def test_not_uniform_at_the_start() -> None:
+    model = sound("transformer-tiny")
+    with torch.no_grad():
+        model.embedding.weight *= 8
+    assert NAMES[0] in failed(model)
+
+
+def test_nan_fails() -> None:
+    assert not Gate("x", float("nan"), 1.0).passed
+    assert Gate("x", 1.0, 1.0).passed
+    assert not Gate("x", 1.01, 1.0).passed
+
+
+def test_checking_changes_no_weight() -> None:
+    model = sound("mamba-tiny")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check(model, TOKENS)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())

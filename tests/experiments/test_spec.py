@@ -1,0 +1,147 @@
+"""The specification is strict, resolves in layers, and survives being written down."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.cells import model_config
+from experiments.errors import SpecError
+from experiments.spec import PROFILES, Arm, Data, Experiment, catalog, load
+
+# what a file can hold: TOML forbids lone surrogates
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+ARMS = {"a": Arm(model="mamba-tiny", learning_rate=1e-3)}
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("spec") / "spec.toml"
+
+
+@given(
+    title=TEXT, path=TEXT, override=TEXT, rate=st.floats(1e-30, 1e30), seeds=st.sets(st.integers(0, 2**40), min_size=1)
+)
+def test_round_trip(scratch: Path, title: str, path: str, override: str, rate: float, seeds: set[int]) -> None:
+    arm = Arm(model="x", learning_rate=rate, overrides={"mixer": {"backend": override}, "a.b": [1, 2.5, True]})
+    experiment = Experiment(
+        name="x", title=title, seeds=tuple(sorted(seeds)), arms={"one": arm, "Two_2": arm}, data=Data(path=path)
+    )
+    scratch.write_text(experiment.to_toml(), encoding="utf-8", newline="")
+    assert load(str(scratch)) == experiment
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", list(catalog()))
+def test_catalog_resolves(scratch: Path, name: str, profile: str) -> None:
+    experiment = load(name, profile=profile)
+    assert experiment.profile == profile
+    for arm in experiment.cells().values():
+        assert model_config(arm, experiment.data.vocabulary).vocabulary == experiment.data.vocabulary
+    scratch.write_text(experiment.to_toml(), encoding="utf-8")
+    assert load(str(scratch)) == experiment
+
+
+def test_resolved_text_names_every_field() -> None:
+    written = tomllib.loads(load("compare", profile="smoke").to_toml())
+    assert set(written) == set(Experiment.model_fields)
+    for table in ("data", "training", "evaluation", "measurement"):
+        assert set(written[table]) == set(Experiment.model_fields[table].annotation.model_fields)  # type: ignore[union-attr]
+
+
+def test_layers() -> None:
+    plain, smoke = load("compare"), load("compare", profile="smoke")
+    assert plain.profile == "cpu"
+    assert smoke.arms["mamba"].model == "mamba-tiny"
+    assert smoke.arms["mamba"].learning_rate == plain.arms["mamba"].learning_rate  # not in the profile
+    changed = load("compare", profile="smoke", assignments=["training.steps=7"])
+    assert changed.training.steps == 7
+    assert changed == smoke.model_copy(update={"training": smoke.training.model_copy(update={"steps": 7})})
+    assert load("compare", device="cuda").profile == "cuda"
+    assert load("compare", device="cuda").device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "get", "expected"),
+    [
+        ("training.steps=77", lambda e: e.training.steps, 77),
+        ("training.weight_decay = 1e-3", lambda e: e.training.weight_decay, 1e-3),
+        ("training.precision=bfloat16", lambda e: e.training.precision, "bfloat16"),
+        ('training.precision="bfloat16"', lambda e: e.training.precision, "bfloat16"),
+        ("measurement.enabled=false", lambda e: e.measurement.enabled, False),
+        ("measurement.contexts=[8, 16]", lambda e: e.measurement.contexts, (8, 16)),
+        ("title=a = b", lambda e: e.title, "a = b"),
+        ("seeds=[5]", lambda e: e.seeds, (5,)),
+        ("data.path=/some/where", lambda e: e.data.path, "/some/where"),
+        ("arms.mamba.learning_rate=0.5", lambda e: e.arms["mamba"].learning_rate, 0.5),
+        ("arms.mamba.overrides.mixer.state=8", lambda e: e.arms["mamba"].overrides, {"mixer": {"state": 8}}),
+        ("evaluation.splits=[]", lambda e: e.evaluation.splits, ()),
+    ],
+)
+def test_assignments(assignment: str, get: Any, expected: Any) -> None:
+    value = get(load("compare", profile="smoke", assignments=[assignment]))
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_the_last_assignment_wins() -> None:
+    assert load("compare", assignments=["training.steps=50", "training.steps=60"]).training.steps == 60
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("measurement.contexts=[]", "measurement.contexts"),
+        ("measurement.contexts=[4, 2]", "ascending"),
+        ("seeds=[1, 1]", "each may appear once"),
+        ("seeds=[-1]", "must not be negative"),
+        ("training.steps=2.5", "training.steps"),
+        ("training.beta1=1", "training.beta1"),
+        ("data.vocabulary=256", "data.vocabulary"),
+        ("device=gpu", "device"),
+        ("name=a/b", "name"),
+        ("=3", "KEY=VALUE"),
+        ("arms.mamba=3", "an arm is a table"),
+        ("evaluation=3", "'evaluation' is a table"),
+        ("arms.mamba.overrides=3", "arms.mamba.overrides"),
+        ("arms.mamba.model.x=3", "arms.mamba.model"),
+        ("title.x=3", "'title' is a value"),
+        ("training.steps=nan", "training.steps"),
+        ("arms.mamba.learning_rate=inf", "arms.mamba.learning_rate"),
+        ("arms.mamba.learning_rate=nan", "arms.mamba.learning_rate"),
+    ],
+)
+def test_strict(assignment: str, said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load("compare", profile="smoke", assignments=[assignment])
+    assert said in str(caught.value)
+
+
+def test_seeds_and_arms() -> None:
+    experiment = load("compare", profile="smoke", seeds=4, arms=["mamba", "transformer"])
+    assert experiment.seeds == (0, 1, 2, 3)
+    assert list(experiment.arms) == ["mamba", "transformer"]
+    assert list(load("compare", arms=["mamba"]).arms) == ["mamba"]
+
+
+def test_a_sweep_trains_every_arm_at_every_rate() -> None:
+    sweep = Experiment(name="x", title="x", arms=ARMS | {"b": ARMS["a"]}, learning_rates=(1e-3, 2e-3))
+    rates = {name: arm.learning_rate for name, arm in sweep.cells().items()}
+    assert rates == {"a-lr0.001": 1e-3, "a-lr0.002": 2e-3, "b-lr0.001": 1e-3, "b-lr0.002": 2e-3}
+
+
+def test_rates_that_would_share_a_folder_are_refused_or_told_apart() -> None:
+    try:
+        sweep = Experiment(name="x", title="x", arms=ARMS, learning_rates=(0.1234567, 0.1234568))
+    except ValueError:
+        return
+    assert len(sweep.cells()) == 2
+
+
+def test_a_resolved_file_takes_no_profile(scratch: Path) -> None:
+    scratch.write_text(load("compare", profile="smoke").to_toml(), encoding="utf-8")
+    with pytest.raises(SpecError, match="already resolved"):
+        load(str(scratch), profile="cpu")

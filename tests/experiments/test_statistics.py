@@ -1,0 +1,120 @@
+"""Intervals and tests against scipy, known answers and the properties that define them."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from experiments.statistics import MOST_SEEDS, holm, mean_interval, paired_difference, paired_ratio
+
+VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=12).filter(lambda x: np.ptp(x) > 1e-3)
+P = st.lists(st.floats(0, 1) | st.none(), max_size=10)
+
+
+@given(VALUES)
+def test_interval_is_scipys(values: list[float]) -> None:
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+    interval = mean_interval(values)
+    assert interval.n == len(values)
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx(
+        (np.mean(values), low, high), rel=1e-9, abs=1e-9
+    )
+
+
+def test_interval_known_answer() -> None:
+    # mean 2, s = 1, n = 3, t = 4.302653: 2 +- 4.302653 / sqrt 3
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((2.0, -0.4841377, 4.4841377), abs=1e-6)
+
+
+def test_one_value_has_no_interval() -> None:
+    interval = mean_interval([3.0])
+    assert (interval.estimate, interval.low, interval.high, interval.n) == (3.0, None, None, 1)
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])
+
+
+@given(VALUES, st.randoms(use_true_random=False))
+def test_difference_is_scipys_paired_test(a: list[float], random) -> None:
+    b = [x + random.gauss(1, 1) for x in a]
+    comparison = paired_difference(a, b)
+    expected = stats.ttest_rel(b, a)
+    interval = expected.confidence_interval(0.95)
+    assert comparison.p == pytest.approx(expected.pvalue, rel=1e-7, abs=1e-12)
+    assert (comparison.interval.low, comparison.interval.high) == pytest.approx((interval.low, interval.high), abs=1e-7)
+
+
+def test_pairing_cancels_what_pairs_share() -> None:
+    shared = [0.0, 100.0, -50.0]
+    paired = paired_difference(shared, [x + d for x, d in zip(shared, (1.0, 1.1, 0.9), strict=True)])
+    assert paired.interval.estimate == pytest.approx(1.0)
+    assert paired.p is not None
+    assert paired.p < 0.01
+
+
+def test_ratio_known_answer() -> None:
+    ratio = paired_ratio([1.0, 2.0, 4.0], [2.0, 4.0, 8.0 * 1.001])
+    assert ratio.interval.estimate == pytest.approx(2 * 1.001 ** (1 / 3), rel=1e-12)
+    assert paired_ratio([1.0, 1.0], [2.0, 8.0]).interval.estimate == pytest.approx(4.0)
+    assert paired_ratio([2.0, 8.0], [1.0, 1.0]).interval.estimate == pytest.approx(0.25)
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=8))
+def test_a_ratio_turned_round_is_its_inverse(pairs: list[tuple[float, float]]) -> None:
+    a, b = zip(*pairs, strict=True)
+    there, back = paired_ratio(a, b), paired_ratio(b, a)
+    assert there.interval.estimate * back.interval.estimate == pytest.approx(1, rel=1e-9)
+    if there.p is not None:
+        assert there.interval.low * back.interval.high == pytest.approx(1, rel=1e-6)  # type: ignore[operator]
+        assert there.p == pytest.approx(back.p, rel=1e-6)
+
+
+def test_no_spread() -> None:
+    same, shifted, one = (
+        paired_difference([1, 2], [1, 2]),
+        paired_difference([1, 2], [2, 3]),
+        paired_difference([1], [3]),
+    )
+    assert (same.p, same.exact, same.more_seeds()) == (None, False, None)
+    assert (shifted.p, shifted.exact, shifted.more_seeds()) == (None, True, None)
+    assert (one.p, one.exact, one.more_seeds()) == (None, False, None)
+    assert type(shifted.exact) is bool  # json takes no numpy.bool
+    assert type(same.exact) is bool
+
+
+def test_holm_known_example() -> None:
+    # 0.01 * 4, 0.02 * 3, 0.03 * 2 (raised to 0.06 by the one before), 0.5 * 1
+    assert holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])
+    assert holm([0.01, None, 0.04]) == [pytest.approx(0.02), None, pytest.approx(0.04)]
+
+
+@given(P)
+def test_holm_properties(p: list[float | None]) -> None:
+    corrected = holm(p)
+    known = sorted((a, b) for a, b in zip(p, corrected, strict=True) if a is not None and b is not None)
+    assert [x is None for x in corrected] == [x is None for x in p]
+    assert all(a <= b <= min(1, max(a * len(known), a)) + 1e-12 for a, b in known)
+    assert [b for _, b in known] == sorted(b for _, b in known)
+    if known:
+        assert known[0][1] == pytest.approx(min(1, known[0][0] * len(known)))
+
+
+@given(st.floats(0.05, 3), st.integers(2, 10), st.integers(1, 7))
+def test_more_seeds_resolves_and_one_fewer_does_not(effect: float, n: int, comparisons: int) -> None:
+    x = np.linspace(-1, 1, n)
+    x = effect + x / x.std(ddof=1)  # mean `effect`, standard deviation 1
+    comparison = paired_difference(np.zeros(n).tolist(), x.tolist())
+    more = comparison.more_seeds(comparisons)
+
+    def resolves(total: int) -> bool:
+        return 2 * stats.t.sf(effect * math.sqrt(total), total - 1) < 0.05 / comparisons
+
+    if more is None:
+        assert resolves(n) or not resolves(MOST_SEEDS)
+    else:
+        assert more >= 1
+        assert resolves(n + more)
+        assert not resolves(n + more - 1)

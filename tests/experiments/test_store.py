@@ -1,0 +1,233 @@
+"""Rows, verdicts and hashes that follow from cells' files written by hand."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.cells import model_config
+from experiments.errors import RunFailedError
+from experiments.runner import run_hash
+from experiments.spec import Experiment, load
+from experiments.store import RunDirectory, build_result, plan, write_json
+
+VOCABULARY = 512
+STEP_MS = [4.0, 5.0, 6.0, 7.0, 40.0]
+PHASE_MS = [1.0, 2.0, 3.0, 4.0, 10.0]
+FACTS = {"vocabulary": VOCABULARY, "baselines": {"unigram_bits_per_byte": 4.0, "lzma_bits_per_byte": 2.0, "bytes": 9}}
+EXPERIMENT = load("compare", profile="smoke", assignments=["measurement.contexts=[8]", "measurement.batch=2"])
+FALLBACK = "numba: not here"
+
+
+def train_result(arm: str, seed: int) -> dict[str, Any]:
+    bits = {"transformer": 3.0, "mamba": 2.9}[arm] + 0.01 * seed * (1 if arm == "mamba" else 2)
+    quality = {
+        "bits_per_byte": bits, "nats_per_token": 1.0, "token_perplexity": 2.0, "tokens": 99, "bytes": 50, "windows": 3,
+        "loss_at_position": [1.0 + i for i in range(6)],
+    }  # fmt: skip
+    return {
+        "arm": arm, "seed": seed, "initial": {"test_bits_per_byte": 5.0, "loss": 6.0, "expected_loss": 6.2},
+        "splits": {"validation": quality, "test": quality}, "samples": [],
+        "gates": [{"name": "causality", "value": 0.0, "limit": 0.0, "passed": True}],
+        "backend": {"name": "numba", "asked": "auto", "fallback": None}, "data_sha256": f"hash{seed}",
+        "train": {"tokens": 1000, "tokens_per_step": 512, "step_ms": STEP_MS, "peak_bytes": 1000 + seed},
+    }  # fmt: skip
+
+
+def measured(kind: str, arm: str) -> dict[str, Any]:
+    if kind == "load":
+        return {
+            "file_bytes": 10, "host_peak_bytes": 20, "device_peak_bytes": None, "resident_bytes": 30,
+            "resident_bytes_analytic": 31, "samples": {"ms": PHASE_MS}, "noisy": False,
+        }  # fmt: skip
+    common = {"context": 8, "batch": 2, "backend": "numba", "peak_bytes": 40, "working_bytes": 5, "noisy": True}
+    common |= {"samples": {"ms": PHASE_MS}}
+    state = {"transformer": 100, "mamba": 50}[arm]
+    decode = {"tokens_per_sample": 4, "state_bytes": state, "state_bytes_analytic": state}
+    return common | (decode if kind == "decode" else {})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "20250101T000000Z-compare-0")
+    backends = {arm: {"name": "numba", "fallback": None} for arm in EXPERIMENT.arms}
+    environment = {"backends": backends, "created": "2025-01-01T00:00:00+00:00", "device": "cpu"}
+    write_json(directory.path / "environment.json", environment)
+    for cell in plan(EXPERIMENT):
+        if cell.kind == "train":
+            directory.finish(cell, train_result(cell.arm, cell.seed))
+            config = model_config(EXPERIMENT.arms[cell.arm], VOCABULARY)
+            write_json(directory.folder(cell) / "checkpoint" / "config.json", config.to_dict())
+        else:
+            directory.finish(cell, measured(cell.kind, cell.arm))
+    return directory
+
+
+def change(run: RunDirectory, arm: str, seed: int, edit) -> None:
+    for cell in plan(EXPERIMENT):
+        if (cell.arm, cell.seed, cell.kind) == (arm, seed, "train"):
+            result = run.result(cell)
+            assert result is not None
+            edit(result)
+            run.finish(cell, result)
+
+
+def row(result: dict[str, Any], arm: str, seed: int | None, phase: str, metric: str) -> dict[str, Any]:
+    wanted = (arm, seed, phase, metric)
+    (found,) = [r for r in result["rows"] if (r["arm"], r["seed"], r["phase"], r["metric"]) == wanted]
+    return found
+
+
+def test_tokens_per_second_are_tokens_over_elapsed_time(run: RunDirectory) -> None:
+    result = build_result(run, EXPERIMENT, FACTS)
+    assert row(result, "mamba", 0, "train", "tokens_per_s")["value"] == pytest.approx(512 / 6e-3)
+    assert row(result, "mamba", 0, "prefill", "tokens_per_s")["value"] == pytest.approx(2 * 8 / 3e-3)
+    assert row(result, "mamba", 0, "decode", "tokens_per_s")["value"] == pytest.approx(2 * 4 / 3e-3)
+    assert row(result, "mamba", 0, "prefill", "time_to_first_token_ms")["value"] == pytest.approx(3.0)
+    assert row(result, "mamba", 0, "decode", "ms_per_token")["value"] == pytest.approx(3.0 / 4)
+
+
+def test_percentiles_of_a_rate_change_places(run: RunDirectory) -> None:
+    result = build_result(run, EXPERIMENT, FACTS)
+    fast, slow = np.percentile(STEP_MS, [5, 95])
+    times, rate = (row(result, "mamba", 0, "train", metric) for metric in ("step_ms", "tokens_per_s"))
+    assert (times["p5"], times["p95"], times["n"]) == (pytest.approx(fast), pytest.approx(slow), 5)
+    assert (rate["p5"], rate["p95"]) == (pytest.approx(512e3 / slow), pytest.approx(512e3 / fast))
+    assert rate["p5"] < rate["value"] < rate["p95"]
+
+
+def test_rows_over_seeds(run: RunDirectory) -> None:
+    result = build_result(run, EXPERIMENT, FACTS)
+    one = row(result, "transformer", None, "quality", "test_bits_per_byte")
+    assert (one["value"], one["n"]) == (pytest.approx(3.01), 2)
+    # t(0.975, 1) = 12.7062, s / sqrt 2 = 0.01
+    assert (one["ci_low"], one["ci_high"]) == (pytest.approx(3.01 - 0.127062), pytest.approx(3.01 + 0.127062))
+    seeded = row(result, "transformer", 0, "quality", "test_bits_per_byte")
+    assert (seeded["ci_low"], seeded["p5"], seeded["n"]) == (None, None, 99)
+    positions = [
+        (r["context"], r["value"]) for r in result["rows"]
+        if (r["arm"], r["seed"], r["metric"]) == ("mamba", 0, "test_loss_at_position")
+    ]  # fmt: skip
+    assert positions == [(1, 1.0), (2, 2.0), (4, 4.0), (6, 6.0)]
+
+
+def test_verdicts(run: RunDirectory) -> None:
+    verdicts = {v["id"]: v for v in build_result(run, EXPERIMENT, FACTS)["verdicts"]}
+    quality = verdicts["quality"]
+    assert (quality["a"], quality["b"], quality["kind"], quality["n"]) == ("transformer", "mamba", "difference", 2)
+    assert quality["estimate"] == pytest.approx(-0.105)
+    state = verdicts["decode-state_bytes"]
+    assert (state["estimate"], state["resolved"], state["better"]) == (pytest.approx(0.5), True, "mamba")
+    assert verdicts["train"]["better"] is None  # equal at every seed
+    json.dumps(verdicts, allow_nan=False)
+
+
+def test_different_tokens_compare_to_nothing(run: RunDirectory) -> None:
+    change(run, "mamba", 1, lambda result: result.update(data_sha256="other"))
+    with pytest.raises(RunFailedError, match="the arms of seed 1 were trained on different tokens"):
+        build_result(run, EXPERIMENT, FACTS)
+
+
+def test_a_failed_gate_taints_every_number_of_its_arm_and_seed(run: RunDirectory) -> None:
+    gate = {"name": "causality", "value": 0.5, "limit": 0.0, "passed": False}
+    change(run, "mamba", 1, lambda result: result.update(gates=[gate]))
+    result = build_result(run, EXPERIMENT, FACTS)
+    for one in result["rows"]:
+        tainted = one["arm"] == "mamba" and one["seed"] in (1, None)
+        assert one["comparable"] is not tainted
+        if tainted and one["metric"] != "device_peak_bytes":
+            assert one["reason"] == "failed before timing: causality"
+    assert any("gate 'causality' failed" in warning for warning in result["warnings"])
+    for verdict in result["verdicts"]:
+        assert (verdict["comparable"], verdict["resolved"], verdict["better"]) == (False, False, None)
+        assert "do not compare: failed before timing: causality" in verdict["sentence"]
+
+
+def test_a_fallback_taints_speed_and_memory_but_not_quality(run: RunDirectory) -> None:
+    for seed in EXPERIMENT.seeds:
+        change(run, "mamba", seed, lambda result: result["backend"].update(name="torch", fallback=FALLBACK))
+    environment = run.environment()
+    environment["backends"]["mamba"] = {"name": "torch", "fallback": FALLBACK}
+    write_json(run.path / "environment.json", environment)
+    result = build_result(run, EXPERIMENT, FACTS)
+    for one in result["rows"]:
+        if one["arm"] == "transformer" or one["phase"] == "quality":
+            assert one["comparable"], one
+    for phase, metric in [
+        ("train", "tokens_per_s"), ("train", "peak_bytes"), ("prefill", "tokens_per_s"), ("prefill", "peak_bytes"),
+        ("decode", "ms_per_token"), ("decode", "working_bytes"), ("load", "host_peak_bytes"),
+    ]:  # fmt: skip
+        for seed in (0, 1, None):
+            one = row(result, "mamba", seed, phase, metric)
+            assert (one["comparable"], one["reason"]) == (False, f"runs a fallback form ({FALLBACK})")
+    comparable = {v["id"]: v["comparable"] for v in result["verdicts"]}
+    assert comparable["quality"]
+    assert not comparable["train"]
+    assert any(FALLBACK in warning for warning in result["warnings"])
+
+
+def test_missing_and_failed_cells(run: RunDirectory) -> None:
+    cells = {cell.name: cell for cell in plan(EXPERIMENT)}
+    run.result_file(cells["mamba/seed1/decode-8"]).unlink()
+    run.result_file(cells["mamba/seed0/prefill-8"]).unlink()
+    run.fail(cells["mamba/seed0/prefill-8"], "it broke", "")
+    result = build_result(run, EXPERIMENT, FACTS)
+    assert result["status"] == "partial"
+    assert result["missing"] == ["mamba/seed1/decode-8"]
+    assert result["failures"] == [{"cell": "mamba/seed0/prefill-8", "message": "it broke"}]
+    run.finish(cells["mamba/seed0/prefill-8"], measured("prefill", "mamba"))
+    run.finish(cells["mamba/seed1/decode-8"], measured("decode", "mamba"))
+    assert build_result(run, EXPERIMENT, FACTS)["status"] == "complete"
+
+
+def test_arms_change_places_from_seed_to_seed() -> None:
+    order = [(cell.arm, cell.seed) for cell in plan(EXPERIMENT) if cell.kind == "train"]
+    assert order == [("transformer", 0), ("mamba", 0), ("mamba", 1), ("transformer", 1)]
+    assert len(plan(EXPERIMENT)) == len(set(plan(EXPERIMENT))) == 4 + 4 * 3
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"x": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(file, {"x": float("nan")})
+    assert json.loads(file.read_text()) == {"x": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def _leaves(table: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    found = []
+    for key, value in table.items():
+        inner = isinstance(value, dict) and value
+        found += _leaves(value, (*path, key)) if inner else [((*path, key), value)]
+    return found
+
+
+def _other(path: tuple[str, ...], value: Any) -> Any:
+    special = {
+        "splits": ["validation"], "precision": "bfloat16", "device": "cuda", "contexts": [3, 5], "seeds": [7],
+        "learning_rates": [0.5], "overrides": {"layers": 3}, "validation_fraction": 0.3, "test_fraction": 0.3,
+    }  # fmt: skip
+    if path[-1] in special:
+        return special[path[-1]]
+    if isinstance(value, bool):
+        return not value
+    return value + "x" if isinstance(value, str) else value + 1 if isinstance(value, int) else value * 0.5
+
+
+@pytest.mark.parametrize("path", [path for path, _ in _leaves(EXPERIMENT.model_dump(mode="json"))], ids=".".join)
+def test_every_field_is_in_the_hash_of_a_run(path: tuple[str, ...]) -> None:
+    changed = EXPERIMENT.model_dump(mode="json")
+    table = changed
+    for key in path[:-1]:
+        table = table[key]
+    table[path[-1]] = _other(path, table[path[-1]])
+    dataset: Any = SimpleNamespace(facts={"files": {"train.bin": "0"}})
+    other_data: Any = SimpleNamespace(facts={"files": {"train.bin": "1"}})
+    hashes = {run_hash(EXPERIMENT, dataset), run_hash(Experiment.model_validate(changed), dataset)}
+    assert len(hashes) == 2
+    assert run_hash(EXPERIMENT, dataset) == run_hash(EXPERIMENT, dataset)
+    assert run_hash(EXPERIMENT, other_data) not in hashes

@@ -1,0 +1,102 @@
+"""Which form runs, and what is said where it cannot."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from models.config import AttentionConfig, MambaConfig, ModelConfig
+from models.errors import BackendUnavailableError, ConfigError
+from models.language_model import LanguageModel
+from models.ops import kernels
+
+CPU = torch.device("cpu")
+
+
+def model(mixer) -> LanguageModel:
+    return LanguageModel(ModelConfig(vocabulary=8, width=16, layers=2, mixer=mixer), seed=0)
+
+
+def test_auto_on_a_cpu_is_numba():
+    assert kernels.select("auto", CPU) == kernels.Selection("numba", "auto", fallback=None)
+    assert model(MambaConfig()).backend.name == "numba"
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "numba"])
+def test_what_is_asked_for_is_what_runs(name):
+    assert model(MambaConfig(backend=name)).backend == kernels.Selection(name, name)
+    assert kernels.load(name).__name__.endswith(f".{name}_form")
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"), [("auto", "numba"), ("numba", "numba"), ("sdpa", "sdpa"), ("reference", "reference")]
+)
+def test_attention_says_what_it_runs(asked, name):
+    assert model(AttentionConfig(heads=2, backend=asked)).backend == kernels.Selection(name, asked)
+
+
+def test_auto_without_numba_falls_back_aloud(monkeypatch):
+    monkeypatch.setattr(kernels, "unavailable", lambda name, device: "no such library" if name == "numba" else None)
+    chosen = kernels.select("auto", CPU)
+    assert (chosen.name, chosen.asked) == ("torch", "auto")
+    assert chosen.fallback == "numba: no such library"
+    assert model(MambaConfig()).backend.fallback is not None
+    attention = model(AttentionConfig(heads=2)).backend
+    assert (attention.name, attention.fallback) == ("sdpa", "numba: no such library")
+    with pytest.raises(BackendUnavailableError, match=r"'numba' is not available on cpu: no such library"):
+        kernels.select("numba", CPU)
+
+
+def test_cuda_on_a_cpu_names_the_alternatives():
+    with pytest.raises(BackendUnavailableError, match=r"need a CUDA GPU; choose 'auto', 'torch' or 'numba'"):
+        model(MambaConfig(backend="cuda"))
+    with pytest.raises(BackendUnavailableError, match=r"numba runs on the CPU; choose 'auto', 'torch' or 'cuda'"):
+        kernels.select("numba", torch.device("cuda"))
+
+
+def test_a_broken_import_names_how_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)  # importing it raises ImportError
+    problem = kernels.unavailable.__wrapped__("numba", "cpu")
+    assert "cannot import numba" in problem
+    assert problem.endswith("install with: pip install numba")
+    monkeypatch.setitem(sys.modules, "causal_conv1d", None)
+    assert kernels.unavailable.__wrapped__("cuda", "cuda").endswith(kernels.INSTALL_CUDA)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "hint"),
+    [
+        (MambaConfig(backend="nubma"), "did you mean 'numba'"),
+        (MambaConfig(backend="x"), "known: auto, cuda, numba, reference, torch"),
+        (AttentionConfig(heads=2, backend="refrence"), "did you mean 'reference'"),
+        (AttentionConfig(heads=2, backend="x"), "known: auto, numba, reference, sdpa"),
+    ],
+)
+def test_an_unknown_form_is_a_user_error(mixer, hint):
+    with pytest.raises(ConfigError, match=hint) as caught:
+        model(mixer)
+    assert "\n" not in str(caught.value)
+
+
+def test_everything_but_the_kernels_works_without_their_libraries():
+    program = """
+        import sys
+        for name in ("numba", "llvmlite", "mamba_ssm", "causal_conv1d", "triton"):
+            sys.modules[name] = None
+        import torch
+        import models
+        from models.config import MambaConfig, ModelConfig
+        from models import checkpoint, cost, generation, hf, presets
+        from models.language_model import LanguageModel
+        text = torch.zeros(1, 3, dtype=torch.int64)
+        LanguageModel(presets.preset("transformer-tiny"), seed=0)(text).sum().backward()
+        mamba = LanguageModel(presets.preset("mamba-tiny"), seed=0)
+        mamba(text).sum().backward()
+        print(mamba.backend.name, mamba.backend.fallback)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch numba: cannot import numba")
+    assert "pip install numba" in done.stdout

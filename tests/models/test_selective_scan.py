@@ -1,0 +1,219 @@
+"""Every form of the selective scan against the readable one, in outputs and in every gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from models.ops import selective_scan as ops
+from models.ops.kernels import load, numba_scan
+
+FORMS = {"reference": ops.reference, "torch": ops.chunked, "numba": load("numba").selective_scan}
+STEPS = {"reference": ops.step_reference, "numba": load("numba").selective_scan_step}
+NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+SHAPES = [(1, 1, 1, 1), (2, 1, 130, 4), (2, 17, 130, 4), (3, 16, 5, 3), (1, 33, 128, 16), (1, 40, 257, 3)]
+fast_forms = pytest.mark.parametrize("form", ["torch", "numba"])
+all_forms = pytest.mark.parametrize("form", FORMS)
+
+
+def draw(rows, T, E, N, dtype=torch.float64, *, gate=True, state=True, seed=0) -> list[Tensor | None]:
+    """The inputs in the order of the signature; decays from almost none to almost all."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    inputs = [
+        normal(rows, T, E), 2 * normal(rows, T, E) - 1, -normal(E, N).exp(), normal(rows, T, N), normal(rows, T, N),
+        normal(E), normal(rows, T, E) if gate else None, normal(E), normal(rows, E, N) if state else None,
+    ]  # fmt: skip
+    return [None if x is None else x.to(dtype) for x in inputs]
+
+
+def differentiate(form, inputs, dtype):
+    """Outputs and the gradients of all inputs, for fixed random weights on y and on the last state."""
+    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
+    y, h = form(*leaves)
+    g = torch.Generator().manual_seed(9)
+    weights = [torch.randn(out.shape, generator=g, dtype=torch.float64).to(dtype) for out in (y, h)]
+    (y * weights[0]).sum().add((h * weights[1]).sum()).backward()
+    return [y.detach(), h.detach()], [None if x is None else x.grad for x in leaves]
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    """Largest deviation, relative to the largest entry of what is expected."""
+    assert actual.shape == expected.shape, what
+    deviation = (actual.double() - expected.double()).abs().max() / expected.abs().max().clamp_min(1e-30)
+    assert deviation < tolerance, f"{what}: {deviation:.2e}"
+
+
+@fast_forms
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("gate", "state"), [(True, True), (False, False)], ids=["gate-state", "plain"])
+def test_agrees_with_the_reference(form, dtype, tolerance, shape, gate, state):
+    inputs = draw(*shape, dtype=dtype, gate=gate, state=state)
+    outputs, gradients = differentiate(FORMS[form], inputs, dtype)
+    expected_outputs, expected_gradients = differentiate(ops.reference, inputs, torch.float64)
+    for what, actual, expected in zip(("y", "last_state"), outputs, expected_outputs, strict=True):
+        assert actual.dtype == dtype
+        assert_near(actual, expected, tolerance, what)
+    for what, actual, expected in zip(NAMES, gradients, expected_gradients, strict=True):
+        assert (actual is None) == (expected is None), what
+        if expected is not None:
+            assert_near(actual, expected, tolerance, f"gradient of {what}")
+
+
+@fast_forms
+@pytest.mark.parametrize("used", [0, 1], ids=["only-y", "only-state"])
+def test_one_output_alone_can_be_differentiated(form, used):
+    inputs = draw(2, 19, 7, 3)
+
+    def gradients(function):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves)[used].sum(), leaves, materialize_grads=True)
+
+    for what, actual, expected in zip(NAMES, gradients(FORMS[form]), gradients(ops.reference), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=what)
+
+
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [("reference", (2, 3, 2, 2)), ("torch", (1, 5, 2, 2)), ("numba", (2, 3, 3, 2)), ("numba", (1, 18, 2, 2))],
+)
+@pytest.mark.parametrize("gate", [True, False])
+def test_gradients_are_those_of_finite_differences(form, shape, gate):
+    inputs = [x if x is None else x.requires_grad_() for x in draw(*shape, gate=gate)]
+    assert torch.autograd.gradcheck(FORMS[form], inputs)
+
+
+def test_the_compiled_operators_are_well_formed():
+    u, dt, A, B, C, D, z, dt_bias, h = [x.requires_grad_() for x in draw(2, 18, 5, 3)]
+    h = h.detach().transpose(1, 2).contiguous().requires_grad_()
+    torch.library.opcheck(numba_scan.scan, (u, dt, A, B, C, D, z, dt_bias, h, True))
+    torch.library.opcheck(numba_scan.scan, (u, dt, A, B, C, D, None, dt_bias, None, True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(T=st.integers(2, 40), data=st.data(), seed=st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_a_sequence_may_be_split_anywhere(form, T, data, seed):
+    t = data.draw(st.integers(1, T - 1))
+    u, dt, A, B, C, D, z, dt_bias, h = draw(2, T, 5, 3, seed=seed)
+    y, last = FORMS[form](u, dt, A, B, C, D, z, dt_bias, h)
+    y1, between = FORMS[form](u[:, :t], dt[:, :t], A, B[:, :t], C[:, :t], D, z[:, :t], dt_bias, h)
+    y2, end = FORMS[form](u[:, t:], dt[:, t:], A, B[:, t:], C[:, t:], D, z[:, t:], dt_bias, between)
+    torch.testing.assert_close(torch.cat([y1, y2], 1), y, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(end, last, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(a=st.floats(-3, 3), b=st.floats(-3, 3), T=st.integers(1, 40), seed=st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_affine_in_the_initial_state(form, a, b, T, seed):
+    *inputs, h1 = draw(2, T, 4, 3, seed=seed)
+    h2 = h1.flip(1) + 1
+    at = [torch.cat([x.flatten() for x in FORMS[form](*inputs, h)]) for h in (h1, h2, None, a * h1 + b * h2)]
+    torch.testing.assert_close(at[3] - at[2], a * (at[0] - at[2]) + b * (at[1] - at[2]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_step_is_a_forward_of_one_token(form, dtype, gate):
+    u, dt, A, B, C, D, z, dt_bias, state = draw(3, 1, 130, 5, dtype, gate=gate)
+    expected_y, expected_state = ops.reference(u, dt, A, B, C, D, z, dt_bias, state)
+    y = STEPS[form](u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None if z is None else z[:, 0], dt_bias, state)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-12
+    assert_near(y, expected_y[:, 0], tolerance, "y")
+    assert_near(state, expected_state, tolerance, "the state, advanced in place")
+
+
+@all_forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", ["u", "dt", "B", "C", "z", "initial_state"])
+def test_nan_propagates_and_stays_in_its_place(form, dtype, where):
+    inputs = draw(2, 40, 6, 3, dtype)
+    t, e = 19, 2
+    place = {"B": (1, t, 1), "C": (1, t, 1), "initial_state": (1, e, 1)}.get(where, (1, t, e))
+    inputs[NAMES.index(where)][place] = float("nan")
+    y, last = FORMS[form](*inputs)
+    poisoned = torch.zeros(2, 40, 6, dtype=torch.bool)
+    times = {"C": slice(t, t + 1), "z": slice(t, t + 1), "initial_state": slice(0, None)}.get(where, slice(t, None))
+    poisoned[1, times, slice(None) if where in "BC" else e] = True
+    assert torch.equal(y.isnan(), poisoned)
+    assert last.isnan().any() == (where not in ("C", "z"))
+
+
+@all_forms
+def test_extreme_steps_and_gates_stay_finite(form):
+    inputs = draw(2, 33, 9, 4, torch.float32)
+    inputs[1] = inputs[1] * 60  # softplus from almost 0 to hundreds: decays from 1 to 0
+    inputs[6] = inputs[6] * 60
+    outputs, gradients = differentiate(FORMS[form], inputs, torch.float32)
+    expected, expected_gradients = differentiate(ops.reference, inputs, torch.float64)
+    for actual, exact in zip([*outputs, *gradients], [*expected, *expected_gradients], strict=True):
+        assert actual.isfinite().all()
+        assert_near(actual, exact, 1e-4)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    inputs = draw(3, 37, 300, 5, torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outputs, gradients = differentiate(FORMS["numba"], inputs, torch.float32)
+            results.append(outputs + gradients)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for what, first, again in zip(("y", "last_state", *NAMES), results[0], other, strict=True):
+            assert torch.equal(first, again), what
+
+
+@pytest.mark.parametrize("T", [1, 16, 17, 100])
+def test_the_forward_keeps_one_state_in_sixteen(T):
+    rows, E, N = 2, 24, 8
+    u, dt, A, B, C, D, z, dt_bias, _ = draw(rows, T, E, N, torch.float32)
+    kept = numba_scan.scan(u, dt, A, B, C, D, z, dt_bias, None, True)[2]
+    assert kept.shape == (rows, -(-T // 16), N, E)
+    assert numba_scan.scan(u, dt, A, B, C, D, z, dt_bias, None, False)[2].numel() == 0
+
+    saved: dict[int, int] = {}
+    leaves = [x.requires_grad_() for x in (u, dt, A, B, C, D, z, dt_bias)]
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        FORMS["numba"](*leaves)
+    assert sum(saved.values()) == kept.nbytes + sum(x.nbytes for x in leaves)
+
+
+def test_inputs_in_any_layout():
+    inputs = draw(2, 21, 10, 4)
+    expected = ops.reference(*inputs)
+    strided = [
+        x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim > 1 else x.repeat_interleave(2)[::2] for x in inputs
+    ]
+    assert not strided[0].is_contiguous()
+    for actual, exact in zip(FORMS["numba"](*strided), expected, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
+    _, gradients = differentiate(FORMS["numba"], strided, torch.float64)
+    _, expected_gradients = differentiate(ops.reference, inputs, torch.float64)
+    for actual, exact in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_16_bit_inputs_are_computed_in_float32():
+    inputs = [x if i in (2, 5, 7) else x.to(torch.bfloat16) for i, x in enumerate(draw(2, 20, 6, 3, torch.float32))]
+    expected, _ = ops.reference(*[x.double() for x in inputs])
+    y, last = FORMS["numba"](*inputs)
+    assert y.dtype == torch.bfloat16
+    assert last.dtype == torch.float32
+    assert_near(y, expected, 2**-8, "y")
