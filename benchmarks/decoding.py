@@ -1,6 +1,6 @@
 """Single-stream greedy decoding of our models against Hugging Face's `generate`, on the CPU.
 
-    python benchmarks/decoding.py [--json]
+    python -m benchmarks.decoding [--json]
 
 About 1.2M parameters (the size of the cpu profile), float32, batch 1, a prompt of 64 tokens, 128 new tokens. Both sides
 are timed over the whole call, prefill included, and must produce the same tokens.

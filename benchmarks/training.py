@@ -1,6 +1,6 @@
 """One training step (forward, loss, backward, clip, AdamW) of our models against Hugging Face's, on the CPU.
 
-    python benchmarks/training.py [--json]
+    python -m benchmarks.training [--json]
 
 Shape: 8 x 256 tokens, about 4.5M parameters, vocabulary 4096, float32; then our two arms at longer contexts.
 """

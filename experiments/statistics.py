@@ -91,6 +91,6 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 def _comparison(differences: np.ndarray, interval: Interval) -> Comparison:
     spread = bool(len(differences) > 1 and np.ptp(differences) > 0)
-    p = float(stats.ttest_1samp(differences, 0.0)[1]) if spread else None
+    p = float(np.asarray(stats.ttest_1samp(differences, 0.0))[1]) if spread else None
     exact = bool(len(differences) > 1 and not spread and differences[0] != 0)
     return Comparison(interval, p, exact, tuple(differences.tolist()))

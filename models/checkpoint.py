@@ -26,10 +26,15 @@ def load(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:
     """The model of `save`, on `device`. The file is memory-mapped and its tensors become the parameters, so the
     host never holds a second copy. Raises ConfigError: not a checkpoint, damaged, or of another shape."""
     try:
-        config = ModelConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ConfigError(f"{CONFIG} must hold a table, not {values!r}")
+        config = ModelConfig.from_dict(values)
         tensors = load_file(folder / WEIGHTS, device=str(device))
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} is no checkpoint: {Path(error.filename or WEIGHTS).name} is missing") from None
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder}: damaged checkpoint: {error}") from None
     model = LanguageModel(config, seed=None, device=device)

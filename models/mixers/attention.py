@@ -50,7 +50,9 @@ class Attention(nn.Module):
         return self.o_proj(y), state
 
     def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
-        if self.backend.name != "numba" or state.keys.dtype != x.dtype:
+        # the compiled step is for one type throughout, and not a 16-bit one
+        compiled = self.backend.name == "numba" and state.keys.dtype == x.dtype and x.dtype.itemsize >= 4
+        if not compiled:
             y, after = self(x[:, None], state)
             assert after is not None
             return y[:, 0], after

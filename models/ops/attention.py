@@ -37,7 +37,9 @@ def _visible(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+# cached tables outlive the call: built outside inference mode, so that training may use what decoding made
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def rotary_table(positions: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (positions, 1, P/2) of the rotation angles t base^(-2i/P), float32 (angles in float64)."""
     frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -46,6 +48,7 @@ def rotary_table(positions: int, width: int, base: float, device: torch.device) 
 
 
 @lru_cache(maxsize=4096)
+@torch.inference_mode(False)
 def rotary_row(position: int, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (P/2) at one position, on the CPU."""
     table = rotary_table(1 << position.bit_length(), width, base, torch.device("cpu"))

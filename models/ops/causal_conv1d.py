@@ -39,4 +39,4 @@ def step_reference(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Te
     """One token: x (B, E); `state` (B, E, W) is shifted and filled in place. Returns y (B, E)."""
     state.copy_(state.roll(-1, 2))
     state[:, :, -1] = x
-    return F.silu((state * weight).sum(-1) + bias)
+    return F.silu((state.to(x.dtype) * weight).sum(-1) + bias)

@@ -40,14 +40,14 @@ def reference(
     """One step at a time, differentiable, in the precision of its inputs."""
     rows, T, E = u.shape
     delta = F.softplus(dt + dt_bias)
-    h = u.new_zeros(rows, E, A.shape[1]) if initial_state is None else initial_state
+    h = A.new_zeros(rows, E, A.shape[1]) if initial_state is None else initial_state
     ys = []
     for t in range(T):
         a = torch.exp(delta[:, t, :, None] * A)  # (B, E, N)
         h = a * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
         ys.append((h * C[:, t, None, :]).sum(-1))
     y = torch.stack(ys, 1) + D * u
-    return (y if z is None else y * F.silu(z)), h
+    return (y if z is None else y * F.silu(z)).to(u.dtype), h
 
 
 def chunked(
@@ -62,7 +62,7 @@ def chunked(
     """
     rows, T, E = u.shape
     delta = F.softplus(dt + dt_bias)
-    h = u.new_zeros(rows, E, A.shape[1]) if initial_state is None else initial_state
+    h = A.new_zeros(rows, E, A.shape[1]) if initial_state is None else initial_state
     ys = []
     for start in range(0, T, CHUNK):
         now = slice(start, min(start + CHUNK, T))
@@ -75,10 +75,10 @@ def chunked(
             a = torch.cat([a[:, :distance], a[:, distance:] * a[:, :-distance]], 1)
             distance *= 2
         hs = a * h[:, None] + b
-        ys.append(torch.einsum("bqen,bqn->bqe", hs, C[:, now]))
+        ys.append(torch.einsum("bqen,bqn->bqe", hs, C[:, now].to(hs.dtype)))
         h = hs[:, -1]
     y = torch.cat(ys, 1) + D * u
-    return (y if z is None else y * F.silu(z)), h
+    return (y if z is None else y * F.silu(z)).to(u.dtype), h
 
 
 def step_reference(
@@ -87,6 +87,7 @@ def step_reference(
 ) -> Tensor:  # fmt: skip
     """One token: u, dt, z (B, E), B, C (B, N); `state` (B, E, N) is advanced in place. Returns y (B, E)."""
     delta = F.softplus(dt + dt_bias)
-    state.mul_(torch.exp(delta[..., None] * A)).add_((delta * u)[..., None] * B[:, None, :])
-    y = torch.einsum("ben,bn->be", state, C) + D * u
-    return y if z is None else y * F.silu(z)
+    h = torch.exp(delta[..., None] * A) * state.to(A.dtype) + (delta * u)[..., None] * B[:, None, :]
+    state.copy_(h)  # a 16-bit state rounds here, not in the arithmetic
+    y = torch.einsum("ben,bn->be", h, C.to(h.dtype)) + D * u
+    return (y if z is None else y * F.silu(z)).to(u.dtype)

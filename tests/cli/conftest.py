@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
 
 LAB = Path(sys.executable).with_name("lab")
 Lab = Callable[..., subprocess.CompletedProcess]
+InProcess = Callable[..., tuple[int, str, str]]
 
 # the smoke profile on a text of a few kilobytes, in seconds
 SMALL = (
@@ -45,6 +49,20 @@ def lab(environment: dict[str, str]) -> Lab:
     def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         command = [str(LAB), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment | (env or {}), timeout=500)
+
+    return run
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> InProcess:
+    """Runs `lab` here, which is quick and can be patched: exit code, stdout, stderr."""
+    monkeypatch.setenv("LAB_CACHE", environment["LAB_CACHE"])
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
 
     return run
 

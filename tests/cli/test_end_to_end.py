@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Finished, Lab
+from conftest import Finished, InProcess, Lab
 
 ARMS, SEEDS, CONTEXTS = ("transformer", "mamba"), (0, 1), (32, 64, 128)
 QUALITY = {
@@ -129,49 +129,42 @@ def test_files_of_the_run(smoke: Finished, result: dict[str, Any]) -> None:
     assert [line["step"] for line in map(json.loads, steps) if "loss" in line] == list(range(1, 41))
 
 
-def test_report_formats(lab: Lab, smoke: Finished, result: dict[str, Any]) -> None:
-    shown = {
-        name: lab("report", "--out", smoke.out, "--format", name) for name in ("table", "md", "html", "csv", "json")
-    }
-    assert {name: process.returncode for name, process in shown.items()} == dict.fromkeys(shown, 0)
-    assert json.loads(shown["json"].stdout) == result
-    assert len(list(csv.DictReader(io.StringIO(shown["csv"].stdout)))) == len(result["rows"])
-    assert shown["html"].stdout.rstrip() == (smoke.directory / "report.html").read_text(encoding="utf-8").rstrip()
-    assert shown["md"].stdout.rstrip() == (smoke.directory / "report.md").read_text(encoding="utf-8").rstrip()
-    assert all(arm in shown["table"].stdout for arm in ARMS)
+def test_report_formats(in_process: InProcess, smoke: Finished, result: dict[str, Any]) -> None:
+    shown = {}
+    for name in ("table", "md", "html", "csv", "json"):
+        code, shown[name], _ = in_process("report", "--out", smoke.out, "--format", name)
+        assert code == 0
+    assert json.loads(shown["json"]) == result
+    assert len(list(csv.DictReader(io.StringIO(shown["csv"])))) == len(result["rows"])
+    for name in ("html", "md"):
+        assert shown[name].rstrip() == (smoke.directory / f"report.{name}").read_text(encoding="utf-8").rstrip()
+    assert all(arm in shown["table"] for arm in ARMS)
 
 
-def test_runs(lab: Lab, smoke: Finished, result: dict[str, Any]) -> None:
+def test_runs(in_process: InProcess, smoke: Finished, result: dict[str, Any]) -> None:
     expected = {"run": result["run_id"], "status": "complete", "profile": "smoke", "arms": list(ARMS)}
-    assert json.loads(lab("runs", "--out", smoke.out, "--json").stdout) == [expected]
-    assert lab("runs", "--out", smoke.out).stdout.split()[:2] == [result["run_id"], "complete"]
+    assert json.loads(in_process("runs", "--out", smoke.out, "--json")[1]) == [expected]
+    assert in_process("runs", "--out", smoke.out)[1].split()[:2] == [result["run_id"], "complete"]
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_generate_repeats(lab: Lab, smoke: Finished, result: dict[str, Any], temperature: float) -> None:
-    arguments = (
-        "generate",
-        "latest",
-        "import ",
-        "--out",
-        smoke.out,
-        "--tokens",
-        12,
-        "--temperature",
-        temperature,
-        "--json",
-    )
-    first, second = (json.loads(lab(*arguments).stdout) for _ in range(2))
-    assert [one["arm"] for one in first] == list(ARMS)
-    assert [one["text"] for one in first] == [one["text"] for one in second]
-    if temperature:
-        other = json.loads(lab(*arguments, "--seed", 1).stdout)
-        assert [one["text"] for one in first] != [one["text"] for one in other]
+def test_generate_repeats(in_process: InProcess, smoke: Finished, result: dict[str, Any], temperature: float) -> None:
+    def texts(*more: object) -> dict[str, str]:
+        arguments = ("generate", "latest", "import ", "--out", smoke.out, "--tokens", 12, "--temperature", temperature)
+        code, stdout, stderr = in_process(*arguments, "--json", *more)
+        assert code == 0, stderr
+        return {one["arm"]: one["text"] for one in json.loads(stdout)}
+
+    first = texts()
+    assert list(first) == list(ARMS)
+    assert all(first.values())
+    assert texts() == first
+    assert (texts("--seed", 1) == first) == (temperature == 0)
+    assert texts("--arm", "mamba") == {"mamba": first["mamba"]}
 
 
-def test_models(lab: Lab) -> None:
-    listed = json.loads(lab("models", "--json").stdout)
-    by_name = {one["model"]: one for one in listed}
+def test_models(in_process: InProcess) -> None:
+    by_name = {one["model"]: one for one in json.loads(in_process("models", "--json")[1])}
     for size in ("tiny", "1m", "30m"):
         ratio = by_name[f"mamba-{size}"]["non_embedding"] / by_name[f"transformer-{size}"]["non_embedding"]
         assert ratio == pytest.approx(1, abs=0.01)

@@ -15,13 +15,16 @@ def test_the_same_command_continues_an_interrupted_run(
 ) -> None:
     out = tmp_path / "runs"
     command = [str(LAB), "run", *small, "--set", "measurement.contexts=[8]", "--seeds", "1", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    command += ["--set", "training.steps=60"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     deadline = time.monotonic() + 300
-    while not (finished := list(out.glob("*/cells/transformer/seed0/evaluation.json"))):
+    while not list(out.glob("*/cells/mamba/seed0/metrics.jsonl")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Traceback" not in said
@@ -30,16 +33,17 @@ def test_the_same_command_continues_an_interrupted_run(
     assert "missing: mamba/seed0/train" in last
 
     (directory,) = out.iterdir()
+    finished = directory / "cells/transformer/seed0/evaluation.json"
     partial = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     assert partial["status"] == "partial"
     assert "mamba/seed0/train" in partial["missing"]
     assert "transformer/seed0/train" not in partial["missing"]
-    kept = finished[0].stat().st_mtime_ns, finished[0].read_bytes()
+    kept = finished.stat().st_mtime_ns, finished.read_bytes()
 
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert again.returncode == 0, again.stderr
-    assert [path for path in out.iterdir()] == [directory]
-    assert (finished[0].stat().st_mtime_ns, finished[0].read_bytes()) == kept
+    assert list(out.iterdir()) == [directory]
+    assert (finished.stat().st_mtime_ns, finished.read_bytes()) == kept
     assert "transformer/seed0/train" not in again.stderr
     complete = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     assert (complete["status"], complete["missing"]) == ("complete", [])

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from models.ops.kernels import numba_conv, numba_scan, numba_step
-from models.ops.kernels.numba_norm import rms_norm
+from models.ops.kernels import numba_conv, numba_norm, numba_scan, numba_step
 from models.ops.kernels.numba_step import attention_step
 from models.ops.selective_scan import forward_flops
 
@@ -17,8 +16,9 @@ __all__ = [
 
 
 def _real(*tensors: Tensor | None) -> list[Any]:
-    """The kernels compute in float32 or float64; bfloat16 inputs are computed in float32."""
-    return [t.float() if t is not None and t.dtype is torch.bfloat16 else t for t in tensors]
+    """The kernels compute in float32 or float64; 16-bit inputs are computed in float32."""
+    small = (torch.bfloat16, torch.float16)
+    return [t.float() if t is not None and t.dtype in small else t for t in tensors]
 
 
 def selective_scan(
@@ -50,7 +50,11 @@ def selective_scan_step(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
     state: Tensor,
 ) -> Tensor:  # fmt: skip
-    return numba_step.scan_step(u, dt, A, B, C, D, z, dt_bias, state)
+    u32, dt, A, B, C, D, z, dt_bias, work = _real(u, dt, A, B, C, D, z, dt_bias, state)
+    y = numba_step.scan_step(u32, dt, A, B, C, D, z, dt_bias, work)
+    if work is not state:
+        state.copy_(work)
+    return y.to(u.dtype)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
@@ -60,7 +64,16 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
-    return numba_step.conv_step(x, weight, bias, state)
+    x32, weight, bias, work = _real(x, weight, bias, state)
+    y = numba_step.conv_step(x32, weight, bias, work)
+    if work is not state:
+        state.copy_(work)
+    return y.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32, weight = _real(x, weight)
+    return numba_norm.rms_norm(x32, weight, eps).to(x.dtype)
 
 
 @register_flop_formula(torch.ops.lab.selective_scan_cpu)
