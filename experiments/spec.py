@@ -243,8 +243,10 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
     except tomllib.TOMLDecodeError:
         value = literal.strip()
     table = raw
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1]):
         table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise SpecError(f"'{'.'.join(parts[: depth + 1])}' is a value, it has no '{parts[depth + 1]}'")
     table[parts[-1]] = value
 
 

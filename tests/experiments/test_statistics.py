@@ -110,7 +110,7 @@ def test_more_seeds_resolves_and_one_fewer_does_not(effect: float, n: int, compa
     more = comparison.more_seeds(comparisons)
 
     def resolves(total: int) -> bool:
-        return 2 * stats.t.sf(effect * math.sqrt(total), total - 1) < 0.05 / comparisons
+        return bool(2 * stats.t.sf(effect * math.sqrt(total), total - 1) < 0.05 / comparisons)
 
     if more is None:
         assert resolves(n) or not resolves(MOST_SEEDS)
