@@ -23,7 +23,7 @@ Split = Literal["validation", "test"]
 class Settings(BaseModel):
     """Frozen and strict: an unknown key is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Arm(Settings):
@@ -134,7 +134,7 @@ class Experiment(Settings):
         if not self.learning_rates:
             return dict(self.arms)
         return {
-            f"{name}-lr{rate:g}": arm.model_copy(update={"learning_rate": rate})
+            f"{name}-lr{rate!r}": arm.model_copy(update={"learning_rate": rate})
             for name, arm in self.arms.items()
             for rate in self.learning_rates
         }

@@ -106,7 +106,7 @@ def sweep_rates(record: Record) -> dict[str, dict[float, str]]:
     found: dict[str, dict[float, str]] = {}
     for name, arm in record.result["arms"].items():
         rate = arm["learning_rate"]
-        found.setdefault(name.removesuffix(f"-lr{rate:g}"), {})[rate] = name
+        found.setdefault(name.removesuffix(f"-lr{rate!r}"), {})[rate] = name
     return {base: dict(sorted(rates.items())) for base, rates in found.items()}
 
 

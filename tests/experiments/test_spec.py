@@ -88,7 +88,7 @@ def test_assignments(assignment: str, get: Any, expected: Any) -> None:
 
 
 def test_the_last_assignment_wins() -> None:
-    assert load("compare", assignments=["training.steps=50", "training.steps=60"]).training.steps == 60
+    assert load("compare", assignments=["training.steps=150", "training.steps=160"]).training.steps == 160
 
 
 @pytest.mark.parametrize(
