@@ -22,6 +22,7 @@ from experiments.errors import EnvironmentLacksError, LabError, RunFailedError
 from experiments.measurement.process import CellFailedError, run_fresh
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, build_result, write_json
+from models.mixers.attention import select_attention
 from models.ops.kernels import select
 
 
@@ -65,8 +66,8 @@ def check(experiment: Experiment) -> None:
     resolve_device(experiment.device)
     for arm in experiment.arms.values():
         config = cells.model_config(arm, experiment.data.vocabulary)
-        if config.mixer.kind == "mamba":
-            select(config.mixer.backend, torch.device(experiment.device))
+        choose = select_attention if config.mixer.kind == "attention" else select
+        choose(config.mixer.backend, torch.device(experiment.device))
 
 
 def run(
@@ -208,6 +209,12 @@ def _writable(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
+    except FileNotFoundError as error:
+        if out.is_dir():
+            raise  # not about the folder: a defect
+        raise EnvironmentLacksError(
+            f"cannot make '{out}': {error.strerror}; choose another folder with --out"
+        ) from None
     except (FileExistsError, NotADirectoryError):
         raise EnvironmentLacksError(f"'{out}' is a file, runs need a folder; choose another with --out") from None
     except OSError as error:

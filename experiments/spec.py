@@ -176,6 +176,9 @@ def load(
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{source}: not valid TOML: {error}") from None
     profiles = raw.pop("profiles", {})
+    for name, table in {"profiles": profiles, "arms": raw.get("arms", {})}.items():
+        if not isinstance(table, dict) or not all(isinstance(value, dict) for value in table.values()):
+            raise SpecError(f"{source}: {name} must be a table of tables, such as [{name}.NAME]")
     if profile is not None and profile not in PROFILES:
         raise SpecError(f"unknown profile '{profile}': {nearest(profile, PROFILES)}")
     if profile is not None and not profiles:
@@ -282,7 +285,9 @@ def _check_arm_key(rest: list[str]) -> None:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    problems = error.errors()
+    # a misspelt key also leaves the right one missing: speak of the spelling
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         schema: Any = Experiment

@@ -14,6 +14,13 @@ def _positive(config: Any, *names: str) -> None:
             raise ConfigError(f"{config.kind}.{name} must be a positive whole number, got {value!r}")
 
 
+def _numbers(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{config.kind}.{name} must be a number, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Causal self-attention with rotary positions (arXiv 2104.09864), optionally grouped queries (2305.13245)."""
@@ -30,6 +37,7 @@ class AttentionConfig:
             _positive(self, "kv_heads")
             if self.heads % self.kv_heads:
                 raise ConfigError(f"attention.heads = {self.heads} is not a multiple of kv_heads = {self.kv_heads}")
+        _numbers(self, "rotary_base")
         if not self.rotary_base > 1:
             raise ConfigError(f"attention.rotary_base must be above 1, got {self.rotary_base!r}")
 
@@ -52,6 +60,7 @@ class MambaConfig:
         _positive(self, "expand", "state", "conv_width")
         if self.dt_rank is not None:
             _positive(self, "dt_rank")
+        _numbers(self, "dt_min", "dt_max", "dt_floor")
         if not 0 < self.dt_min <= self.dt_max:
             raise ConfigError(f"mamba needs 0 < dt_min <= dt_max, got {self.dt_min!r} and {self.dt_max!r}")
         if not self.dt_floor > 0:
@@ -90,6 +99,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "vocabulary", "width", "layers")
+        _numbers(self, "norm_eps")
         if not self.norm_eps > 0:
             raise ConfigError(f"model.norm_eps must be above 0, got {self.norm_eps!r}")
         if isinstance(self.mixer, AttentionConfig):
@@ -130,8 +140,11 @@ class ModelConfig:
             known = [field.name for field in fields(config)]
             if name not in known:
                 raise ConfigError(f"unknown model setting '{key}': {nearest(name, known)}")
+            part = getattr(config, name)
+            whole = value is None or hasattr(value, "__dataclass_fields__")
+            if not rest and name in ("mixer", "feedforward") and not whole:
+                raise ConfigError(f"'{key}' is a table; set one of its keys, such as {key}.backend or {key}.hidden")
             if rest:
-                part = getattr(config, name)
                 if part is None:
                     raise ConfigError(f"this model has no {name}, so '{key}' means nothing")
                 inner = [field.name for field in fields(part)] if hasattr(part, "__dataclass_fields__") else []

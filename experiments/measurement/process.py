@@ -65,10 +65,10 @@ def run_fresh(
                 process.join()
                 raise CellFailedError(*content)
     finally:
-        ours.close()
         if process.is_alive():
             process.terminate()
             process.join()
+        ours.close()  # after that: a child that finds its pipe closed would complain
 
 
 def _context() -> Any:

@@ -26,7 +26,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = mixer.heads, mixer.kv_heads or mixer.heads
         self.head_width = config.width // mixer.heads
         self.rotary_base = mixer.rotary_base
-        self.backend = _select(mixer.backend, device)
+        self.backend = select_attention(mixer.backend, device)
         self.attend = ATTENTION.get(self.backend.name, ATTENTION["sdpa"])
         self.qkv_proj = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
 
-def _select(asked: str, device: torch.device) -> Selection:
+def select_attention(asked: str, device: torch.device) -> Selection:
     """`numba` is torch's kernel over sequences and a compiled step for single tokens; `auto` takes it on a CPU and
     torch's kernel for both on a GPU, which is no fallback there."""
     names = (*ATTENTION, "numba", "auto")
