@@ -3,6 +3,9 @@
 Both libraries keep channels before time, (B, E, T), and B and C as (B, N, T).
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# (the two libraries are installed on CUDA machines only)
+
 import torch
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
