@@ -2,9 +2,12 @@
 
 Every linear layer is uniform in +-1/sqrt(fan-in), which is torch's default and what `mamba_ssm` leaves in place;
 the layers that write to the residual stream are divided by sqrt(number of residual branches), as `mamba_ssm` and
-GPT-2 do; the embedding (and an untied head) is normal with standard deviation 1/(4 sqrt(width)), so that the first
-logits have standard deviation 1/4 at every width and the first loss lies within 1% of ln(vocabulary). Mixers add
-what is their own (Mamba's dt and A).
+GPT-2 do; the embedding (and an untied head) is normal with standard deviation 1/sqrt(width), and the final norm's
+weight is 1/4, so that the first logits have standard deviation 1/4 at every width and the first loss lies within 1% of
+ln(vocabulary). Mixers add what is their own (Mamba's dt and A).
+
+The logits could be made small by a small embedding instead, and usually are. But then what the first branches write
+drowns the token itself in the residual stream, which narrow models pay for: docs/method.md has the figures.
 """
 
 import math
@@ -12,10 +15,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+FINAL_NORM = 0.25
+
 
 def reset_embedding(weight: Tensor, generator: torch.Generator) -> None:
     """weight (V, D)."""
-    weight.normal_(0, 0.25 / math.sqrt(weight.shape[1]), generator=generator)
+    weight.normal_(0, 1 / math.sqrt(weight.shape[1]), generator=generator)
 
 
 def reset_linear(linear: nn.Linear, generator: torch.Generator) -> None:

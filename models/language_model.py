@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.block import Block
 from models.config import ModelConfig
-from models.initialisation import reset_embedding
+from models.initialisation import FINAL_NORM, reset_embedding
 from models.norm import RMSNorm
 from models.ops.kernels import Selection
 from models.state import ModelState
@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
         reset_embedding(self.embedding.weight, generator)
         if not self.config.tie_embeddings:
             reset_embedding(self.head.weight, generator)
-        self.norm.reset_parameters()
+        self.norm.reset_parameters(FINAL_NORM)
         writers = []
         for block in self.blocks:
             block.reset_parameters(generator)

@@ -18,8 +18,8 @@ class RMSNorm(nn.Module):
         self.ops = load(select(asked, device).name)
         self.weight = nn.Parameter(torch.empty(config.width))
 
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+    def reset_parameters(self, value: float = 1.0) -> None:
+        nn.init.constant_(self.weight, value)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)

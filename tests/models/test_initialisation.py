@@ -89,14 +89,15 @@ def test_linear_layers_are_uniform_and_residual_writers_scaled(config):
         assert weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
     assert checked == branches
     for weight in {model.embedding.weight, model.head.weight}:
-        assert weight.std() == pytest.approx(1 / 32, rel=0.1)  # 1 / (4 sqrt(64))
+        assert weight.std() == pytest.approx(1 / 8, rel=0.1)  # 1 / sqrt(64)
 
 
 @both
-def test_norms_start_at_one(config):
-    norms = [p for name, p in LanguageModel(config, seed=0).named_parameters() if "norm" in name]
+def test_norms_start_at_one_and_the_last_at_a_quarter(config):
+    norms = {name: p for name, p in LanguageModel(config, seed=0).named_parameters() if "norm" in name}
     assert len(norms) == (4 if config is MAMBA else 7)
-    assert all(torch.equal(p, torch.ones_like(p)) for p in norms)
+    for name, weight in norms.items():
+        assert torch.equal(weight, torch.full_like(weight, 0.25 if name == "norm.weight" else 1.0)), name
 
 
 def test_what_drifts_in_16_bits_stays_in_float32():

@@ -210,6 +210,29 @@ def test_inputs_in_any_layout():
         torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
 
 
+def test_inputs_that_are_slices_of_one_projection():
+    inputs = draw(2, 20, 12, 3)
+    expected = differentiate(ops.reference, inputs, torch.float64)
+    wide = torch.cat([inputs[0], inputs[1], inputs[6]], -1)  # as a block computes them: rows of a larger array
+    u, dt, z = wide.split(12, -1)
+    actual = differentiate(FORMS["numba"], [u, dt, *inputs[2:6], z, *inputs[7:]], torch.float64)
+    for got, exact in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        assert_near(got, exact, 1e-12)
+
+
+def test_a_compiled_step_refuses_to_be_differentiated():
+    *inputs, state = draw(2, 1, 4, 3)
+    inputs = [x[:, 0] if i in (0, 1, 3, 4, 6) else x for i, x in enumerate(inputs)]
+    inputs[2].requires_grad_()
+    before = state.clone()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        STEPS["numba"](*inputs, state)
+    assert torch.equal(state, before)
+    with torch.no_grad():
+        STEPS["numba"](*inputs, state)
+    assert not torch.equal(state, before)
+
+
 def test_16_bit_inputs_are_computed_in_float32():
     inputs = [x if i in (2, 5, 7) else x.to(torch.bfloat16) for i, x in enumerate(draw(2, 20, 6, 3, torch.float32))]
     expected, _ = ops.reference(*[x.double() for x in inputs])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.ops.kernels.numba_runtime import compiled, run_tasks, sigmoid
+from models.ops.kernels.numba_runtime import compiled, row, run_tasks, sigmoid, with_rows
 
 L = 64
 
@@ -31,13 +31,14 @@ def _forward(x, weight, bias, before, out, first, last):
                 taps[w, e] = weight[w, e0 + e]
                 window[w, e] = before[b, w, e0 + e]
         for t in range(T):
+            x_t = row(x, b, t)
             for e in range(lanes):
-                window[t % W, e] = x[b, t, e0 + e]
+                window[t % W, e] = x_t[e0 + e]
                 acc[e] = bias[e0 + e]
             for w in range(W):
-                row = (t + 1 + w) % W
+                slot = (t + 1 + w) % W
                 for e in range(lanes):
-                    acc[e] += taps[w, e] * window[row, e]
+                    acc[e] += taps[w, e] * window[slot, e]
             for e in range(lanes):
                 out[b, t, e0 + e] = acc[e] * sigmoid(acc[e])
 
@@ -67,32 +68,33 @@ def _backward(x, weight, bias, before, d_out, d_x, d_weight, d_bias, d_before, f
                 d_taps[w, e] = zero
                 d_window[w, e] = zero
         for t in range(T + W):
-            # row t % W held input t - W, whose gradient is now whole; it becomes input t
-            row = t % W
+            # slot t % W held input t - W, whose gradient is now whole; it becomes input t
+            slot = t % W
             for e in range(lanes):
                 if t >= W:
-                    d_x[b, t - W, e0 + e] = d_window[row, e]
+                    d_x[b, t - W, e0 + e] = d_window[slot, e]
                 else:
-                    d_before[b, t, e0 + e] = d_window[row, e]
-                d_window[row, e] = zero
+                    d_before[b, t, e0 + e] = d_window[slot, e]
+                d_window[slot, e] = zero
             if t >= T:
                 continue
+            x_t = row(x, b, t)
             for e in range(lanes):
-                window[row, e] = x[b, t, e0 + e]
+                window[slot, e] = x_t[e0 + e]
                 g[e] = bias[e0 + e]
             for w in range(W):
-                row = (t + 1 + w) % W
+                slot = (t + 1 + w) % W
                 for e in range(lanes):
-                    g[e] += taps[w, e] * window[row, e]
+                    g[e] += taps[w, e] * window[slot, e]
             for e in range(lanes):
                 sig = sigmoid(g[e])
                 g[e] = d_out[b, t, e0 + e] * sig * (one + g[e] * (one - sig))
                 sum_bias[e] += g[e]
             for w in range(W):
-                row = (t + 1 + w) % W
+                slot = (t + 1 + w) % W
                 for e in range(lanes):
-                    d_taps[w, e] += g[e] * window[row, e]
-                    d_window[row, e] += g[e] * taps[w, e]
+                    d_taps[w, e] += g[e] * window[slot, e]
+                    d_window[slot, e] += g[e] * taps[w, e]
         for e in range(lanes):
             d_bias[b, e0 + e] = sum_bias[e]
         for w in range(W):
@@ -104,7 +106,7 @@ def _arrays(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None) -> l
     rows, _, E = x.shape
     W = weight.shape[1]
     before = x.new_zeros(rows, W, E) if before is None else before.transpose(1, 2).contiguous()
-    return [y.detach().numpy() for y in (x, weight.t().contiguous(), bias, before)]
+    return [with_rows(y) for y in (x, weight.t().contiguous(), bias, before)]
 
 
 @torch.library.custom_op("lab::causal_conv1d_cpu", mutates_args=(), device_types="cpu")

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from models.ops.kernels import numba_conv, numba_norm, numba_scan, numba_step
-from models.ops.kernels.numba_step import attention_step
 from models.ops.selective_scan import forward_flops
 
 __all__ = [
@@ -21,6 +20,18 @@ def _real(*tensors: Tensor | None) -> list[Any]:
     return [t.float() if t is not None and t.dtype in small else t for t in tensors]
 
 
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    """The compiled steps write the state in place, outside autograd: a gradient would silently be zero."""
+    if _needs_gradient(*tensors):
+        raise RuntimeError(
+            "the compiled decode step has no gradient: call it under torch.no_grad(), or choose backend 'reference'"
+        )
+
+
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
     initial_state: Tensor | None = None,
@@ -28,21 +39,10 @@ def selective_scan(
     dtype = u.dtype
     u, dt, A, B, C, D, z, dt_bias, initial_state = _real(u, dt, A, B, C, D, z, dt_bias, initial_state)
     before = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
-    needs_gradient = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    )
+    keep = _needs_gradient(u, dt, A, B, C, D, z, dt_bias, initial_state)
     y, state, _ = numba_scan.scan(
-        u.contiguous(),
-        dt.contiguous(),
-        A,
-        B.contiguous(),
-        C.contiguous(),
-        D,
-        z,
-        dt_bias,
-        before,
-        needs_gradient,
-    )
+        u.contiguous(), dt.contiguous(), A, B.contiguous(), C.contiguous(), D, z, dt_bias, before, keep
+    )  # fmt: skip
     return y.to(dtype), state.transpose(1, 2)
 
 
@@ -50,6 +50,7 @@ def selective_scan_step(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
     state: Tensor,
 ) -> Tensor:  # fmt: skip
+    _refuse_gradients(u, dt, A, B, C, D, z, dt_bias, state)
     u32, dt, A, B, C, D, z, dt_bias, work = _real(u, dt, A, B, C, D, z, dt_bias, state)
     y = numba_step.scan_step(u32, dt, A, B, C, D, z, dt_bias, work)
     if work is not state:
@@ -64,11 +65,17 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
+    _refuse_gradients(x, weight, bias, state)
     x32, weight, bias, work = _real(x, weight, bias, state)
     y = numba_step.conv_step(x32, weight, bias, work)
     if work is not state:
         state.copy_(work)
     return y.to(x.dtype)
+
+
+def attention_step(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+    _refuse_gradients(qkv)
+    return numba_step.attention_step(qkv, cos, sin, keys, values, length)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

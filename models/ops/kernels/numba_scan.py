@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.ops.kernels.numba_runtime import LN_2, LOG2_E, compiled, exp2, run_tasks, sigmoid, softplus
+from models.ops.kernels.numba_runtime import LN_2, LOG2_E, compiled, exp2, row, run_tasks, sigmoid, softplus, with_rows
 
-L = 128  # channels per task: 16 states x 128 channels x 4 bytes = 8 KiB of state
+L = 256  # channels per task: 16 states x 256 channels x 4 bytes = 16 KiB of state
 Q = 16  # steps between kept states
 
 
@@ -51,9 +51,10 @@ def _forward(u, dt, A2, B, C, D, z, dt_bias, gated, keep, state, kept, out, firs
                 for n in range(N):
                     for e in range(lanes):
                         kept[b, t // Q, n, e0 + e] = h[n, e]
+            u_t, dt_t, z_t = row(u, b, t), row(dt, b, t), row(z, b, t)
             for e in range(lanes):
-                d = softplus(dt[b, t, e0 + e] + dt_bias[e0 + e])
-                x = u[b, t, e0 + e]
+                d = softplus(dt_t[e0 + e] + dt_bias[e0 + e])
+                x = u_t[e0 + e]
                 delta[e] = d
                 delta_u[e] = d * x
                 y[e] = D[e0 + e] * x
@@ -65,8 +66,7 @@ def _forward(u, dt, A2, B, C, D, z, dt_bias, gated, keep, state, kept, out, firs
                     y[e] += hn * Cn
             if gated:
                 for e in range(lanes):
-                    zt = z[b, t, e0 + e]
-                    out[b, t, e0 + e] = y[e] * zt * sigmoid(zt)
+                    out[b, t, e0 + e] = y[e] * z_t[e0 + e] * sigmoid(z_t[e0 + e])
             else:
                 for e in range(lanes):
                     out[b, t, e0 + e] = y[e]
@@ -123,11 +123,12 @@ def _backward(
                 for e in range(lanes):
                     h[0, n, e] = kept[b, chunk, n, e0 + e]
             for s in range(steps):
+                u_t, dt_t = row(u, b, t0 + s), row(dt, b, t0 + s)
                 for e in range(lanes):
-                    raw = dt[b, t0 + s, e0 + e] + dt_bias[e0 + e]
+                    raw = dt_t[e0 + e] + dt_bias[e0 + e]
                     delta[s, e] = softplus(raw)
                     slope[s, e] = sigmoid(raw)
-                    delta_u[e] = delta[s, e] * u[b, t0 + s, e0 + e]
+                    delta_u[e] = delta[s, e] * u_t[e0 + e]
                 for n in range(N):
                     Bn = B[b, t0 + s, n]
                     for e in range(lanes):
@@ -136,12 +137,12 @@ def _backward(
                         h[s + 1, n, e] = an * h[s, n, e] + delta_u[e] * Bn
             for s in range(steps - 1, -1, -1):
                 t = t0 + s
+                u_t, z_t = row(u, b, t), row(z, b, t)
                 for e in range(lanes):
                     dy[e] = d_out[b, t, e0 + e]
                     if gated:
-                        zt = z[b, t, e0 + e]
-                        dy[e] *= zt * sigmoid(zt)
-                    x = u[b, t, e0 + e]
+                        dy[e] *= z_t[e0 + e] * sigmoid(z_t[e0 + e])
+                    x = u_t[e0 + e]
                     y[e] = D[e0 + e] * x
                     delta_u[e] = delta[s, e] * x
                     g_B[e] = zero
@@ -165,16 +166,15 @@ def _backward(
                     d_B[group, b, t, n] = dB
                     d_C[group, b, t, n] = dC
                 for e in range(lanes):
-                    x = u[b, t, e0 + e]
+                    x = u_t[e0 + e]
                     d_u[b, t, e0 + e] = dy[e] * D[e0 + e] + delta[s, e] * g_B[e]
                     d_raw = (x * g_B[e] + ln_2 * g_A[e]) * slope[s, e]
                     d_dt[b, t, e0 + e] = d_raw
                     sum_bias[e] += d_raw
                 if gated:
                     for e in range(lanes):
-                        zt = z[b, t, e0 + e]
-                        sig = sigmoid(zt)
-                        d_z[b, t, e0 + e] = d_out[b, t, e0 + e] * y[e] * sig * (one + zt * (one - sig))
+                        sig = sigmoid(z_t[e0 + e])
+                        d_z[b, t, e0 + e] = d_out[b, t, e0 + e] * y[e] * sig * (one + z_t[e0 + e] * (one - sig))
         for n in range(N):
             for e in range(lanes):
                 d_state[b, n, e0 + e] = g[n, e]
@@ -203,7 +203,7 @@ def scan(
     state = u.new_zeros(rows, N, E) if initial_state is None else initial_state.clone()
     kept = u.new_empty((rows, (T + Q - 1) // Q if keep else 0, N, E))
     gate = u if z is None else z
-    arrays = [x.detach().numpy() for x in (u, dt, _scaled_transpose(A), B, C, D, gate, dt_bias)]
+    arrays = [with_rows(x) for x in (u, dt, _scaled_transpose(A), B, C, D, gate, dt_bias)]
     tasks = rows * ((E + L - 1) // L)
     run_tasks(_forward, tasks, *arrays, z is not None, keep, state.numpy(), kept.numpy(), out.numpy())
     return out, state, kept
@@ -234,7 +234,7 @@ def scan_backward(
     d_B, d_C = u.new_empty(groups, rows, T, N), u.new_empty(groups, rows, T, N)
     d_D, d_dt_bias = u.new_empty(rows, E), u.new_empty(rows, E)
     gate = u if z is None else z
-    arrays = [x.detach().numpy() for x in (u, dt, _scaled_transpose(A), B, C, D, gate, dt_bias)]
+    arrays = [with_rows(x) for x in (u, dt, _scaled_transpose(A), B, C, D, gate, dt_bias)]
     results = [x.numpy() for x in (d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_dt_bias)]
     run_tasks(
         _backward, rows * groups, *arrays, z is not None, kept.numpy(), d_out.contiguous().numpy(),
