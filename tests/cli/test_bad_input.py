@@ -40,6 +40,9 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--set", "arms.mamba.model=mmba-1m"], "unknown model 'mmba-1m': did you mean 'mamba-1m'?"),
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.stat=3"], "mixer.stat': did you mean 'state'?"),
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.state=-3"], "mamba.state must be a positive"),
+        (["run", "compare", "--set", "arms.mamba.overrides.mixer=3"], "overrides"),
+        (["run", "compare", "--set", "arms.mamba.overrides.mixer.dt_min=abc"], "dt_min"),
+        (["run", "compare", "--set", "arms.transformer.overrides.mixer.backend=numbaa", "--dry-run"], "backend"),
         (["run", "compare", "--set", "data.corpus=stdlb", "--profile", "smoke"], "did you mean 'stdlib'?"),
         (["run", "compare", "--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'?"),
         (["run", "compare", "--seeds", "0"], "--seeds must be at least 1, got 0"),
@@ -62,6 +65,8 @@ def test_misspelt(in_process: InProcess, tmp_path: Path, arguments: list[str], s
         (b"name = 'x'\ntitle = 'x'\n", "arms: "),
         (b"\xff\xfe\x00", "not a text file"),
         (b"name='x'\ntitle='x'\n[arms.a]\nmodel='mamba-tiny'\nlearning_rat=1\n", "did you mean 'learning_rate'?"),
+        (b"name='x'\ntitle='x'\narms=3\n", "arms"),
+        (b"name='x'\ntitle='x'\nprofiles=3\n[arms.a]\nmodel='mamba-tiny'\nlearning_rate=1\n", "profiles"),
         (b"name='x'\ntitle='x'\ndata=3\n[arms.a]\nmodel='mamba-tiny'\nlearning_rate=1\n", "data: "),
     ],
 )
@@ -127,6 +132,13 @@ def test_output_folder_below_a_file(in_process: InProcess, small: list[str], tmp
     code, _, stderr = in_process("run", *small, "--out", tmp_path / "file" / "runs")
     assert code == LACKING
     assert "runs need a folder; choose another with --out" in one_line(stderr)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a file system that takes no folders")
+def test_output_folder_that_cannot_be_made(in_process: InProcess, small: list[str]) -> None:
+    code, _, stderr = in_process("run", *small, "--out", "/proc/runs")
+    assert code == LACKING
+    assert "--out" in one_line(stderr)
 
 
 @pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only file system")])
