@@ -40,7 +40,7 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--set", "arms.mamba.model=mmba-1m"], "unknown model 'mmba-1m': did you mean 'mamba-1m'?"),
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.stat=3"], "mixer.stat': did you mean 'state'?"),
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.state=-3"], "mamba.state must be a positive"),
-        (["run", "compare", "--set", "arms.mamba.overrides.mixer=3"], "overrides"),
+        (["run", "compare", "--set", "arms.mamba.overrides.mixer=3"], "'mixer' is a table; set one of its keys"),
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.dt_min=abc"], "dt_min"),
         (["run", "compare", "--set", "arms.transformer.overrides.mixer.backend=numbaa", "--dry-run"], "backend"),
         (["run", "compare", "--set", "data.corpus=stdlb", "--profile", "smoke"], "did you mean 'stdlib'?"),
