@@ -20,7 +20,7 @@ class Block(nn.Module):
         self.feedforward_norm = self.feedforward = None
         if config.feedforward is not None:
             self.feedforward_norm = RMSNorm(config, device)
-            self.feedforward = FEEDFORWARDS[config.feedforward.kind](config)
+            self.feedforward = FEEDFORWARDS[config.feedforward.kind](config, device)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         self.mixer_norm.reset_parameters()

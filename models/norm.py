@@ -4,18 +4,16 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.ops.kernels import load, select
+from models.ops.kernels import load_beside
 
 
 class RMSNorm(nn.Module):
-    """Over the last axis, with a learned weight; models.ops.rms_norm. A model whose mixer is asked for as `reference`
-    is a reference throughout."""
+    """Over the last axis, with a learned weight; models.ops.rms_norm."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        asked = "reference" if config.mixer.backend == "reference" else "auto"
-        self.ops = load(select(asked, device).name)
+        self.ops = load_beside(config.mixer.backend, device)
         self.weight = nn.Parameter(torch.empty(config.width))
 
     def reset_parameters(self, value: float = 1.0) -> None:

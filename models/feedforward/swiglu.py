@@ -4,18 +4,19 @@ D: width   F: hidden width
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.initialisation import reset_linear
+from models.ops.kernels import load_beside
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
         super().__init__()
         hidden = config.feedforward_hidden
         assert hidden is not None
+        self.ops = load_beside(config.mixer.backend, device)
         self.gate_up_proj = nn.Linear(config.width, 2 * hidden, bias=False)
         self.down_proj = nn.Linear(hidden, config.width, bias=False)
 
@@ -24,5 +25,4 @@ class SwiGLU(nn.Module):
         reset_linear(self.down_proj, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.config import AttentionConfig, ModelConfig
 from models.errors import ConfigError, nearest
 from models.initialisation import reset_linear
-from models.ops.attention import ATTENTION, rotary_row, rotate
+from models.ops.attention import ATTENTION
 from models.ops.kernels import Selection, load, select
 from models.state import KVCache
 
@@ -28,6 +28,7 @@ class Attention(nn.Module):
         self.rotary_base = mixer.rotary_base
         self.backend = select_attention(mixer.backend, device)
         self.attend = ATTENTION.get(self.backend.name, ATTENTION["sdpa"])
+        self.ops = load("numba" if self.backend.name == "numba" else "torch")
         self.qkv_proj = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
 
@@ -40,8 +41,8 @@ class Attention(nn.Module):
         H, K = self.heads, self.kv_heads
         qkv = self.qkv_proj(x).view(B, T, H + 2 * K, self.head_width)
         start = state.length if state is not None else 0
-        q, k = rotate(qkv[:, :, : H + K], start, self.rotary_base).transpose(1, 2).split([H, K], 1)
-        v = qkv[:, :, H + K :].transpose(1, 2)
+        qkv = self.ops.rotate(qkv, H + K, start, self.rotary_base)
+        q, k, v = qkv.transpose(1, 2).split([H, K, K], 1)
         if state is not None:
             state = state.append(k, v)
             # a cache in another type than the activations (16-bit, say) is read in the activations' type
@@ -59,8 +60,7 @@ class Attention(nn.Module):
         position = state.length
         after = state.grow(1)
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_width)
-        cos, sin = rotary_row(position, self.head_width, self.rotary_base, x.dtype)
-        y = load("numba").attention_step(qkv, cos, sin, state.keys, state.values, position)
+        y = self.ops.attention_step(qkv, self.rotary_base, state.keys, state.values, position)
         return self.o_proj(y), after
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:

@@ -78,13 +78,22 @@ class Mamba(nn.Module):
         return y, MambaState(state.conv, state.ssm, state.length + x.shape[1])
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        u, z = self.in_proj(x).chunk(2, -1)
+        uz = self.in_proj(x)
+        after = MambaState(state.conv, state.ssm, state.length + 1)
+        # the compiled step is for one type throughout, and not a 16-bit one
+        if self.backend.name == "numba" and x.dtype == state.conv.dtype == self.A_log.dtype:
+            y = self.ops.mamba_step(
+                uz, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
+                self.A_log, self.D, state.conv, state.ssm,
+            )  # fmt: skip
+            return self.out_proj(y), after
+        u, z = uz.chunk(2, -1)
         u = self.ops.causal_conv1d_step(u, self.conv_weight, self.conv_bias, state.conv)
         dt, B, C = self.x_proj(u).split(self.sizes, -1)
         y = self.ops.selective_scan_step(
             u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, state.ssm
         )  # fmt: skip
-        return self.out_proj(y), MambaState(state.conv, state.ssm, state.length + 1)
+        return self.out_proj(y), after
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> MambaState:
         """Of the same size for every `max_len`."""

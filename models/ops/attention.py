@@ -37,32 +37,25 @@ def _visible(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+def rotary_table(positions: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (at least `positions`, P/2) of the rotation angles t base^(-2i/P), float32 (angles in float64)."""
+    return _rotary_table(1 << (positions - 1).bit_length(), width, base, device)  # powers of two: few tables
+
+
 # cached tables outlive the call: built outside inference mode, so that training may use what decoding made
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def rotary_table(positions: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (positions, 1, P/2) of the rotation angles t base^(-2i/P), float32 (angles in float64)."""
+def _rotary_table(positions: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)[:, None]
+    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-@lru_cache(maxsize=4096)
-@torch.inference_mode(False)
-def rotary_row(position: int, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (P/2) at one position, on the CPU."""
-    table = rotary_table(1 << position.bit_length(), width, base, torch.device("cpu"))
-    cos, sin = (part[position, 0].to(dtype) for part in table)
-    return cos, sin
-
-
-def rotate(x: Tensor, start: int, base: float) -> Tensor:
-    """Rotary positions start..start+T-1 on x (B, T, heads, P): entry i is paired with i + P/2, as Llama does."""
+def rotate(x: Tensor, rotated: int, start: int, base: float) -> Tensor:
+    """Rotary positions start..start+T-1 on the first `rotated` heads of x (B, T, heads, P); the others pass through.
+    Entry i is paired with i + P/2, as Llama does."""
     T, P = x.shape[1], x.shape[3]
-    # a power of two keeps the number of tables small
-    cos, sin = rotary_table(1 << (start + T - 1).bit_length(), P, base, x.device)
-    cos, sin = cos[start : start + T], sin[start : start + T]
-    if x.dtype is not torch.float64:
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    tables = (table[start : start + T, None] for table in rotary_table(start + T, P, base, x.device))
+    cos, sin = tables if x.dtype is torch.float64 else (table.to(x.dtype) for table in tables)
+    a, b = x[:, :, :rotated].chunk(2, -1)
+    return torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin], -1), x[:, :, rotated:]], 2)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -39,22 +39,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, M, rows):
                 now = slice(start, start + rows)
-                logits = (h[now] @ w.t()).to(accumulate)
+                log_p = (h[now] @ w.t()).to(accumulate).log_softmax(1)
                 target = targets[now, None]
-                log_sum = logits.logsumexp(1, keepdim=True)
-                total += (log_sum - logits.gather(1, target)).sum()
+                total -= log_p.gather(1, target).sum()
                 if d_hidden is not None and d_weight is not None:
-                    # softmax minus one-hot, in place of the logits
-                    d_logits = logits.sub_(log_sum).exp_()
-                    d_logits.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-                    d_logits = d_logits.mul_(1 / M).to(dtype)
+                    # softmax minus one-hot, in place of the logarithms; the mean's 1 / M comes in `backward`
+                    d_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=log_p.dtype))
+                    d_logits = d_logits.to(dtype)
                     d_hidden[now] = d_logits @ w
                     d_weight += d_logits.t() @ h[now]
         if d_hidden is not None and d_weight is not None:
             ctx.save_for_backward(d_hidden, d_weight)
+        ctx.rows = M
         return total / M
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss, d_weight * d_loss, None, None
+        scale = d_loss / ctx.rows
+        return d_hidden * scale, d_weight * scale, None, None

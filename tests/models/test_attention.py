@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.ops.attention import reference, rotate, sdpa
+from models.ops.kernels import load
 
 
 def draw(B, H, K, T, S, P, dtype=torch.float64):
@@ -60,29 +61,37 @@ def test_gradients_of_the_fused_form(shape, dtype):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+ROTATIONS = {"reference": rotate, "numba": load("numba").rotate}
+each_rotation = pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS)
+
+
+@each_rotation
 @given(start=st.integers(0, 3000), half=st.integers(1, 16), T=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_rotation_preserves_norms(start, half, T):
-    x = torch.randn(2, T, 3, 2 * half, dtype=torch.float64, generator=torch.Generator().manual_seed(start))
-    y = rotate(x, start, 10000.0)
+def test_rotation_preserves_norms_and_passes_the_other_heads_through(rotation, start, half, T):
+    x = torch.randn(2, T, 4, 2 * half, dtype=torch.float64, generator=torch.Generator().manual_seed(start))
+    y = rotation(x, 3, start, 10000.0)
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
     pairs = [torch.hypot(*z.chunk(2, -1)) for z in (x, y)]  # entry i with i + P/2
     torch.testing.assert_close(*pairs, rtol=1e-6, atol=1e-12)
+    assert torch.equal(y[:, :, 3], x[:, :, 3])
 
 
+@each_rotation
 @given(a=st.integers(0, 1000), b=st.integers(0, 1000), shift=st.integers(0, 3000), base=st.floats(1.5, 1e6))
 @settings(max_examples=40, deadline=None)
-def test_scores_depend_on_the_distance_only(a, b, shift, base):
+def test_scores_depend_on_the_distance_only(rotation, a, b, shift, base):
     g = torch.Generator().manual_seed(a)
     q, k = torch.randn(2, 1, 1, 1, 12, dtype=torch.float64, generator=g)
-    here = (rotate(q, a, base) * rotate(k, b, base)).sum()
-    there = (rotate(q, a + shift, base) * rotate(k, b + shift, base)).sum()
+    here = (rotation(q, 1, a, base) * rotation(k, 1, b, base)).sum()
+    there = (rotation(q, 1, a + shift, base) * rotation(k, 1, b + shift, base)).sum()
     assert here.item() == pytest.approx(there.item(), abs=1e-5)
 
 
-def test_rotation_by_hand():
+@each_rotation
+def test_rotation_by_hand(rotation):
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 8, 1, 4)
-    y = rotate(x, 5, 100.0)[0, :, 0]
+    y = rotation(x, 1, 5, 100.0)[0, :, 0]
     for t in range(8):
         slow, fast = (5 + t) * 100 ** (-2 / 4), 5 + t
         expected = [
@@ -92,8 +101,56 @@ def test_rotation_by_hand():
         assert y[t].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_position_zero_is_left_alone_and_pieces_equal_the_whole():
+@each_rotation
+def test_position_zero_is_left_alone_and_pieces_equal_the_whole(rotation):
     x = torch.randn(1, 20, 2, 8, generator=torch.Generator().manual_seed(0))
-    whole = rotate(x, 0, 10000.0)
+    whole = rotation(x, 2, 0, 10000.0)
     assert torch.equal(whole[:, 0], x[:, 0])
-    assert torch.equal(torch.cat([rotate(x[:, :7], 0, 10000.0), rotate(x[:, 7:], 7, 10000.0)], 1), whole)
+    parts = [rotation(x[:, :7], 2, 0, 10000.0), rotation(x[:, 7:], 2, 7, 10000.0)]
+    assert torch.equal(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (3, 37, 6, 10), (2, 70, 40, 24)], ids=str)  # the last on threads
+def test_the_compiled_rotation_agrees_with_the_reference(dtype, tolerance, shape):
+    heads = (shape[2] + 1) // 2
+    found = []
+    for rotation, kind in ((ROTATIONS["numba"], dtype), (rotate, torch.float64)):
+        g = torch.Generator().manual_seed(1)
+        x = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).to(kind).requires_grad_()
+        y = rotation(x, heads, 11, 500.0)
+        (y * torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)).sum().backward()
+        found.append((y.detach().double(), x.grad.double()))
+        with torch.no_grad():
+            assert torch.equal(rotation(x, heads, 11, 500.0), y)
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("H", "K", "length"), [(1, 1, 0), (4, 2, 7), (6, 1, 40), (4, 4, 1500)])
+def test_the_compiled_step_is_the_last_row_of_the_whole(dtype, tolerance, H, K, length):
+    P, base = 8, 300.0
+    qkv = torch.randn(2, length + 1, H + 2 * K, P, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    q, k, v = rotate(qkv, H + K, 0, base).transpose(1, 2).split([H, K, K], 1)
+    keys, values = (torch.zeros(2, K, length + 3, P, dtype=dtype) for _ in range(2))
+    keys[:, :, :length], values[:, :, :length] = k[:, :, :length], v[:, :, :length]
+    y = load("numba").attention_step(qkv[:, -1].to(dtype).contiguous(), base, keys, values, length)
+    torch.testing.assert_close(
+        y.double().view(2, H, P), reference(q, k, v)[:, :, -1], rtol=10 * tolerance, atol=10 * tolerance
+    )
+    for cache, whole in ((keys, k), (values, v)):
+        torch.testing.assert_close(cache[:, :, : length + 1].double(), whole, rtol=tolerance, atol=tolerance)
+        assert not cache[:, :, length + 1 :].any()
+
+
+def test_the_compiled_step_with_scores_far_beyond_the_range_of_exp():
+    P, length = 8, 50
+    g = torch.Generator().manual_seed(3)
+    qkv = torch.randn(1, 3, P, generator=g) * 40
+    keys, values = torch.randn(2, 1, 1, length + 1, P, generator=g) * 40
+    y = load("numba").attention_step(qkv, 300.0, keys, values, length)
+    q = rotate(qkv.double()[None], 1, length, 300.0)[0, :, :1, None]
+    scores = (q @ keys.double().mT / math.sqrt(P)).squeeze()
+    assert scores.max() - scores[0] > 1000  # in float32 its exponential is infinite
+    torch.testing.assert_close(y.double().view(P), scores.softmax(0) @ values.double()[0, 0], rtol=1e-4, atol=1e-3)

@@ -9,7 +9,7 @@ from models.config import AttentionConfig, MambaConfig, ModelConfig
 from models.errors import ConfigError
 from models.generation import Sampling, generate
 from models.language_model import LanguageModel
-from models.ops.attention import rotary_table
+from models.ops.attention import _rotary_table
 
 MIXERS = {
     "attention": AttentionConfig(heads=2, kv_heads=1),
@@ -66,7 +66,7 @@ def test_as_many_tokens_as_asked(count):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_model_can_be_trained_after_it_generated(name):
-    rotary_table.cache_clear()
+    _rotary_table.cache_clear()
     model = build(name)
     list(generate(model, PROMPT, 4, Sampling()))  # in inference mode, whose tensors autograd refuses
     model(PROMPT).sum().backward()

@@ -11,7 +11,6 @@ from models.ops import selective_scan as ops
 from models.ops.kernels import load, numba_scan
 
 FORMS = {"reference": ops.reference, "torch": ops.chunked, "numba": load("numba").selective_scan}
-STEPS = {"reference": ops.step_reference, "numba": load("numba").selective_scan_step}
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 SHAPES = [(1, 1, 1, 1), (2, 1, 130, 4), (2, 17, 130, 4), (3, 16, 5, 3), (1, 33, 128, 16), (1, 40, 257, 3)]
 fast_forms = pytest.mark.parametrize("form", ["torch", "numba"])
@@ -119,13 +118,12 @@ def test_affine_in_the_initial_state(form, a, b, T, seed):
     torch.testing.assert_close(at[3] - at[2], a * (at[0] - at[2]) + b * (at[1] - at[2]), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("form", STEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gate", [True, False])
-def test_a_step_is_a_forward_of_one_token(form, dtype, gate):
+def test_a_step_is_a_forward_of_one_token(dtype, gate):
     u, dt, A, B, C, D, z, dt_bias, state = draw(3, 1, 130, 5, dtype, gate=gate)
     expected_y, expected_state = ops.reference(u, dt, A, B, C, D, z, dt_bias, state)
-    y = STEPS[form](u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None if z is None else z[:, 0], dt_bias, state)
+    y = ops.step_reference(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None if z is None else z[:, 0], dt_bias, state)
     tolerance = 1e-5 if dtype is torch.float32 else 1e-12
     assert_near(y, expected_y[:, 0], tolerance, "y")
     assert_near(state, expected_state, tolerance, "the state, advanced in place")
@@ -218,19 +216,6 @@ def test_inputs_that_are_slices_of_one_projection():
     actual = differentiate(FORMS["numba"], [u, dt, *inputs[2:6], z, *inputs[7:]], torch.float64)
     for got, exact in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
         assert_near(got, exact, 1e-12)
-
-
-def test_a_compiled_step_refuses_to_be_differentiated():
-    *inputs, state = draw(2, 1, 4, 3)
-    inputs = [x[:, 0] if i in (0, 1, 3, 4, 6) else x for i, x in enumerate(inputs)]
-    inputs[2].requires_grad_()
-    before = state.clone()
-    with pytest.raises(RuntimeError, match="no gradient"):
-        STEPS["numba"](*inputs, state)
-    assert torch.equal(state, before)
-    with torch.no_grad():
-        STEPS["numba"](*inputs, state)
-    assert not torch.equal(state, before)
 
 
 def test_16_bit_inputs_are_computed_in_float32():

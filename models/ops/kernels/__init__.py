@@ -93,5 +93,12 @@ def _probe_cuda() -> str | None:
 
 def load(name: str) -> ModuleType:
     """The module that implements a form: `selective_scan`, `selective_scan_step`, `causal_conv1d`,
-    `causal_conv1d_step`, `rms_norm`, with the signatures of `models.ops`; numba's also has `attention_step`."""
+    `causal_conv1d_step`, `rms_norm`, `swiglu`, `rotate`, with the signatures of `models.ops`. numba's also has
+    `mamba_step` and `attention_step`, a whole mixer's decode step between its projections."""
     return importlib.import_module(f"models.ops.kernels.{name}_form")
+
+
+def load_beside(mixer_backend: str, device: torch.device) -> ModuleType:
+    """The form of what surrounds a mixer: the best that the device has, except that a model whose mixer is asked for as
+    `reference` is a reference throughout."""
+    return load(select("reference" if mixer_backend == "reference" else "auto", device).name)

@@ -13,10 +13,14 @@ from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.ops.attention import rotate
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.selective_scan import CHUNK
+from models.ops.swiglu import reference as swiglu
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "rms_norm", "selective_scan", "selective_scan_step"]
+__all__ = [
+    "causal_conv1d", "causal_conv1d_step", "rms_norm", "rotate", "selective_scan", "selective_scan_step", "swiglu",
+]  # fmt: skip
 
 
 def selective_scan(

@@ -6,18 +6,23 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from models.ops.kernels import numba_conv, numba_norm, numba_scan, numba_step
+from models.ops.causal_conv1d import step_reference as causal_conv1d_step
+from models.ops.kernels import numba_conv, numba_norm, numba_rotary, numba_scan, numba_step, numba_swiglu
 from models.ops.selective_scan import forward_flops
+from models.ops.selective_scan import step_reference as selective_scan_step
 
 __all__ = [
-    "attention_step", "causal_conv1d", "causal_conv1d_step", "rms_norm", "selective_scan", "selective_scan_step",
+    "attention_step", "causal_conv1d", "causal_conv1d_step", "mamba_step", "rms_norm", "rotate", "selective_scan",
+    "selective_scan_step", "swiglu",
 ]  # fmt: skip
+
+
+_SMALL = (torch.bfloat16, torch.float16)
 
 
 def _real(*tensors: Tensor | None) -> list[Any]:
     """The kernels compute in float32 or float64; 16-bit inputs are computed in float32."""
-    small = (torch.bfloat16, torch.float16)
-    return [t.float() if t is not None and t.dtype in small else t for t in tensors]
+    return [t.float() if t is not None and t.dtype in _SMALL else t for t in tensors]
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -46,41 +51,38 @@ def selective_scan(
     return y.to(dtype), state.transpose(1, 2)
 
 
-def selective_scan_step(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    state: Tensor,
-) -> Tensor:  # fmt: skip
-    _refuse_gradients(u, dt, A, B, C, D, z, dt_bias, state)
-    u32, dt, A, B, C, D, z, dt_bias, work = _real(u, dt, A, B, C, D, z, dt_bias, state)
-    y = numba_step.scan_step(u32, dt, A, B, C, D, z, dt_bias, work)
-    if work is not state:
-        state.copy_(work)
-    return y.to(u.dtype)
-
-
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
     dtype = x.dtype
     x, weight, bias, before = _real(x, weight, bias, before)
     return numba_conv.conv(x, weight, bias, before).to(dtype)
 
 
-def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
-    _refuse_gradients(x, weight, bias, state)
-    x32, weight, bias, work = _real(x, weight, bias, state)
-    y = numba_step.conv_step(x32, weight, bias, work)
-    if work is not state:
-        state.copy_(work)
-    return y.to(x.dtype)
+def mamba_step(uz: Tensor, *parameters_and_state: Tensor) -> Tensor:
+    _refuse_gradients(uz, *parameters_and_state)
+    return numba_step.mamba_step(uz, *parameters_and_state)
 
 
-def attention_step(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+def attention_step(qkv: Tensor, base: float, keys: Tensor, values: Tensor, length: int) -> Tensor:
     _refuse_gradients(qkv)
-    return numba_step.attention_step(qkv, cos, sin, keys, values, length)
+    return numba_step.attention_step(qkv, base, keys, values, length)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32, weight = _real(x, weight)
-    return numba_norm.rms_norm(x32, weight, eps).to(x.dtype)
+    if x.dtype in _SMALL:
+        return numba_norm.rms_norm(x.float(), weight.float(), eps).to(x.dtype)
+    return numba_norm.rms_norm(x, weight, eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    if gate_up.dtype in _SMALL:
+        return numba_swiglu.swiglu(gate_up.float()).to(gate_up.dtype)
+    return numba_swiglu.swiglu(gate_up)
+
+
+def rotate(x: Tensor, rotated: int, start: int, base: float) -> Tensor:
+    if x.dtype in _SMALL:
+        return numba_rotary.rotate(x.float(), rotated, start, base).to(x.dtype)
+    return numba_rotary.rotate(x, rotated, start, base)
 
 
 @register_flop_formula(torch.ops.lab.selective_scan_cpu)

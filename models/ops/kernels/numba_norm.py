@@ -5,21 +5,19 @@ M: rows   D: width. A task is `ROWS` rows; each writes its own partial sum of th
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from models.ops.kernels.numba_runtime import compiled, run_tasks
+from models.ops.kernels.numba_runtime import addresses, at, compiled, run_tasks
 
 ROWS = 32
 
 
 @compiled
-def _forward(x, weight, eps, out, first, last):
-    M, D = x.shape
-    zero = x.dtype.type(0)
+def _forward(kind, x_at, weight_at, out_at, eps, M, D, first, last):
+    x, weight, out = at(x_at, kind, (M, D)), at(weight_at, kind, (D,)), at(out_at, kind, (M, D))
     for row in range(first * ROWS, min(last * ROWS, M)):
-        total = zero
+        total = kind
         for d in range(D):
             total += x[row, d] * x[row, d]
         scale = x.dtype.type(1.0 / math.sqrt(total / D + eps))
@@ -28,15 +26,15 @@ def _forward(x, weight, eps, out, first, last):
 
 
 @compiled
-def _backward(x, weight, eps, d_out, d_x, d_weight, first, last):
+def _backward(kind, x_at, weight_at, d_out_at, d_x_at, d_weight_at, eps, M, D, first, last):
     """d_weight (tasks, D): partial sums."""
-    M, D = x.shape
-    zero = x.dtype.type(0)
+    x, weight, d_out = at(x_at, kind, (M, D)), at(weight_at, kind, (D,)), at(d_out_at, kind, (M, D))
+    d_x, d_weight = at(d_x_at, kind, (M, D)), at(d_weight_at, kind, (last, D))
     for task in range(first, last):
         for d in range(D):
-            d_weight[task, d] = zero
+            d_weight[task, d] = kind
         for row in range(task * ROWS, min((task + 1) * ROWS, M)):
-            total, inner = zero, zero
+            total, inner = kind, kind
             for d in range(D):
                 total += x[row, d] * x[row, d]
                 inner += d_out[row, d] * weight[d] * x[row, d]
@@ -47,19 +45,22 @@ def _backward(x, weight, eps, d_out, d_x, d_weight, first, last):
                 d_weight[task, d] += d_out[row, d] * x[row, d] * scale
 
 
-def _rows(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().view(-1, x.shape[-1]).numpy()
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    """M, D and the number of tasks."""
+    D = x.shape[-1]
+    M = x.numel() // D
+    return M, D, -(-M // ROWS)
 
 
-def _tasks(x: Tensor) -> int:
-    return (x.numel() // x.shape[-1] + ROWS - 1) // ROWS
-
-
-@torch.library.custom_op("lab::rms_norm_cpu", mutates_args=(), device_types="cpu")
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
-    run_tasks(_forward, _tasks(x), _rows(x), weight.detach().numpy(), eps, _rows(out))
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    M, D, tasks = _shape(x)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    run_tasks(_forward, tasks, *addresses(x, weight, out), eps, M, D, work=M * D)
     return out
+
+
+_norm = torch.library.custom_op("lab::rms_norm_cpu", _normalise, mutates_args=(), device_types="cpu")
 
 
 @_norm.register_fake
@@ -69,10 +70,11 @@ def _(x, weight, eps):
 
 @torch.library.custom_op("lab::rms_norm_cpu_backward", mutates_args=(), device_types="cpu")
 def _norm_backward(x: Tensor, weight: Tensor, eps: float, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    d_x = torch.empty(x.shape, dtype=x.dtype)
-    d_weight = torch.empty(_tasks(x), x.shape[-1], dtype=x.dtype)
-    arrays = (_rows(x), weight.detach().numpy(), eps, _rows(d_out), _rows(d_x), d_weight.numpy())
-    run_tasks(_backward, _tasks(x), *arrays)
+    M, D, tasks = _shape(x)
+    x, d_out = x.contiguous(), d_out.contiguous()
+    d_x = torch.empty_like(x)
+    d_weight = torch.empty(tasks, D, dtype=x.dtype)
+    run_tasks(_backward, tasks, *addresses(x, weight, d_out, d_x, d_weight), eps, M, D, work=M * D)
     return d_x, d_weight.sum(0)
 
 
@@ -96,9 +98,7 @@ _norm.register_autograd(_differentiate, setup_context=_save)
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `models.ops.rms_norm.reference`, in float32 or float64."""
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and x.is_cpu:
         # without autograd the operator's dispatch would cost more than a decode step's norm
-        out = torch.empty(x.shape, dtype=x.dtype)
-        run_tasks(_forward, _tasks(x), _rows(x), weight.detach().numpy(), eps, _rows(out))
-        return out
+        return _normalise(x, weight, eps)
     return _norm(x, weight, eps)

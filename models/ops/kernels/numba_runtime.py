@@ -200,17 +200,54 @@ def with_rows(x: Tensor) -> np.ndarray:
     return (x if x.stride(-1) == 1 else x.contiguous()).detach().numpy()
 
 
+@intrinsic
+def _pointer(typingctx: Any, address: Any, kind: Any = None) -> Any:
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind)(address, kind), codegen
+
+
+@compiled
+def at(address, kind, shape):
+    """The array of `shape`, in C order, of numbers of the type of `kind`, that begins at `address`.
+
+    Kernels that run for microseconds take addresses: handing over a tensor as an array costs as much as its arithmetic.
+    The caller keeps the tensors alive; `addresses` sees to their order and type.
+    """
+    return carray(_pointer(address, kind), shape)
+
+
+_KIND = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
+
+
+def addresses(*tensors: Tensor) -> tuple[Any, ...]:
+    """A zero of the tensors' type, the `kind` for `at`, then the address of each. Raises ValueError unless they are
+    contiguous and all float32 or all float64."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype is not dtype or dtype not in _KIND or not tensor.is_contiguous():
+            raise ValueError("a compiled kernel takes contiguous tensors, all float32 or all float64")
+    return (_KIND[dtype], *[tensor.data_ptr() for tensor in tensors])
+
+
+WORK_PER_THREAD = 1 << 16  # tens of microseconds, as long as waking a thread takes
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="numba-task")
 
 
-def run_tasks(kernel: Callable[..., None], tasks: int, *arguments: object) -> None:
+def run_tasks(kernel: Callable[..., None], tasks: int, *arguments: object, work: int | None = None) -> None:
     """Run `kernel(*arguments, first, last)` so that the ranges [first, last) cover `tasks` tasks.
 
-    As many threads as torch uses; the calling thread takes the first range.
+    As many threads as torch uses, or fewer where `work`, the numbers touched in all, would not repay waking them; the
+    calling thread takes the first range.
     """
     threads = min(torch.get_num_threads(), tasks)
+    if work is not None:
+        threads = min(threads, work // WORK_PER_THREAD)
     if threads <= 1:
         kernel(*arguments, 0, tasks)
         return

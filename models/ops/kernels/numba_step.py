@@ -1,85 +1,109 @@
-"""One decode step of the convolution, of the scan and of attention on a CPU, without autograd.
+"""One decode step of Mamba and of attention on a CPU, between their projections in and out, without autograd.
 
-A step of a recurrence touches a few kilobytes, so the cost that matters is that of calling: no task splitting, one
-call each. Attention splits its heads over threads once the cache is long enough to be worth waking them.
+A step touches a few kilobytes, so the cost that matters is that of calling: one compiled call each, on addresses.
+Attention splits its heads over threads once the cache is long enough to be worth waking them.
+
+B: batch   E: expanded width   N: state size   R: dt rank   W: taps   H: heads   K: key-value heads   P: head width
 """
 
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from models.ops.kernels.numba_runtime import LOG2_E, compiled, exp2, run_tasks, sigmoid, softplus
-
-_ONE_THREAD = 1 << 19  # elements of the cache below which a step stays on the calling thread
-
-
-@compiled
-def _scan_step(u, dt, A, B, C, D, z, dt_bias, gated, state, out):
-    rows, E = u.shape
-    N = A.shape[1]
-    log2_e = u.dtype.type(LOG2_E)
-    for b in range(rows):
-        for e in range(E):
-            delta = softplus(dt[b, e] + dt_bias[e])
-            delta_u = delta * u[b, e]
-            rate = delta * log2_e
-            y = D[e] * u[b, e]
-            for n in range(N):
-                h = exp2(rate * A[e, n]) * state[b, e, n] + delta_u * B[b, n]
-                state[b, e, n] = h
-                y += h * C[b, n]
-            if gated:
-                y *= z[b, e] * sigmoid(z[b, e])
-            out[b, e] = y
+from models.ops.attention import rotary_table
+from models.ops.kernels.numba_runtime import LOG2_E, addresses, at, compiled, exp2, run_tasks, sigmoid, softplus
 
 
 @compiled
-def _conv_step(x, weight, bias, state, out):
-    rows, E = x.shape
-    W = weight.shape[1]
+def _mamba_step(
+    kind, uz_at, conv_weight_at, conv_bias_at, x_proj_at, dt_proj_at, dt_bias_at, A_log_at, D_at, conv_at, state_at,
+    out_at, rows, E, N, R, W,
+):  # fmt: skip
+    uz, out = at(uz_at, kind, (rows, 2, E)), at(out_at, kind, (rows, E))
+    conv_weight, conv_bias = at(conv_weight_at, kind, (E, W)), at(conv_bias_at, kind, (E,))
+    x_proj, dt_proj = at(x_proj_at, kind, (R + 2 * N, E)), at(dt_proj_at, kind, (E, R))
+    dt_bias, A_log, D = at(dt_bias_at, kind, (E,)), at(A_log_at, kind, (E, N)), at(D_at, kind, (E,))
+    conv, state = at(conv_at, kind, (rows, E, W)), at(state_at, kind, (rows, E, N))
+    log2_e = uz.dtype.type(LOG2_E)
+    u = np.empty(E, uz.dtype)
+    delta = np.empty(E, uz.dtype)
+    y = np.empty(E, uz.dtype)
+    projected = np.empty(R + 2 * N, uz.dtype)  # dt, B, C
     for b in range(rows):
         for e in range(E):
-            acc = bias[e]
+            acc = conv_bias[e]
             for w in range(W - 1):
-                state[b, e, w] = state[b, e, w + 1]
-                acc += state[b, e, w] * weight[e, w]
-            state[b, e, W - 1] = x[b, e]
-            acc += x[b, e] * weight[e, W - 1]
-            out[b, e] = acc * sigmoid(acc)
+                conv[b, e, w] = conv[b, e, w + 1]
+                acc += conv[b, e, w] * conv_weight[e, w]
+            conv[b, e, W - 1] = uz[b, 0, e]
+            u[e] = acc + uz[b, 0, e] * conv_weight[e, W - 1]
+        for e in range(E):
+            u[e] *= sigmoid(u[e])
+        for j in range(R + 2 * N):
+            acc = kind
+            for e in range(E):
+                acc += x_proj[j, e] * u[e]
+            projected[j] = acc
+        # loops of their own over the channels, so that each becomes vector instructions
+        for e in range(E):
+            acc = dt_bias[e]
+            for r in range(R):
+                acc += dt_proj[e, r] * projected[r]
+            delta[e] = acc
+        for e in range(E):
+            delta[e] = softplus(delta[e])
+        for e in range(E):
+            rate = -delta[e] * log2_e
+            delta_u = delta[e] * u[e]
+            acc = D[e] * u[e]
+            for n in range(N):
+                # A = -exp(A_log)
+                decay = exp2(rate * exp2(A_log[e, n] * log2_e))
+                h = decay * state[b, e, n] + delta_u * projected[R + n]
+                state[b, e, n] = h
+                acc += h * projected[R + N + n]
+            y[e] = acc
+        for e in range(E):
+            z = uz[b, 1, e]
+            out[b, e] = y[e] * z * sigmoid(z)
 
 
-def scan_step(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    state: Tensor,
+def mamba_step(
+    uz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor,
+    A_log: Tensor, D: Tensor, conv: Tensor, state: Tensor,
 ) -> Tensor:  # fmt: skip
-    """As `models.ops.selective_scan.step_reference`; every tensor float32, or every one float64."""
-    out = torch.empty_like(u)
-    arrays = [t.detach().numpy() for t in (u, dt, A, B, C, D, u if z is None else z, dt_bias)]
-    _scan_step(*arrays, z is not None, state.numpy(), out.numpy())
-    return out
+    """One token of `models.mixers.mamba`, what lies between its projections in and out.
 
-
-def conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
-    """As `models.ops.causal_conv1d.step_reference`; every tensor float32, or every one float64."""
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _conv_step(*(t.detach().numpy() for t in (x, weight, bias)), state.numpy(), out.numpy())
+    uz (B, 2E): the input and the gate. conv_weight (E, W), conv_bias (E), x_proj (R + 2N, E), dt_proj (E, R),
+    dt_bias, D (E), A_log (E, N): its parameters. conv (B, E, W), state (B, E, N): advanced in place. Returns (B, E).
+    Every tensor float32, or every one float64, and contiguous.
+    """
+    (E, N), R, W = A_log.shape, dt_proj.shape[1], conv_weight.shape[1]
+    rows = uz.shape[0]
+    out = uz.new_empty(rows, E)
+    arrays = addresses(uz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, conv, state, out)
+    _mamba_step(*arrays, rows, E, N, R, W)
     return out
 
 
 @compiled
-def _attention_step(qkv, cos, sin, keys, values, length, out, first, last):
-    """Tasks are (batch row, key-value head). cos, sin (P/2): of this position. Softmax without a second pass over
-    the keys: the running maximum rescales what was summed before it rose."""
-    K, P = keys.shape[1], keys.shape[3]
-    H = qkv.shape[1] - 2 * K
+def _attention_step(
+    kind, qkv_at, keys_at, values_at, out_at, table, cos_at, sin_at, rows, H, K, P, max_len, length, first, last
+):  # fmt: skip
+    """Tasks are (batch row, key-value head). Softmax without a second pass over the keys: the running maximum rescales
+    what was summed before it rose."""
     half = P // 2
+    qkv, out = at(qkv_at, kind, (rows, H + 2 * K, P)), at(out_at, kind, (rows, H, P))
+    keys, values = at(keys_at, kind, (rows, K, max_len, P)), at(values_at, kind, (rows, K, max_len, P))
+    cos_table, sin_table = at(cos_at, table, (length + 1, half)), at(sin_at, table, (length + 1, half))
     scale = qkv.dtype.type(1.0 / math.sqrt(P))
-    zero, one = qkv.dtype.type(0), qkv.dtype.type(1)
+    one = qkv.dtype.type(1)
     log2_e = qkv.dtype.type(LOG2_E)
-    q = np.empty(P, qkv.dtype)
-    y = np.empty(P, qkv.dtype)
+    q, y = np.empty(P, qkv.dtype), np.empty(P, qkv.dtype)
+    cos, sin = np.empty(half, qkv.dtype), np.empty(half, qkv.dtype)
+    for i in range(half):
+        cos[i], sin[i] = cos_table[length, i], sin_table[length, i]
     for task in range(first, last):
         b, kv = task // K, task % K
         for i in range(half):
@@ -94,14 +118,14 @@ def _attention_step(qkv, cos, sin, keys, values, length, out, first, last):
                 q[i] = x0 * cos[i] - x1 * sin[i]
                 q[half + i] = x1 * cos[i] + x0 * sin[i]
             for p in range(P):
-                y[p] = zero
-            top, total = zero, zero
+                y[p] = kind
+            top, total = kind, kind
             for s in range(length + 1):
-                score = zero
+                score = kind
                 for p in range(P):
                     score += q[p] * keys[b, kv, s, p]
                 if s == 0 or score > top:
-                    shrink = zero if s == 0 else exp2((top - score) * log2_e)
+                    shrink = kind if s == 0 else exp2((top - score) * log2_e)
                     top = score
                     total *= shrink
                     for p in range(P):
@@ -111,22 +135,20 @@ def _attention_step(qkv, cos, sin, keys, values, length, out, first, last):
                 for p in range(P):
                     y[p] += weight * values[b, kv, s, p]
             for p in range(P):
-                out[b, h * P + p] = y[p] * (one / total)
+                out[b, h, p] = y[p] * (one / total)
 
 
-def attention_step(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+def attention_step(qkv: Tensor, base: float, keys: Tensor, values: Tensor, length: int) -> Tensor:
     """One token of `models.ops.attention`, rotation and cache included.
 
-    qkv (B, H + 2K, P): this token's queries, keys, values, not yet rotated. cos, sin (P/2): the rotation at its
-    position. keys, values (B, K, max_len, P): the cache with `length` filled positions; the token's are written after
-    them. Returns (B, H P). Every tensor float32, or every one float64.
+    qkv (B, H + 2K, P): this token's queries, keys, values, not yet rotated. base: of the rotary frequencies.
+    keys, values (B, K, max_len, P): the cache with `length` filled positions; the token's are written after them.
+    Returns (B, H P). Every tensor float32, or every one float64, and contiguous.
     """
-    rows, K, _, P = keys.shape
+    rows, K, max_len, P = keys.shape
     H = qkv.shape[1] - 2 * K
-    out = torch.empty(rows, H * P, dtype=qkv.dtype)
-    arrays = [t.detach().numpy() for t in (qkv, cos, sin, keys, values)]
-    if length * rows * H * P < _ONE_THREAD:
-        _attention_step(*arrays, length, out.numpy(), 0, rows * K)
-    else:
-        run_tasks(_attention_step, rows * K, *arrays, length, out.numpy())
+    out = qkv.new_empty(rows, H * P)
+    cos, sin = rotary_table(length + 1, P, base, qkv.device)
+    arguments = (*addresses(qkv, keys, values, out), *addresses(cos, sin), rows, H, K, P, max_len, length)
+    run_tasks(_attention_step, rows * K, *arguments, work=2 * (length + 1) * rows * K * P)
     return out
