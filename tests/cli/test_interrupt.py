@@ -5,11 +5,22 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from conftest import LAB
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """A process inherits an ignored SIGINT, which is what a shell gives to those it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_the_same_command_continues_an_interrupted_run(
     small: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
