@@ -36,10 +36,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h, w = hidden.to(dtype), weight.to(dtype)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight) if wanted else None
+        logits = h.new_empty(min(rows, M), V)  # one for all chunks: pages once touched stay cheap
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, M, rows):
-                now = slice(start, start + rows)
-                log_p = (h[now] @ w.t()).to(accumulate).log_softmax(1)
+                now = slice(start, min(start + rows, M))
+                log_p = torch.mm(h[now], w.t(), out=logits[: now.stop - start]).to(accumulate).log_softmax(1)
                 target = targets[now, None]
                 total -= log_p.gather(1, target).sum()
                 if d_hidden is not None and d_weight is not None:
@@ -47,7 +48,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     d_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=log_p.dtype))
                     d_logits = d_logits.to(dtype)
                     d_hidden[now] = d_logits @ w
-                    d_weight += d_logits.t() @ h[now]
+                    if d_weight.dtype == dtype:
+                        d_weight.addmm_(d_logits.t(), h[now])
+                    else:
+                        d_weight += d_logits.t() @ h[now]
         if d_hidden is not None and d_weight is not None:
             ctx.save_for_backward(d_hidden, d_weight)
         ctx.rows = M
