@@ -1,13 +1,17 @@
-"""What every benchmark here does: sides take turns in one process, ratios are formed round by round.
+"""What every benchmark here does: each side lives in a fresh process of its own, as it would in use; the sides take
+turns, one at a time; ratios are formed round by round.
 
-Absolute speeds move with the machine and the minute; a ratio of neighbours in one round moves little.
+Absolute speeds move with the machine and the minute; a ratio of neighbours in one round moves little. In one process
+a side would inherit the other's freed memory: a step that reuses it skips page faults that it pays for in use.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -15,7 +19,8 @@ import torch
 from experiments.environment import describe
 from experiments.statistics import paired_ratio
 
-Side = Callable[[], int]  # does some work, returns the tokens it processed
+Turn = Callable[[], tuple[int, Any]]  # does some work; the tokens it processed, and what they gave
+Side = Callable[[], Turn]  # builds the model; picklable
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -26,22 +31,50 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def rates(sides: dict[str, Side], rounds: int, slow: frozenset[str] = frozenset()) -> dict[str, list[float]]:
-    """Tokens per second of each side in each round, after one unmeasured turn. Sides in `slow` take minutes a turn:
-    they run in the first two rounds only, unwarmed, which flatters the others by far less than a percent."""
+def _serve(pipe: Connection, side: Side, threads: int) -> None:
+    torch.set_num_threads(threads)
+    turn = side()
+    while pipe.recv():
+        start = time.perf_counter()
+        tokens, gave = turn()
+        pipe.send((tokens / (time.perf_counter() - start), gave))
+
+
+def rates(
+    sides: dict[str, Side], rounds: int, slow: frozenset[str] = frozenset(), warm_ups: int = 1
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Tokens per second of each side in each round, after unmeasured turns; and what each side's last turn gave.
+
+    Sides in `slow` take minutes a turn: they run in the first two rounds only, unwarmed, which flatters the others by
+    far less than a percent.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, workers = {}, []
     for name, side in sides.items():
-        if name not in slow:
-            side()
+        pipes[name], theirs = context.Pipe()
+        worker = context.Process(target=_serve, args=(theirs, side, torch.get_num_threads()), daemon=True)
+        worker.start()
+        theirs.close()
+        workers.append(worker)
+
+    def take_turn(name: str) -> tuple[float, Any]:
+        pipes[name].send(True)
+        return pipes[name].recv()
+
+    for name in sides.keys() - slow:
+        for _ in range(warm_ups):
+            take_turn(name)
     found: dict[str, list[float]] = {name: [] for name in sides}
+    gave: dict[str, Any] = {}
     for turn in range(rounds):
-        order = list(sides) if turn % 2 == 0 else list(sides)[::-1]
-        for name in order:
-            if name in slow and turn >= 2:
-                continue
-            start = time.perf_counter()
-            tokens = sides[name]()
-            found[name].append(tokens / (time.perf_counter() - start))
-    return found
+        for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
+            if name not in slow or turn < 2:
+                rate, gave[name] = take_turn(name)
+                found[name].append(rate)
+    for pipe, worker in zip(pipes.values(), workers, strict=True):
+        pipe.send(False)
+        worker.join()
+    return found, gave
 
 
 def ratio(numerator: list[float], denominator: list[float], at_least: float) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from experiments.measurement.process import quiet_thread_pools
 
 quiet_thread_pools()
 
+from functools import partial  # noqa: E402
+
 import torch  # noqa: E402
 
 from benchmarks import common, hugging_face  # noqa: E402
@@ -20,45 +22,45 @@ from models.presets import preset  # noqa: E402
 PROMPT, NEW = 64, 128
 
 
-def ours(model: LanguageModel, prompt: torch.Tensor) -> tuple[common.Side, list[int]]:
-    def decode() -> int:
-        made = [int(token) for token in generate(model, prompt, NEW, Sampling())]
-        out[:] = made
-        return NEW
-
-    out: list[int] = []
-    return decode, out
+def _prompt() -> torch.Tensor:
+    """(1, PROMPT)"""
+    vocabulary = preset("transformer-1m").vocabulary
+    return torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
 
-def theirs(model: torch.nn.Module, prompt: torch.Tensor) -> tuple[common.Side, list[int]]:
+def ours(arm: str) -> common.Turn:
+    """A turn gives the tokens it made."""
+    model, prompt = LanguageModel(preset(f"{arm}-1m"), seed=0), _prompt()
+    return lambda: (NEW, [int(token) for token in generate(model, prompt, NEW, Sampling())])
+
+
+def theirs(arm: str) -> common.Turn:
+    start = LanguageModel(preset(f"{arm}-1m"), seed=0)
+    model = hugging_face.llama(start, PROMPT + NEW) if arm == "transformer" else hugging_face.mamba(start, mambapy=True)
     model.eval()
+    prompt = _prompt()
 
     @torch.inference_mode()
-    def decode() -> int:
+    def turn() -> tuple[int, list[int]]:
         mask = torch.ones_like(prompt)
         made = model.generate(prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False, use_cache=True)  # type: ignore[operator]
-        out[:] = made[0, PROMPT:].tolist()
-        return NEW
+        return NEW, made[0, PROMPT:].tolist()
 
-    out: list[int] = []
-    return decode, out
+    return turn
 
 
 def main() -> None:
     options = common.arguments(__doc__ or "").parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    transformer, mamba = (LanguageModel(preset(f"{name}-1m"), seed=0) for name in ("transformer", "mamba"))
-    prompt = torch.randint(0, transformer.config.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    made = {
-        "our transformer": ours(transformer, prompt),
-        "Hugging Face Llama": theirs(hugging_face.llama(transformer, PROMPT + NEW), prompt),
-        "our Mamba": ours(mamba, prompt),
-        "Hugging Face Mamba": theirs(hugging_face.mamba(mamba, mambapy=True), prompt),
-    }
-    found = common.rates({name: side for name, (side, _) in made.items()}, options.rounds)
+    found, made = common.rates({
+        "our transformer": partial(ours, "transformer"),
+        "Hugging Face Llama": partial(theirs, "transformer"),
+        "our Mamba": partial(ours, "mamba"),
+        "Hugging Face Mamba": partial(theirs, "mamba"),
+    }, options.rounds)  # fmt: skip
     for a, b in (("our transformer", "Hugging Face Llama"), ("our Mamba", "Hugging Face Mamba")):
-        if made[a][1] != made[b][1]:
+        if made[a] != made[b]:
             raise SystemExit(f"{a} and {b} decoded different tokens: the speeds do not compare")
     ratios = {
         "our transformer / generate": common.ratio(found["our transformer"], found["Hugging Face Llama"], 3),
