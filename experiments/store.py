@@ -496,13 +496,16 @@ def _sentence(v: dict) -> str:
         size = f"{v['b']} has {v['estimate']:.3g} times {v['a']}'s {what}"
         interval = f"95% interval {v['ci_low']:.3g} to {v['ci_high']:.3g}, {seeds}" if v["n"] > 1 else seeds
     if not v["comparable"]:
-        return f"{size} ({interval}), but the two do not compare: {v['reason']}."
+        return f"{v['a']} and {v['b']} do not compare in {what}: {v['reason']}. For the record: {size} ({interval})."
     if v["n"] < 2:
         return f"{size} ({interval}): not resolved, one seed says nothing about the spread over seeds."
     if v["exact"]:
         interval = "the same for every seed"
+    if v["resolved"] and v["better"]:
+        slight = ", by less than 5%" if v["kind"] != "difference" and abs(v["estimate"] - 1) < 0.05 else ""
+        return f"{size} ({interval}): {v['better']} is better here{slight}."
     if v["resolved"]:
-        return f"{size} ({interval}): {v['better']} is better here." if v["better"] else f"{size} ({interval})."
+        return f"{size} ({interval})."
     if v["p"] is None:
         return f"{size}: no difference at any seed."
     after = f" after correcting for {v['tested']} comparisons" if v["p"] < RESOLVED else ""

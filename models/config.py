@@ -140,14 +140,18 @@ class ModelConfig:
             known = [field.name for field in fields(config)]
             if name not in known:
                 raise ConfigError(f"unknown model setting '{key}': {nearest(name, known)}")
-            part = getattr(config, name)
+            part: Any = getattr(config, name)
             whole = value is None or hasattr(value, "__dataclass_fields__")
-            if not rest and name in ("mixer", "feedforward") and not whole:
-                raise ConfigError(f"'{key}' is a table; set one of its keys, such as {key}.backend or {key}.hidden")
-            if rest:
+            if name not in ("mixer", "feedforward"):
+                if rest:
+                    raise ConfigError(f"unknown model setting '{key}': '{name}' is one value, not a table")
+            elif rest or not whole:
                 if part is None:
                     raise ConfigError(f"this model has no {name}, so '{key}' means nothing")
-                inner = [field.name for field in fields(part)] if hasattr(part, "__dataclass_fields__") else []
+                inner = [field.name for field in fields(part)]
+                if not rest:
+                    keys = ", ".join(f"{key}.{setting}" for setting in inner)
+                    raise ConfigError(f"'{key}' is a table; set one of its keys: {keys}")
                 if rest not in inner:
                     raise ConfigError(f"unknown model setting '{key}': {nearest(rest, inner)}")
                 value = replace(part, **{rest: value})

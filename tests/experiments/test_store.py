@@ -121,6 +121,7 @@ def test_verdicts(run: RunDirectory) -> None:
     assert quality["estimate"] == pytest.approx(-0.105)
     state = verdicts["decode-state_bytes"]
     assert (state["estimate"], state["resolved"], state["better"]) == (pytest.approx(0.5), True, "mamba")
+    assert state["sentence"].endswith(": mamba is better here.")
     assert verdicts["train"]["better"] is None  # equal at every seed
     json.dumps(verdicts, allow_nan=False)
 
@@ -129,6 +130,15 @@ def test_different_tokens_compare_to_nothing(run: RunDirectory) -> None:
     change(run, "mamba", 1, lambda result: result.update(data_sha256="other"))
     with pytest.raises(RunFailedError, match="the arms of seed 1 were trained on different tokens"):
         build_result(run, EXPERIMENT, FACTS)
+
+
+@pytest.mark.parametrize(("state_bytes", "end"), [(94, "better here."), (96, "better here, by less than 5%.")])
+def test_a_resolved_but_slight_difference_says_so(run: RunDirectory, state_bytes: int, end: str) -> None:
+    for cell in plan(EXPERIMENT):
+        if (cell.arm, cell.kind) == ("mamba", "decode"):
+            run.finish(cell, measured("decode", "mamba") | {"state_bytes": state_bytes})
+    verdicts = {v["id"]: v for v in build_result(run, EXPERIMENT, FACTS)["verdicts"]}
+    assert verdicts["decode-state_bytes"]["sentence"].endswith(f": mamba is {end}")
 
 
 def test_a_failed_gate_taints_every_number_of_its_arm_and_seed(run: RunDirectory) -> None:
@@ -143,7 +153,8 @@ def test_a_failed_gate_taints_every_number_of_its_arm_and_seed(run: RunDirectory
     assert any("gate 'causality' failed" in warning for warning in result["warnings"])
     for verdict in result["verdicts"]:
         assert (verdict["comparable"], verdict["resolved"], verdict["better"]) == (False, False, None)
-        assert "do not compare: failed before timing: causality" in verdict["sentence"]
+        assert verdict["sentence"].startswith("transformer and mamba do not compare in ")
+        assert ": failed before timing: causality. For the record: " in verdict["sentence"]
 
 
 def test_a_fallback_taints_speed_and_memory_but_not_quality(run: RunDirectory) -> None:

@@ -102,7 +102,7 @@ def test_a_missing_setting_is_named():
         ({"mixer": {"stat": 3}}, "unknown model setting 'mixer.stat': did you mean 'state'?"),
         ({"widht": 3}, "unknown model setting 'widht': did you mean 'width'?"),
         ({"feedforward.hidden": 3}, "this model has no feedforward, so 'feedforward.hidden' means nothing"),
-        ({"width.x": 3}, "unknown model setting 'width.x'"),
+        ({"width.x": 3}, "unknown model setting 'width.x': 'width' is one value, not a table"),
         ({"mixer.state": -3}, "mamba.state must be a positive whole number, got -3"),
     ],
 )
