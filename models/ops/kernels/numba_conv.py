@@ -1,8 +1,12 @@
 """The short causal convolution with SiLU on a CPU, forward and hand-written backward, compiled by numba.
 
-B batch, T time, E channels, W taps, L lanes. As in `numba_scan`, a task is one (batch row, L neighbouring
-channels) and the inner loops run over channels. torch's depthwise convolution wants channels before time, which
-would cost two transposes each way; this one reads (B, T, E) as the projections write it.
+B batch, T time, E channels, W taps. A task is (batch row, `STEPS` neighbouring steps); every inner loop runs over all
+channels of a step, which lie next to each other, and touches three arrays at most, so that it compiles to vector
+instructions. torch's depthwise convolution wants channels before time, which would cost two transposes each way; this
+one reads (B, T, E) as the projections write it.
+
+Each task keeps its own sums of d_weight and d_bias, which are added in a fixed order: the result depends neither on
+the number of threads nor on timing.
 """
 
 import numpy as np
@@ -11,95 +15,90 @@ from torch import Tensor
 
 from models.ops.kernels.numba_runtime import compiled, row, run_tasks, sigmoid, with_rows
 
-L = 64
+STEPS = 64
+
+
+@compiled
+def _sum_of_taps(x, weight, bias, before, b, t, acc):
+    """acc (E) = bias + sum_w weight[w] x_(t-W+1+w); `before` (B, W, E) holds the inputs before x, oldest first."""
+    W, E = weight.shape[0], acc.shape[0]
+    for e in range(E):
+        acc[e] = bias[e]
+    for w in range(W):
+        s = t - W + 1 + w
+        source = row(x, b, s) if s >= 0 else row(before, b, W + s)
+        tap = weight[w]
+        for e in range(E):
+            acc[e] += tap[e] * source[e]
 
 
 @compiled
 def _forward(x, weight, bias, before, out, first, last):
-    """weight (W, E); before (B, W, E): the W inputs that precede x, oldest first."""
     T, E = x.shape[1], x.shape[2]
-    W = weight.shape[0]
-    groups = (E + L - 1) // L
-    taps = np.empty((W, L), x.dtype)  # taps[w]: the weights of this task's channels
-    window = np.empty((W, L), x.dtype)  # window[s % W]: input s, for the last W inputs
-    acc = np.empty(L, x.dtype)
+    blocks = (T + STEPS - 1) // STEPS
+    acc = np.empty(E, x.dtype)
     for task in range(first, last):
-        b, e0 = task // groups, (task % groups) * L
-        lanes = min(L, E - e0)
-        for w in range(W):
-            for e in range(lanes):
-                taps[w, e] = weight[w, e0 + e]
-                window[w, e] = before[b, w, e0 + e]
-        for t in range(T):
-            x_t = row(x, b, t)
-            for e in range(lanes):
-                window[t % W, e] = x_t[e0 + e]
-                acc[e] = bias[e0 + e]
-            for w in range(W):
-                slot = (t + 1 + w) % W
-                for e in range(lanes):
-                    acc[e] += taps[w, e] * window[slot, e]
-            for e in range(lanes):
-                out[b, t, e0 + e] = acc[e] * sigmoid(acc[e])
+        b, t0 = task // blocks, (task % blocks) * STEPS
+        for t in range(t0, min(t0 + STEPS, T)):
+            _sum_of_taps(x, weight, bias, before, b, t, acc)
+            y = row(out, b, t)
+            for e in range(E):
+                y[e] = acc[e] * sigmoid(acc[e])
 
 
 @compiled
 def _backward(x, weight, bias, before, d_out, d_x, d_weight, d_bias, d_before, first, last):
-    """d_weight (B, W, E) and d_bias (B, E) are partial sums."""
+    """d_weight (tasks, W, E) and d_bias (tasks, E) are partial sums."""
     T, E = x.shape[1], x.shape[2]
     W = weight.shape[0]
-    groups = (E + L - 1) // L
+    blocks = (T + STEPS - 1) // STEPS
     zero, one = x.dtype.type(0), x.dtype.type(1)
-    taps = np.empty((W, L), x.dtype)
-    window = np.empty((W, L), x.dtype)
-    d_taps = np.empty((W, L), x.dtype)
-    d_window = np.empty((W, L), x.dtype)  # d_window[s % W]: gradient of input s so far
-    sum_bias = np.empty(L, x.dtype)
-    g = np.empty(L, x.dtype)
+    g = np.empty((W, E), x.dtype)  # g[t % W]: gradient of the sum at step t, 0 beyond the end
+    acc = np.empty(E, x.dtype)
     for task in range(first, last):
-        b, e0 = task // groups, (task % groups) * L
-        lanes = min(L, E - e0)
-        for e in range(lanes):
+        b, t0 = task // blocks, (task % blocks) * STEPS
+        t1 = min(t0 + STEPS, T)
+        sum_bias = d_bias[task]
+        for e in range(E):
             sum_bias[e] = zero
         for w in range(W):
-            for e in range(lanes):
-                taps[w, e] = weight[w, e0 + e]
-                window[w, e] = before[b, w, e0 + e]
-                d_taps[w, e] = zero
-                d_window[w, e] = zero
-        for t in range(T + W):
-            # slot t % W held input t - W, whose gradient is now whole; it becomes input t
-            slot = t % W
-            for e in range(lanes):
-                if t >= W:
-                    d_x[b, t - W, e0 + e] = d_window[slot, e]
-                else:
-                    d_before[b, t, e0 + e] = d_window[slot, e]
-                d_window[slot, e] = zero
-            if t >= T:
-                continue
-            x_t = row(x, b, t)
-            for e in range(lanes):
-                window[slot, e] = x_t[e0 + e]
-                g[e] = bias[e0 + e]
-            for w in range(W):
-                slot = (t + 1 + w) % W
-                for e in range(lanes):
-                    g[e] += taps[w, e] * window[slot, e]
-            for e in range(lanes):
-                sig = sigmoid(g[e])
-                g[e] = d_out[b, t, e0 + e] * sig * (one + g[e] * (one - sig))
-                sum_bias[e] += g[e]
-            for w in range(W):
-                slot = (t + 1 + w) % W
-                for e in range(lanes):
-                    d_taps[w, e] += g[e] * window[slot, e]
-                    d_window[slot, e] += g[e] * taps[w, e]
-        for e in range(lanes):
-            d_bias[b, e0 + e] = sum_bias[e]
-        for w in range(W):
-            for e in range(lanes):
-                d_weight[b, w, e0 + e] = d_taps[w, e]
+            sums = d_weight[task, w]
+            for e in range(E):
+                sums[e] = zero
+        # an input is whole once the W - 1 steps after it are known: the first ones of the next task are done again
+        for t in range(t0, t1 + W - 1):
+            now = g[t % W]
+            if t < T:
+                _sum_of_taps(x, weight, bias, before, b, t, acc)
+                d_y = row(d_out, b, t)
+                for e in range(E):
+                    sig = sigmoid(acc[e])
+                    now[e] = d_y[e] * sig * (one + acc[e] * (one - sig))
+            else:
+                for e in range(E):
+                    now[e] = zero
+            if t < t1:
+                for e in range(E):
+                    sum_bias[e] += now[e]
+                for w in range(W):
+                    s = t - W + 1 + w
+                    source = row(x, b, s) if s >= 0 else row(before, b, W + s)
+                    sums = d_weight[task, w]
+                    for e in range(E):
+                        sums[e] += now[e] * source[e]
+            s = t - W + 1
+            if t0 <= s or (t0 == 0 and s < 0):
+                d_s = row(d_x, b, s) if s >= 0 else row(d_before, b, W + s)
+                for e in range(E):
+                    d_s[e] = zero
+                for later in range(max(s, 0), t + 1):
+                    tap, at = weight[s - later + W - 1], g[later % W]
+                    for e in range(E):
+                        d_s[e] += tap[e] * at[e]
+        if t0 == 0:  # the state holds one input more than the sum needs
+            oldest = row(d_before, b, 0)
+            for e in range(E):
+                oldest[e] = zero
 
 
 def _arrays(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None) -> list[np.ndarray]:
@@ -113,7 +112,7 @@ def _arrays(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None) -> l
 def conv(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None) -> Tensor:
     """Shapes as `models.ops.causal_conv1d.causal_conv1d`; returns y (B, T, E)."""
     out = x.new_empty(x.shape)
-    tasks = x.shape[0] * ((x.shape[2] + L - 1) // L)
+    tasks = x.shape[0] * ((x.shape[1] + STEPS - 1) // STEPS)
     run_tasks(_forward, tasks, *_arrays(x, weight, bias, before), out.numpy())
     return out
 
@@ -128,12 +127,12 @@ def conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, d_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and the W inputs before x, (B, E, W)."""
-    rows, _, E = x.shape
+    rows, T, E = x.shape
     W = weight.shape[1]
+    tasks = rows * ((T + STEPS - 1) // STEPS)
     d_x, d_before = x.new_empty(x.shape), x.new_empty(rows, W, E)
-    d_weight, d_bias = x.new_empty(rows, W, E), x.new_empty(rows, E)
+    d_weight, d_bias = x.new_empty(tasks, W, E), x.new_empty(tasks, E)
     results = [y.numpy() for y in (d_x, d_weight, d_bias, d_before)]
-    tasks = rows * ((E + L - 1) // L)
     run_tasks(_backward, tasks, *_arrays(x, weight, bias, before), d_out.contiguous().numpy(), *results)
     return d_x, d_weight.sum(0).t(), d_bias.sum(0), d_before.transpose(1, 2)
 
