@@ -77,13 +77,13 @@ def rates(
     return found, gave
 
 
-def ratio(numerator: list[float], denominator: list[float], at_least: float) -> dict[str, Any]:
-    """Ratio of rates over the rounds that both sides ran, with its 95% interval, beside the ratio aimed at."""
+def ratio(numerator: list[float], denominator: list[float], at_least: float | None) -> dict[str, Any]:
+    """Ratio of rates over the rounds that both sides ran, with its 95% interval, beside the ratio aimed at, if any."""
     both = min(len(numerator), len(denominator))
     interval = paired_ratio(denominator[:both], numerator[:both]).interval
     return {
         "ratio": interval.estimate, "ci_low": interval.low, "ci_high": interval.high, "rounds": both,
-        "at_least": at_least, "met": interval.estimate >= at_least,
+        "at_least": at_least, "met": None if at_least is None else interval.estimate >= at_least,
     }  # fmt: skip
 
 
@@ -102,4 +102,5 @@ def publish(name: str, settings: dict[str, Any], found: dict[str, list[float]], 
         print(f"| {side} | {value:,.0f} |")
     print("\n| ratio | value | 95% interval | aimed at |\n|---|---|---|---|")
     for what, one in ratios.items():
-        print(f"| {what} | {one['ratio']:.2f} | {one['ci_low']:.2f} to {one['ci_high']:.2f} | {one['at_least']:g} |")
+        aim = "-" if one["at_least"] is None else f"{one['at_least']:g}"
+        print(f"| {what} | {one['ratio']:.2f} | {one['ci_low']:.2f} to {one['ci_high']:.2f} | {aim} |")

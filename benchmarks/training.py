@@ -2,7 +2,7 @@
 
     python -m benchmarks.training [--json]
 
-Shape: 8 x 256 tokens, about 4.5M parameters, vocabulary 4096, float32; then our two arms at longer contexts.
+Shape: 8 x 256 tokens, about 4.5M parameters, vocabulary 4096, float32; then our arms at longer contexts, batch 1.
 """
 
 from experiments.measurement.process import quiet_thread_pools
@@ -20,7 +20,8 @@ from experiments.training import token_loss  # noqa: E402
 from models.language_model import LanguageModel  # noqa: E402
 from models.presets import preset  # noqa: E402
 
-BATCH, CONTEXT, LONG = 8, 256, 4096
+BATCH, CONTEXT, LONG = 8, 256, (2048, 4096)
+NAMES = {"transformer": "our transformer", "mamba": "our Mamba", "mamba2": "our Mamba-2", "mamba3": "our Mamba-3"}
 STEPS = 4  # in a turn, of a side that takes less than a few seconds a step
 VOCABULARY = preset("transformer-4m").vocabulary
 Loss = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]  # of a model, inputs, targets
@@ -51,8 +52,12 @@ def _turn(model: torch.nn.Module, loss_of: Loss, batch: int, context: int, steps
     return turn
 
 
+def our_loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return token_loss(model, inputs, targets)[0]
+
+
 def ours(arm: str, batch: int = BATCH, context: int = CONTEXT, steps: int = STEPS) -> common.Turn:
-    return _turn(LanguageModel(preset(f"{arm}-4m"), seed=0), token_loss, batch, context, steps)
+    return _turn(LanguageModel(preset(f"{arm}-4m"), seed=0), our_loss, batch, context, steps)
 
 
 def their_loss(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -70,35 +75,51 @@ def mamba(mambapy: bool) -> common.Turn:
     return _turn(theirs, their_loss, BATCH, CONTEXT, 1)
 
 
+def mamba2() -> common.Turn:
+    theirs = hugging_face.mamba2(LanguageModel(preset("mamba2-4m"), seed=0))
+    return _turn(theirs, their_loss, BATCH, CONTEXT, STEPS)
+
+
 def main() -> None:
-    options = common.arguments(__doc__ or "").parse_args()
+    parser = common.arguments(__doc__ or "")
+    parser.add_argument("--skip-slow", action="store_true", help="leave out the side that takes minutes a step")
+    options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    found, losses = common.rates({
+    sides = {
         "our transformer": partial(ours, "transformer"),
         "Hugging Face Llama": llama,
         "our Mamba": partial(ours, "mamba"),
         "Hugging Face Mamba, mambapy": partial(mamba, True),
         "Hugging Face Mamba, torch path": partial(mamba, False),
-    }, options.rounds, SLOW)  # fmt: skip
-    a, b = losses["our transformer"], losses["Hugging Face Llama"]
-    if abs(a - b) > 1e-3 * b:
-        raise SystemExit(f"after the same steps our transformer's loss is {a}, Llama's {b}: the speeds do not compare")
-    long, _ = common.rates(
-        {f"our {name} at T={LONG}": partial(ours, name.lower(), 1, LONG) for name in ("transformer", "Mamba")},
-        options.rounds,
-    )
-    found |= long
-    ratio = common.ratio
-    ratios = {
-        "our transformer / Hugging Face Llama": ratio(found["our transformer"], found["Hugging Face Llama"], 1.1),
-        "our Mamba / mambapy": ratio(found["our Mamba"], found["Hugging Face Mamba, mambapy"], 5),
-        "our Mamba / torch path": ratio(found["our Mamba"], found["Hugging Face Mamba, torch path"], 100),
-        f"our Mamba / our transformer, T={CONTEXT}": ratio(found["our Mamba"], found["our transformer"], 0.5),
-        f"our Mamba / our transformer, T={LONG}": ratio(
-            found[f"our Mamba at T={LONG}"], found[f"our transformer at T={LONG}"], 1.0
-        ),
+        "our Mamba-2": partial(ours, "mamba2"),
+        "Hugging Face Mamba-2, torch path": mamba2,
+        "our Mamba-3": partial(ours, "mamba3"),
     }
+    if options.skip_slow:
+        sides = {name: side for name, side in sides.items() if name not in SLOW}
+    found, losses = common.rates(sides, options.rounds, SLOW & sides.keys())
+    for a, b in (("our transformer", "Hugging Face Llama"), ("our Mamba-2", "Hugging Face Mamba-2, torch path")):
+        if abs(losses[a] - losses[b]) > 1e-3 * losses[b]:
+            raise SystemExit(f"after the same steps {a} has loss {losses[a]}, {b} {losses[b]}: speeds do not compare")
+    for context in LONG:
+        arms = ("transformer", "mamba", "mamba2", "mamba3")
+        found |= common.rates(
+            {f"{NAMES[arm]}, T={context}": partial(ours, arm, 1, context) for arm in arms}, options.rounds
+        )[0]
+    aims = [
+        ("our transformer", "Hugging Face Llama", 1.1),
+        ("our Mamba", "Hugging Face Mamba, mambapy", 5),
+        ("our Mamba", "Hugging Face Mamba, torch path", 100),
+        ("our Mamba", "our transformer", 0.5),
+        ("our Mamba-2", "Hugging Face Mamba-2, torch path", 1.25),
+        ("our Mamba-2", "our transformer", None),
+        ("our Mamba-3", "our Mamba-2", 0.5),
+    ]
+    for context in LONG:
+        for arm, aim in (("mamba", 1.0 if context == 4096 else None), ("mamba2", 1.0), ("mamba3", None)):
+            aims.append((f"{NAMES[arm]}, T={context}", f"our transformer, T={context}", aim))
+    ratios = {f"{a} / {b}": common.ratio(found[a], found[b], aim) for a, b, aim in aims if a in found and b in found}
     settings = {"batch": BATCH, "context": CONTEXT, "vocabulary": VOCABULARY, "threads": torch.get_num_threads()}
     common.publish("training", settings, found, ratios, options.json)
 

@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -202,8 +203,8 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
 @app.command()
 @one_line_errors
 def models(as_json: AsJson = False) -> None:
-    """List the presets: parameters, mixer, bytes of decode state."""
-    from models import cost
+    """List the presets: parameters, mixers, feed-forward, bytes of decode state."""
+    from models import anatomy, cost
     from models.presets import PRESETS
 
     listed = []
@@ -211,25 +212,87 @@ def models(as_json: AsJson = False) -> None:
         count = cost.parameters(config)
         state = {str(T): cost.state_bytes(config, 1, T, 2) for T in (1024, 16384)}
         listed.append({
-            "model": name, "mixer": config.mixer.kind, "layers": config.layers, "width": config.width,
-            "parameters": count.total, "non_embedding": count.non_embedding, "active": count.active,
-            "feedforward": config.feedforward.kind if config.feedforward else None, "state_bytes_16bit": state,
+            "model": name, "mixer": anatomy.mixers(config), "feedforward": anatomy.feedforwards(config),
+            "layers": config.layers, "width": config.width, "parameters": count.total,
+            "non_embedding": count.non_embedding, "active": count.active, "state_bytes_16bit": state,
         })  # fmt: skip
     if as_json:
         print_json(listed)
         return
-    typer.echo(f"{'model':<18}{'mixer':<11}{'layers':>6}{'width':>7}{'parameters':>13}{'non-embedding':>15}"
+    typer.echo(f"{'model':<18}{'mixer':<26}{'feed-forward':<14}{'width':>6}{'parameters':>15}{'active':>15}"
                f"{'state at 1k':>13}{'at 16k':>10}   (16-bit state, MB = 10^6)")  # fmt: skip
     for one in listed:
         short, long = (f"{one['state_bytes_16bit'][T] / 1e6:.3g} MB" for T in ("1024", "16384"))
-        typer.echo(f"{one['model']:<18}{one['mixer']:<11}{one['layers']:>6}{one['width']:>7}{one['parameters']:>13,}"
-                   f"{one['non_embedding']:>15,}{short:>13}{long:>10}")  # fmt: skip
+        typer.echo(f"{one['model']:<18}{one['mixer']:<26}{one['feedforward']:<14}{one['width']:>6}"
+                   f"{one['parameters']:>15,}{one['active']:>15,}{short:>13}{long:>10}")  # fmt: skip
+
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@app.command()
+@one_line_errors
+def inspect(
+    model: Annotated[str, typer.Argument(help="A preset (see lab models) or a model folder.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights and the state: bf16, fp16 or fp32.")] = "bf16",
+    context: Annotated[int, typer.Option(min=1, help="Tokens, for the bytes of the state and the FLOPs.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences, for the bytes of the state.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Take a model's shape apart: module tree, parameters and bytes per part, state bytes, FLOPs. Allocates nothing."""
+    import torch
+
+    from experiments.errors import SpecError
+    from models import anatomy
+    from models.errors import nearest
+    from models.folders import configuration
+
+    if dtype not in DTYPES:
+        raise SpecError(f"unknown dtype '{dtype}': {nearest(dtype, DTYPES)}")
+    kind = getattr(torch, DTYPES[dtype])
+    config = configuration(model)
+    parts, totals = anatomy.anatomy(config, kind), anatomy.summary(config, kind, context, batch)
+    if as_json:
+        print_json({"model": model, "dtype": dtype, **totals, "parts": [asdict(part) for part in parts]})
+        return
+    typer.echo(f"{'part':<46}{'shape':>16}{'parameters':>16}{'bytes':>12}")
+    for part in parts:
+        name = f"{'  ' * part.depth}{part.name.rpartition('.')[2] if part.depth else part.name}"
+        copies = f" x{part.copies}" if part.copies > 1 and part.depth == 0 else ""
+        module = f" ({part.module}{copies})" if part.module else ""
+        shape = " x ".join(map(str, part.shape))
+        typer.echo(f"{name + module:<46}{shape:>16}{part.parameters:>16,}{in_bytes(part.bytes):>12}")
+    active = totals["active_parameters"]
+    typer.echo(f"\nparameters         {totals['parameters']:,}" + (
+        f" ({active:,} active per token)" if active != totals["parameters"] else ""))  # fmt: skip
+    typer.echo(f"without embeddings {totals['non_embedding_parameters']:,}")
+    typer.echo(f"weights in {dtype:<7} {in_bytes(totals['weight_bytes'])}")
+    if totals["state_bytes"] is not None:
+        typer.echo(f"state at {context} tokens, batch {batch}, {dtype}: {in_bytes(totals['state_bytes'])} "
+                   f"({totals['state_formula']})")  # fmt: skip
+    typer.echo(f"FLOPs per token at {context} tokens: {totals['forward_flops_per_token']:.4g} forward, "
+               f"{totals['training_flops_per_token']:.4g} in training")  # fmt: skip
+
+
+def in_bytes(count: float) -> str:
+    """Decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
 
 
 @app.command()
 @one_line_errors
 def generate(
-    name: Annotated[str, typer.Argument(help="A run directory or the name of one in --out; 'latest' for the latest.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A run directory or the name of one in --out, 'latest' for the latest; or a folder with a model's "
+            "config.json, model.safetensors and tokenizer.json, Hugging Face's or a checkpoint of ours."
+        ),
+    ],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     arm: Annotated[str | None, typer.Option(help="Which arm; every one by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -242,14 +305,13 @@ def generate(
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt with the trained arms of a run."""
-    from experiments import runner, store
-    from experiments.inference import continuations
+    """Continue a prompt with the trained arms of a run, or with the model in a folder."""
+    from experiments import runner
+    from experiments.inference import continuations, source
     from models.generation import Sampling
 
-    directory = store.find(None if name == "latest" else name, out)
     texts = continuations(
-        directory, prompt, tokens, Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+        source(name, out), prompt, tokens, Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
         arm=arm, trained_seed=trained_seed, seed=seed, device=runner.resolve_device(device),
     )  # fmt: skip
     if as_json:
@@ -259,6 +321,31 @@ def generate(
         typer.echo(f"[{text.arm}] {text.prompt}{text.text}")
         typer.echo(f"{text.tokens} tokens, {text.tokens_per_s:.0f} tokens/s with prefill, "
                    f"{text.state_bytes:,} bytes of state", err=True)  # fmt: skip
+
+
+@app.command()
+@one_line_errors
+def export(
+    name: Annotated[str, typer.Argument(help="A run directory or the name of one in --out; 'latest' for the latest.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write; new, or empty.")],
+    to: Annotated[str, typer.Option(help="The form: hf, a folder that Hugging Face's transformers loads.")] = "hf",
+    arm: Annotated[str | None, typer.Option(help="Which arm; may be left out where there is one.")] = None,
+    trained_seed: Annotated[int | None, typer.Option(help="Which trained seed; the first by default.")] = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained model and its tokenizer in a form that others load."""
+    from experiments import store
+    from experiments.export import export
+
+    directory = store.find(None if name == "latest" else name, out)
+    written = export(directory, to, folder, arm=arm, trained_seed=trained_seed)
+    if as_json:
+        print_json(written.to_dict())
+        return
+    typer.echo(f"{written.arm} of {written.run} as {written.architecture}:")
+    for file, size in written.files.items():
+        typer.echo(f"{size:>14,} bytes  {written.folder}/{file}")
 
 
 @app.command()

@@ -13,16 +13,25 @@ import torch
 from experiments import gates
 from experiments.data.batches import Batches, StreamHash
 from experiments.data.dataset import Dataset
-from experiments.evaluation import evaluate, mean_loss
+from experiments.evaluation import (
+    MaskedQuality,
+    Quality,
+    evaluate,
+    evaluate_masked,
+    expert_load,
+    mean_loss,
+)
 from experiments.measurement.memory import PeakMemory, resident_bytes, settle
 from experiments.measurement.phases import measure_decode, measure_load, measure_prefill
+from experiments.objectives import Objective
 from experiments.spec import Arm, Experiment
 from experiments.training import train
-from models import checkpoint
+from models import checkpoint, folders
 from models.config import ModelConfig
+from models.errors import ConfigError
+from models.folders import configuration
 from models.generation import Sampling, generate
 from models.language_model import LanguageModel
-from models.presets import preset
 
 Send = Callable[[Any], None]
 GATE_TOKENS = 24
@@ -30,8 +39,23 @@ WARM_UP_STEPS = 5  # left out of the reported step time
 
 
 def model_config(arm: Arm, vocabulary: int) -> ModelConfig:
-    """The arm's preset with the tokenizer's vocabulary and the arm's overrides. Raises ConfigError."""
-    return preset(arm.model).with_overrides({"vocabulary": vocabulary} | arm.overrides)
+    """The arm's preset or folder, with the tokenizer's vocabulary and the arm's overrides. An arm that starts from the
+    folder's weights keeps its vocabulary, which may be padded. Raises ConfigError."""
+    config, entries = configuration(arm.model), Objective(arm.objective, vocabulary).model_vocabulary
+    if arm.start == "scratch":
+        return config.with_overrides({"vocabulary": entries} | arm.overrides)
+    if arm.overrides:
+        raise ConfigError(f"the weights in {arm.model} have their shape already: overrides need start = scratch")
+    if config.vocabulary < entries:
+        raise ConfigError(f"{arm.model} knows {config.vocabulary} tokens, but the run's tokenizer has {entries}")
+    return config
+
+
+def first_model(arm: Arm, config: ModelConfig, seed: int, device: torch.device) -> LanguageModel:
+    """Initialised by the seed, or with the weights of the arm's folder."""
+    if arm.start == "weights":
+        return folders.load(Path(arm.model), device)
+    return LanguageModel(config, seed=seed, device=device)
 
 
 def prepare_process(experiment: Experiment) -> torch.device:
@@ -52,7 +76,7 @@ def compile_kernels(send: Send, experiment: Experiment, dataset_folder: Path) ->
         tokens = torch.zeros(2, 8, dtype=torch.int64, device=device)
         model(tokens).sum().backward()
         with torch.inference_mode():
-            for rows in (1, 2):
+            for rows in (1, 2) if model.config.causal else ():
                 _, state = model.prefill(tokens[:rows], model.make_state(rows, 17))
                 _, state = model.prefill(tokens[:rows], state)
                 model.step(tokens[:rows, 0], state)
@@ -72,43 +96,52 @@ def train_cell(
     batches = Batches(dataset.splits["train"].tokens, context=settings.context, batch=settings.batch, seed=seed)
     length = {"context": settings.context, "precision": settings.precision}
     curve = {"sequences": evaluation.curve_sequences, **length}
+    objective = Objective(arm.objective, dataset.vocabulary, seed)
+    validation = dataset.splits["validation"]
 
-    model = LanguageModel(config, seed=seed, device=device)
-    passed = gates.check(model, batches.at(0)[0][:2, :GATE_TOKENS].to(device))
+    model = first_model(arm, config, seed, device)
+    passed = gates.check(model, batches.at(0)[0][:2, :GATE_TOKENS].to(device), untrained=arm.start == "scratch")
     del model
     settle()
     baseline = resident_bytes()
     step_ms, stream = [], StreamHash()
     with PeakMemory(device) as peak, (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
-        model = LanguageModel(config, seed=seed, device=device)
+        model = first_model(arm, config, seed, device)
 
         def record(line: dict[str, Any]) -> None:
             log.write(json.dumps(line) + "\n")
             log.flush()
 
-        record({"step": 0, "validation_loss": mean_loss(model, dataset.splits["validation"], **curve)})
-        for step in train(model, batches, settings, arm.learning_rate, stream):
+        record({"step": 0, "validation_loss": mean_loss(model, validation, objective, **curve)})
+        for step in train(model, batches, settings, arm.learning_rate, stream, objective):
             record(asdict(step))
             step_ms.append(step.step_ms)
             send(("step", step.step, settings.steps))
             if step.step % settings.validate_every == 0 or step.step == settings.steps:
-                loss = mean_loss(model, dataset.splits["validation"], **curve)
+                loss = mean_loss(model, validation, objective, **curve)
                 record({"step": step.step, "validation_loss": loss})
 
-    splits = {
-        split: evaluate(model, dataset.splits[split], batch=evaluation.batch, **length).to_dict()
-        for split in evaluation.splits
-    }
+    def quality(model: LanguageModel, split: str) -> Quality | MaskedQuality:
+        if arm.objective == "masked":
+            return evaluate_masked(model, dataset.splits[split], objective, batch=evaluation.batch, **length)
+        return evaluate(model, dataset.splits[split], batch=evaluation.batch, **length)
+
+    splits = {split: quality(model, split).to_dict() for split in evaluation.splits}
     initial = {"expected_loss": math.log(config.vocabulary), "test_bits_per_byte": None, "loss": None}
     if "test" in evaluation.splits:
-        untrained = LanguageModel(config, seed=seed, device=device)
-        before = evaluate(untrained, dataset.splits["test"], batch=evaluation.batch, **length)
-        initial |= {"test_bits_per_byte": before.bits_per_byte, "loss": before.nats_per_token}
-    samples = _samples(model, dataset, experiment, seed)
+        before = quality(first_model(arm, config, seed, device), "test")
+        if isinstance(before, Quality):
+            initial |= {"test_bits_per_byte": before.bits_per_byte, "loss": before.nats_per_token}
+        else:
+            initial["loss"] = before.masked_token_loss
+    samples = _samples(model, dataset, experiment, seed) if arm.objective == "causal" and config.causal else []
     checkpoint.save(model, folder / "checkpoint")
     result = {
         "arm": name, "seed": seed, "initial": initial, "splits": splits, "samples": samples,
         "gates": [gate.to_dict() for gate in passed],
+        "expert_load": expert_load(
+            model, validation, context=settings.context, sequences=evaluation.curve_sequences
+        ),
         "backend": asdict(model.backend),
         "data_sha256": stream.hexdigest(),
         "train": {

@@ -1,7 +1,7 @@
 """Quality on fixed splits, in bits per byte of the original text, so that vocabularies compare."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from experiments.data.batches import Batches, windows
 from experiments.data.dataset import TokenSplit
+from experiments.objectives import IGNORED, Objective
 from experiments.training import autocast, token_loss
 from models.language_model import LanguageModel
 
@@ -60,15 +61,64 @@ def evaluate(model: LanguageModel, split: TokenSplit, *, context: int, batch: in
     )
 
 
+@dataclass(frozen=True)
+class MaskedQuality:
+    """A whole split in windows of T tokens, each corrupted once in the same way for every model. No likelihood of a
+    text follows from it, so it has no bits per byte.
+
+    masked_token_loss: nats per hidden token. masked_accuracy: share of the hidden tokens that were guessed.
+    """
+
+    masked_token_loss: float
+    masked_accuracy: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @torch.no_grad()
-def mean_loss(model: LanguageModel, split: TokenSplit, *, context: int, sequences: int, precision: str) -> float:
-    """Nats per token over `sequences` fixed windows from all over a split: a point of the validation curve."""
+def evaluate_masked(
+    model: LanguageModel, split: TokenSplit, objective: Objective, *, context: int, batch: int, precision: str
+) -> MaskedQuality:
+    """Raises CorpusError when the split is shorter than one window."""
+    model.eval()
+    total, right, count = 0.0, 0, 0
+    for step, (text, _) in enumerate(windows(split.tokens, context=context, batch=batch)):
+        inputs, targets = (x.to(model.device) for x in replace(objective, seed=0).batch(text, text, step))
+        with autocast(precision, model.device):
+            logits = model(inputs)[targets != IGNORED].float()
+        targets = targets[targets != IGNORED]
+        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        right += int((logits.argmax(1) == targets).sum())
+        count += len(targets)
+    model.train()
+    return MaskedQuality(total / count, right / count, count)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: LanguageModel, split: TokenSplit, objective: Objective, *, context: int, sequences: int, precision: str
+) -> float:
+    """Nats per predicted token over `sequences` fixed windows from all over a split: a point of the curve."""
     inputs, targets = Batches(split.tokens, context=context, batch=sequences, seed=0).at(0)
+    inputs, targets = replace(objective, seed=0).batch(inputs, targets, 0)
     model.eval()
     with autocast(precision, model.device):
-        loss = token_loss(model, inputs.to(model.device), targets.to(model.device)).item()
+        inputs, targets = inputs.to(model.device), targets.to(model.device)
+        loss, _ = token_loss(model, inputs, targets, some=objective.name == "masked")
     model.train()
-    return loss
+    return loss.item()
+
+
+@torch.no_grad()
+def expert_load(model: LanguageModel, split: TokenSplit, *, context: int, sequences: int) -> list[list[float]]:
+    """For each layer of experts the share of assignments that goes to each, on the windows of `mean_loss`."""
+    inputs, _ = Batches(split.tokens, context=context, batch=sequences, seed=0).at(0)
+    model.eval()
+    routing = model.hidden(inputs.to(model.device)).routing
+    model.train()
+    return [used.load.tolist() for used in routing]
 
 
 def _losses(model: LanguageModel, inputs: torch.Tensor, targets: torch.Tensor, precision: str) -> torch.Tensor:

@@ -22,8 +22,7 @@ from experiments.errors import EnvironmentLacksError, LabError, RunFailedError
 from experiments.measurement.process import CellFailedError, run_fresh
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, build_result, write_json
-from models.mixers.attention import select_attention
-from models.ops.kernels import select
+from models.mixers import MIXERS
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def check(experiment: Experiment) -> None:
     resolve_device(experiment.device)
     for arm in experiment.arms.values():
         config = cells.model_config(arm, experiment.data.vocabulary)
-        choose = select_attention if config.mixer.kind == "attention" else select
-        choose(config.mixer.backend, torch.device(experiment.device))
+        for block in config.kinds:
+            MIXERS[block.mixer.kind].select(block.mixer, torch.device(experiment.device))
 
 
 def run(

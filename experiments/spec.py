@@ -29,8 +29,14 @@ class Settings(BaseModel):
 class Arm(Settings):
     """One side of the comparison."""
 
-    model: str = Field(description="preset name, see `lab models`")
+    model: str = Field(description="preset name, see `lab models`, or a model folder")
+    start: Literal["scratch", "weights"] = Field(
+        default="scratch", description="initialise anew, or start from the weights in the model folder"
+    )
     learning_rate: float = Field(gt=0, description="peak learning rate, chosen on validation by a sweep")
+    objective: Literal["causal", "masked"] = Field(
+        default="causal", description="predict the next token, or tokens that were hidden (BERT)"
+    )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="model settings that differ from the preset, e.g. mixer.state = 32"
     )
@@ -39,7 +45,10 @@ class Arm(Settings):
 class Data(Settings):
     corpus: str = Field(default="stdlib", description="stdlib or text")
     path: str = Field(default="", description="file, folder or glob; for corpus = text")
-    vocabulary: int = Field(default=2048, ge=257, le=1_000_000, description="entries of the byte-level BPE")
+    vocabulary: int = Field(default=2048, ge=257, le=1_000_000, description="entries of the tokenizer")
+    tokenizer: str = Field(
+        default="", description="a tokenizer.json, or the model folder that has one; without it a BPE is trained"
+    )
     validation_fraction: float = Field(default=0.02, gt=0, lt=0.5, description="of the corpus's bytes")
     test_fraction: float = Field(default=0.02, gt=0, lt=0.5, description="of the corpus's bytes")
     max_bytes: int = Field(default=0, ge=0, description="use at most this many bytes of text; 0: all")
@@ -123,6 +132,16 @@ class Experiment(Settings):
         return values
 
     @model_validator(mode="after")
+    def _weights_have_their_tokenizer(self) -> "Experiment":
+        for name, arm in self.arms.items():
+            if arm.start == "weights" and not self.data.tokenizer:
+                raise ValueError(
+                    f"arm '{name}' starts from the weights in {arm.model}, which mean nothing without their tokenizer: "
+                    f"set data.tokenizer={arm.model}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _arm_names_are_folders(self) -> "Experiment":
         for name in self.arms:
             if not name.replace("-", "").replace("_", "").isalnum():
@@ -167,7 +186,7 @@ def load(
     profile: one of `PROFILES`; None takes `cuda` on a CUDA device and `cpu` otherwise, and leaves a file
         without profiles as it is.
     assignments: `dotted.key=value`, the value in TOML syntax (a bare word counts as a string).
-    arms: keep only these, in this order. seeds: use the first N seeds 0..N-1.
+    arms: keep only these, in this order; none: the file's `default_arms`, or all. seeds: use the first N seeds 0..N-1.
     Raises SpecError, with the place and the nearest valid name.
     """
     text, source = _read(name_or_path)
@@ -192,6 +211,8 @@ def load(
         raw["device"] = device
     elif device != "cpu" or "device" not in raw:
         raw["device"] = device
+    arms = arms or raw.pop("default_arms", ())
+    raw.pop("default_arms", None)
     if arms:
         known = raw.get("arms", {})
         for arm in arms:

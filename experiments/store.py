@@ -66,7 +66,12 @@ def plan(experiment: Experiment) -> list[Cell]:
         return cells
     phases: list[tuple[str, int | None]] = [("load", None)]
     phases += [(kind, context) for kind in ("prefill", "decode") for context in experiment.measurement.contexts]
-    cells += [Cell(arm, seed, kind, context) for seed, order in turns for kind, context in phases for arm in order]
+    decodes = {name: model_config(arm, experiment.data.vocabulary).causal for name, arm in experiment.cells().items()}
+    cells += [
+        Cell(arm, seed, kind, context)
+        for seed, order in turns for kind, context in phases for arm in order
+        if kind == "load" or decodes[arm]
+    ]  # fmt: skip
     return cells
 
 
@@ -257,6 +262,16 @@ def _rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDi
 
 def _quality_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
     common = {"backend": result["backend"]["name"]}
+    for split, quality in result["splits"].items():
+        if "masked_token_loss" in quality:
+            common["n"] = quality["tokens"]
+            loss, accuracy = quality["masked_token_loss"], quality["masked_accuracy"]
+            yield _row(cell, "quality", f"{split}_masked_token_loss", loss, "nats/token", "lower", **common)
+            yield _row(cell, "quality", f"{split}_masked_accuracy", accuracy, "share", "higher", **common)
+            reason = "a masked model gives no likelihood of a text"
+            yield _row(cell, "quality", f"{split}_bits_per_byte", None, "bits/byte", "lower", reason=reason, **common)
+    if "bits_per_byte" not in next(iter(result["splits"].values())):
+        return
     initial = result["initial"]["test_bits_per_byte"]
     if initial is not None:
         yield _row(cell, "quality", "initial_test_bits_per_byte", initial, "bits/byte", "none", **common)
@@ -301,6 +316,10 @@ def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, r
     config = read_json(run.folder(cell) / "checkpoint" / "config.json")
     flops = cost.training_flops_per_token(ModelConfig.from_dict(config), settings.context)
     yield _row(cell, "train", "flops_per_token", flops, "FLOP/token", "none", **common)
+    loads = result.get("expert_load")
+    if loads:
+        busiest = max(max(load) * len(load) for load in loads)
+        yield _row(cell, "train", "busiest_expert_load", busiest, "x", "lower", **common)
 
 
 def _load_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> Iterator[dict]:
@@ -414,6 +433,7 @@ def _warnings(run: RunDirectory, cells: list[Cell], environment: dict[str, Any],
 # what the verdict speaks about: phase, metric, kind, noun for a sentence, which context
 _QUESTIONS = (
     ("quality", "test_bits_per_byte", "difference", None),
+    ("quality", "test_masked_token_loss", "difference", None),
     ("train", "tokens_per_s", "ratio", None),
     ("prefill", "tokens_per_s", "ratio", "longest"),
     ("decode", "tokens_per_s", "ratio", "longest"),
@@ -421,6 +441,8 @@ _QUESTIONS = (
     ("decode", "peak_bytes", "ratio", "longest"),
     ("decode", "state_bytes", "ratio", "longest"),
 )
+
+_QUALIFIED = {"peak_bytes", "state_bytes", "test_masked_token_loss"}  # a second question about their phase
 
 
 def _verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
@@ -441,7 +463,7 @@ def _verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
             compare = paired_difference if kind == "difference" else paired_ratio
             pairs = [side[seed] for side in (a, b) for seed in seeds]
             head = {
-                "id": phase if metric != "peak_bytes" and metric != "state_bytes" else f"{phase}-{metric}",
+                "id": phase if metric not in _QUALIFIED else f"{phase}-{metric}",
                 "phase": phase, "metric": metric, "context": context, "a": first, "b": other, "kind": kind,
                 "unit": pairs[0]["unit"] if kind == "difference" else "x", "direction": pairs[0]["direction"],
                 "comparable": all(row["comparable"] for row in pairs),
@@ -483,6 +505,7 @@ def _sentence(v: dict) -> str:
     at = f" at {v['context']} tokens of context" if v["context"] else ""
     what = {
         "test_bits_per_byte": "test bits per byte",
+        "test_masked_token_loss": "the loss of hidden test tokens",
         "resident_bytes": "memory after loading",
         "peak_bytes": f"peak memory in {v['phase']}{at}",
         "state_bytes": f"cache or state in {v['phase']}{at}",

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from experiments.data.batches import Batches, StreamHash
+from experiments.objectives import IGNORED, Objective
 from experiments.spec import Training
 from models.language_model import LanguageModel
 from models.ops.cross_entropy import linear_cross_entropy
+
+DROPOUT_STREAM = 1 << 40  # beyond every seed that initialises a model
 
 
 class NonFiniteLossError(Exception):
@@ -24,7 +27,7 @@ class NonFiniteLossError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. loss: nats per token before the update. tokens: consumed so far, this step included."""
+    """One optimizer step. loss: nats per predicted token before the update. tokens: consumed so far, with this step."""
 
     step: int
     tokens: int
@@ -49,16 +52,24 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def token_loss(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token; inputs and targets (B, T)."""
-    hidden, _ = model.hidden(inputs)
-    return linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, targets.flatten())
+def token_loss(
+    model: LanguageModel, inputs: Tensor, targets: Tensor, *, some: bool = False
+) -> tuple[Tensor, Tensor | float]:
+    """Mean cross-entropy in nats over the tokens that are to be predicted; and what balancing the load of experts adds
+    to the training loss, 0 without any. inputs and targets (B, T); `some`: targets may be IGNORED."""
+    hidden = model.hidden(inputs)
+    x, targets = hidden.x.flatten(0, 1), targets.flatten()
+    if some:
+        x, targets = x[targets != IGNORED], targets[targets != IGNORED]
+    loss = linear_cross_entropy(x, model.head.weight, targets, model.head.bias)
+    return loss, sum(used.balance for used in hidden.routing)
 
 
 def train(
-    model: LanguageModel, batches: Batches, settings: Training, peak_learning_rate: float, stream: StreamHash
-) -> Iterator[Step]:
-    """Train in place, yielding after every optimizer step. `stream` sees every token that the model sees.
+    model: LanguageModel, batches: Batches, settings: Training, peak_learning_rate: float, stream: StreamHash,
+    objective: Objective,
+) -> Iterator[Step]:  # fmt: skip
+    """Train in place, yielding after every optimizer step. `stream` sees every token of the batches.
 
     A step's time runs from fetching its batches to the end of the update; what the caller does between steps is
     not in it. Raises NonFiniteLossError before the update that would spread it.
@@ -68,6 +79,7 @@ def train(
         model.parameter_groups(settings.weight_decay), betas=(settings.beta1, settings.beta2), fused=True
     )
     tokens_per_step = settings.accumulate * settings.batch * settings.context
+    torch.manual_seed(DROPOUT_STREAM + objective.seed)  # torch's own generator: nothing but dropout draws from it
     model.train()
     for step in range(1, settings.steps + 1):
         start = time.perf_counter()
@@ -76,13 +88,15 @@ def train(
             group["lr"] = rate
         total = torch.zeros((), device=device)
         for micro in range(settings.accumulate):
-            inputs, targets = batches.at((step - 1) * settings.accumulate + micro)
+            index = (step - 1) * settings.accumulate + micro
+            inputs, targets = batches.at(index)
             stream.update(inputs, targets)
+            inputs, targets = objective.batch(inputs, targets, index)
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             with autocast(settings.precision, device):
-                loss = token_loss(model, inputs, targets) / settings.accumulate
-            loss.backward()
-            total += loss.detach()
+                loss, balance = token_loss(model, inputs, targets, some=objective.name == "masked")
+            ((loss + balance) / settings.accumulate).backward()
+            total += loss.detach() / settings.accumulate
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         # .item() waits for the device: the one synchronisation of the step
         mean_loss, gradient_norm = total.item(), norm.item()

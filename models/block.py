@@ -1,26 +1,30 @@
-"""The one residual block, for every mixer: x + mixer(norm(x)), then x + feedforward(norm(x)) where there is one."""
+"""The one residual block, for every mixer: x + mixer(norm(x)), then x + feedforward(norm(x)) where there is one; or,
+with `post_norm`, norm(x + mixer(x)) and norm(x + feedforward(x))."""
 
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig
-from models.feedforward import FEEDFORWARDS
+from models.config import BlockConfig, ModelConfig
+from models.feedforward import FEEDFORWARDS, FeedForward, Routing
 from models.mixers import MIXERS, Mixer
-from models.norm import RMSNorm
+from models.norm import NORMS, Norm, dropout
 from models.state import State
 
 
 class Block(nn.Module):
-    """Pre-norm. `forward` over (B, T, D), `step` over (B, D)."""
+    """`forward` over (B, T, D), which also returns how experts were used (None without any); `step` over (B, D)."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, model: ModelConfig, config: BlockConfig, device: torch.device) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config, device)
-        self.mixer: Mixer = MIXERS[config.mixer.kind](config, device)
-        self.feedforward_norm = self.feedforward = None
+        norm, backend = NORMS[model.norm], config.mixer.backend
+        self.post_norm, self.drop = model.post_norm, dropout(model.dropout)
+        self.mixer_norm = norm(model.width, model.norm_eps, backend, device)
+        self.mixer: Mixer = MIXERS[config.mixer.kind](config.mixer, model.width, device)
+        self.feedforward_norm: Norm | None = None
+        self.feedforward: FeedForward | None = None
         if config.feedforward is not None:
-            self.feedforward_norm = RMSNorm(config, device)
-            self.feedforward = FEEDFORWARDS[config.feedforward.kind](config, device)
+            self.feedforward_norm = norm(model.width, model.norm_eps, backend, device)
+            self.feedforward = FEEDFORWARDS[config.feedforward.kind](config.feedforward, model.width, backend, device)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         self.mixer_norm.reset_parameters()
@@ -29,21 +33,33 @@ class Block(nn.Module):
             self.feedforward_norm.reset_parameters()
             self.feedforward.reset_parameters(generator)
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
-        y, state = self.mixer(self.mixer_norm(x), state)
-        return self._feed_forward(x + y), state
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None, Routing | None]:
+        y, state = self.mixer(self._before(x, self.mixer_norm), state)
+        x, routing = self._feed_forward(self._after(x, y, self.mixer_norm))
+        return x, state, routing
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.mixer.step(self.mixer_norm(x), state)
-        return self._feed_forward(x + y), state
+        y, state = self.mixer.step(self._before(x, self.mixer_norm), state)
+        return self._feed_forward(self._after(x, y, self.mixer_norm))[0], state
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
         if self.feedforward is None or self.feedforward_norm is None:
-            return x
-        return x + self.feedforward(self.feedforward_norm(x))
+            return x, None
+        y, routing = self.feedforward(self._before(x, self.feedforward_norm))
+        return self._after(x, y, self.feedforward_norm), routing
 
-    def residual_writers(self) -> list[nn.Linear]:
-        """The projections whose output is added to the residual stream."""
-        linears = dict(self.named_modules())
-        names = ("mixer.o_proj", "mixer.out_proj", "feedforward.down_proj")
-        return [linears[name] for name in names if name in linears]  # type: ignore[misc]
+    def _before(self, x: Tensor, norm: Norm) -> Tensor:
+        return x if self.post_norm else norm(x)
+
+    def _after(self, x: Tensor, branch: Tensor, norm: Norm) -> Tensor:
+        x = x + self.drop(branch)
+        return norm(x) if self.post_norm else x
+
+    @property
+    def last_norm(self) -> Norm:
+        return self.feedforward_norm or self.mixer_norm
+
+    def residual_writers(self) -> list[Tensor]:
+        """The weights of the projections whose output is added to the residual stream."""
+        parts = (self.mixer, self.feedforward)
+        return [part.output_weight for part in parts if part is not None]

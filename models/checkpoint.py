@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,18 +25,13 @@ def save(model: LanguageModel, folder: Path) -> None:
 
 def load(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:
     """The model of `save`, on `device`. The file is memory-mapped and its tensors become the parameters, so the
-    host never holds a second copy. Raises ConfigError: not a checkpoint, damaged, or of another shape."""
+    host never holds a second copy; dropout is off. Raises ConfigError: not a checkpoint, damaged, or of another shape."""
+    config = read_config(folder)
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ConfigError(f"{CONFIG} must hold a table, not {values!r}")
-        config = ModelConfig.from_dict(values)
         tensors = load_file(folder / WEIGHTS, device=str(device))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} is no checkpoint: {Path(error.filename or WEIGHTS).name} is missing") from None
-    except ConfigError as error:
-        raise ConfigError(f"{folder}: {error}") from None
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{folder} is no checkpoint: {WEIGHTS} is missing") from None
+    except (SafetensorError, OSError) as error:
         raise ConfigError(f"{folder}: damaged checkpoint: {error}") from None
     model = LanguageModel(config, seed=None, device=device)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -48,4 +44,26 @@ def load(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:
         )
     model.load_state_dict(tensors, strict=False, assign=True)  # names checked above; a tied head is absent
     model.tie()
-    return model
+    return model.eval()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of `save`. Raises ConfigError."""
+    values = read_table(folder, CONFIG)
+    try:
+        return ModelConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+
+
+def read_table(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a folder with a model. Raises ConfigError: missing, damaged, not a table."""
+    try:
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{folder} is no checkpoint: {name} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise ConfigError(f"{folder}: damaged checkpoint: {name}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{folder}: {name} must hold a table, not {values!r}")
+    return values

@@ -1,124 +1,129 @@
-"""What a model is, as frozen values. Unknown keys are errors; the resolved configuration goes into the record."""
+"""What a model is, as frozen values. Unknown keys are errors; the resolved configuration goes into the record.
+
+The settings of a mixer or a feed-forward layer stand in its own file, as `Config` of its class.
+"""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any
 
 from models.errors import ConfigError, nearest
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{config.kind}.{name} must be a positive whole number, got {value!r}")
-
-
-def _numbers(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{config.kind}.{name} must be a number, got {value!r}")
+from models.feedforward import FEEDFORWARDS, FeedForwardConfig
+from models.mixers import MIXERS, MixerConfig
+from models.norm import NORMS
+from models.settings import build, flags, numbers, one_of, part, positive, positive_or_none
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Causal self-attention with rotary positions (arXiv 2104.09864), optionally grouped queries (2305.13245)."""
+class BlockConfig:
+    """One residual block: a mixer and, after it, a feed-forward layer where there is one."""
 
-    kind: Literal["attention"] = "attention"
-    heads: int
-    kv_heads: int | None = None  # None: as many as heads
-    rotary_base: float = 10000.0
-    backend: str = "auto"  # auto, reference, sdpa, numba
-
-    def __post_init__(self) -> None:
-        _positive(self, "heads")
-        if self.kv_heads is not None:
-            _positive(self, "kv_heads")
-            if self.heads % self.kv_heads:
-                raise ConfigError(f"attention.heads = {self.heads} is not a multiple of kv_heads = {self.kv_heads}")
-        _numbers(self, "rotary_base")
-        if not self.rotary_base > 1:
-            raise ConfigError(f"attention.rotary_base must be above 1, got {self.rotary_base!r}")
+    mixer: MixerConfig
+    feedforward: FeedForwardConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaConfig:
-    """Mamba-1 (arXiv 2312.00752), shapes and initialisation as `mamba_ssm.Mamba`."""
+class HybridConfig:
+    """Blocks of several kinds. pattern: one letter of `blocks` for each block, repeated to fill the layers."""
 
-    kind: Literal["mamba"] = "mamba"
-    expand: int = 2
-    state: int = 16
-    conv_width: int = 4
-    dt_rank: int | None = None  # None: ceil(width / 16)
-    dt_min: float = 0.001
-    dt_max: float = 0.1
-    dt_floor: float = 1e-4
-    backend: str = "auto"  # auto, reference, torch, numba, cuda
+    pattern: str
+    blocks: Mapping[str, BlockConfig]
 
     def __post_init__(self) -> None:
-        _positive(self, "expand", "state", "conv_width")
-        if self.dt_rank is not None:
-            _positive(self, "dt_rank")
-        _numbers(self, "dt_min", "dt_max", "dt_floor")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ConfigError(f"mamba needs 0 < dt_min <= dt_max, got {self.dt_min!r} and {self.dt_max!r}")
-        if not self.dt_floor > 0:
-            raise ConfigError(f"mamba.dt_floor must be above 0, got {self.dt_floor!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwiGLUConfig:
-    """The gated feed-forward layer of arXiv 2002.05202."""
-
-    kind: Literal["swiglu"] = "swiglu"
-    hidden: int | None = None  # None: 8/3 of the width, rounded to a multiple of 64
-
-    def __post_init__(self) -> None:
-        if self.hidden is not None:
-            _positive(self, "hidden")
-
-
-MIXER_CONFIGS = {"attention": AttentionConfig, "mamba": MambaConfig}
-FEEDFORWARD_CONFIGS = {"swiglu": SwiGLUConfig}
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise ConfigError(f"hybrid.pattern must name blocks by their letters, got {self.pattern!r}")
+        for letter in self.blocks:
+            if len(letter) != 1:
+                raise ConfigError(f"hybrid.blocks are named by one letter each, got '{letter}'")
+        unknown = [letter for letter in self.pattern if letter not in self.blocks]
+        if unknown:
+            known = ", ".join(sorted(self.blocks))
+            raise ConfigError(f"unknown letter '{unknown[0]}' in hybrid.pattern '{self.pattern}': known: {known}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A stack of `layers` residual blocks of one kind between an embedding and a head."""
+    """A stack of `layers` residual blocks between an embedding and a head.
+
+    Either all blocks are alike (`mixer`, `feedforward`) or `hybrid` says which stands where.
+    norm: rmsnorm or layernorm. post_norm: norm(x + branch(x)) as in the first transformers, without a norm before the
+    head; else x + branch(norm(x)). positions: learned position embeddings for so many tokens; None, no such embedding.
+    dropout: of the embedding and of each branch, in training. padding_index: a token whose embedding is zero and stays
+    so. head_bias: of an untied head.
+    """
 
     vocabulary: int
     width: int
     layers: int
-    mixer: AttentionConfig | MambaConfig
-    feedforward: SwiGLUConfig | None = None
+    mixer: MixerConfig | None = None
+    feedforward: FeedForwardConfig | None = None
+    hybrid: HybridConfig | None = None
+    norm: str = "rmsnorm"
     norm_eps: float = 1e-5
+    post_norm: bool = False
+    positions: int | None = None
+    dropout: float = 0.0
     tie_embeddings: bool = True
+    head_bias: bool = False
+    padding_index: int | None = None
 
     kind = "model"
 
     def __post_init__(self) -> None:
-        _positive(self, "vocabulary", "width", "layers")
-        _numbers(self, "norm_eps")
+        positive(self, "vocabulary", "width", "layers")
+        positive_or_none(self, "positions")
+        numbers(self, "norm_eps", "dropout")
+        flags(self, "post_norm", "tie_embeddings", "head_bias")
+        one_of(self, "norm", tuple(NORMS))
         if not self.norm_eps > 0:
             raise ConfigError(f"model.norm_eps must be above 0, got {self.norm_eps!r}")
-        if isinstance(self.mixer, AttentionConfig):
-            if self.width % self.mixer.heads:
-                raise ConfigError(f"model.width = {self.width} is not a multiple of heads = {self.mixer.heads}")
-            if self.width // self.mixer.heads % 2:
-                raise ConfigError(f"rotary positions need an even head width, got {self.width // self.mixer.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if self.head_bias and self.tie_embeddings:
+            raise ConfigError("model.head_bias needs a head of its own: set tie_embeddings = false")
+        if self.padding_index is not None and self.padding_index not in range(self.vocabulary):
+            raise ConfigError(f"model.padding_index = {self.padding_index} is not in a vocabulary of {self.vocabulary}")
+        if (
+            self.padding_index is not None and self.tie_embeddings
+        ):  # a tied head would move the row that is to stay zero
+            raise ConfigError("model.padding_index needs a head of its own: set tie_embeddings = false")
+        if (self.mixer is None) == (self.hybrid is None):
+            raise ConfigError("a model has either a mixer or a hybrid, a table of blocks with a pattern")
+        if self.hybrid is not None and self.feedforward is not None:
+            raise ConfigError("the feed-forward layers of a hybrid stand in its blocks")
+        for block in self.kinds:
+            block.mixer.check(self.width)
 
     @property
-    def feedforward_hidden(self) -> int | None:
-        """Width inside the feed-forward layer, None where there is none."""
-        if self.feedforward is None:
-            return None
-        return self.feedforward.hidden or max(64, round(8 * self.width / 3 / 64) * 64)
+    def kinds(self) -> tuple[BlockConfig, ...]:
+        """The kinds of block that occur, in the order of their first place."""
+        if self.hybrid is None:
+            assert self.mixer is not None
+            return (BlockConfig(mixer=self.mixer, feedforward=self.feedforward),)
+        return tuple(self.hybrid.blocks[letter] for letter in dict.fromkeys(self.hybrid.pattern[: self.layers]))
 
     @property
-    def dt_rank(self) -> int:
-        assert isinstance(self.mixer, MambaConfig)
-        return self.mixer.dt_rank or -(-self.width // 16)
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """Of every layer, from the first to the last."""
+        if self.hybrid is None:
+            return self.kinds * self.layers
+        pattern = self.hybrid.pattern
+        return tuple(self.hybrid.blocks[pattern[i % len(pattern)]] for i in range(self.layers))
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees what comes after it."""
+        return all(block.mixer.causal for block in self.kinds)
+
+    def with_backend(self, backend: str) -> "ModelConfig":
+        """A copy in which every mixer asks for this form."""
+        if self.hybrid is None:
+            return replace(self, mixer=replace(self.mixer, backend=backend))  # type: ignore[type-var]
+        blocks = {
+            letter: replace(block, mixer=replace(block.mixer, backend=backend))  # type: ignore[type-var]
+            for letter, block in self.hybrid.blocks.items()
+        }
+        return replace(self, hybrid=replace(self.hybrid, blocks=blocks))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,37 +131,58 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`. Raises ConfigError on unknown keys, with the nearest valid one."""
-        values = dict(values)
-        values["mixer"] = _part(values.get("mixer"), MIXER_CONFIGS, "mixer")
-        if values.get("feedforward") is not None:
-            values["feedforward"] = _part(values["feedforward"], FEEDFORWARD_CONFIGS, "feedforward")
-        return _build(cls, values, "model")
+        values = _block(dict(values))
+        hybrid = values.get("hybrid")
+        if hybrid is not None:
+            if not isinstance(hybrid, Mapping) or not isinstance(hybrid.get("blocks"), Mapping):
+                raise ConfigError(f"hybrid must be a table with a pattern and blocks, got {hybrid!r}")
+            for letter, block in hybrid["blocks"].items():
+                if not isinstance(block, Mapping):
+                    raise ConfigError(f"hybrid.blocks.{letter} must be a table, got {block!r}")
+            blocks = {
+                letter: build(BlockConfig, _block(dict(block)), f"hybrid.blocks.{letter}")
+                for letter, block in hybrid["blocks"].items()
+            }
+            values["hybrid"] = build(HybridConfig, {**hybrid, "blocks": blocks}, "hybrid")
+        return build(cls, values, "model")
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "ModelConfig":
         """A copy with dotted or nested settings changed, e.g. {"mixer.state": 32} or {"mixer": {"state": 32}}."""
         config = self
         for key, value in _flat(overrides).items():
-            name, _, rest = key.partition(".")
-            known = [field.name for field in fields(config)]
-            if name not in known:
-                raise ConfigError(f"unknown model setting '{key}': {nearest(name, known)}")
-            part: Any = getattr(config, name)
-            whole = value is None or hasattr(value, "__dataclass_fields__")
-            if name not in ("mixer", "feedforward"):
-                if rest:
-                    raise ConfigError(f"unknown model setting '{key}': '{name}' is one value, not a table")
-            elif rest or not whole:
-                if part is None:
-                    raise ConfigError(f"this model has no {name}, so '{key}' means nothing")
-                inner = [field.name for field in fields(part)]
-                if not rest:
-                    keys = ", ".join(f"{key}.{setting}" for setting in inner)
-                    raise ConfigError(f"'{key}' is a table; set one of its keys: {keys}")
-                if rest not in inner:
-                    raise ConfigError(f"unknown model setting '{key}': {nearest(rest, inner)}")
-                value = replace(part, **{rest: value})
-            config = replace(config, **{name: value})
+            config = _changed(config, key, key.split("."), value)
         return config
+
+
+def _block(values: dict[str, Any]) -> dict[str, Any]:
+    """With its mixer and its feed-forward layer built; a model in which neither is given stays as it is."""
+    if values.get("mixer") is not None or ("mixer" in values and not values.get("hybrid")):
+        values["mixer"] = part(values["mixer"], MIXERS, "mixer")
+    if values.get("feedforward") is not None:
+        values["feedforward"] = part(values["feedforward"], FEEDFORWARDS, "feedforward")
+    return values
+
+
+def _changed(config: Any, key: str, path: list[str], value: Any) -> Any:
+    """`config` with the setting at `path` replaced; `key` is how the person wrote it."""
+    name, *rest = path
+    table = isinstance(config, Mapping)
+    known = list(config) if table else [field.name for field in fields(config)]
+    if name not in known:
+        raise ConfigError(f"unknown model setting '{key}': {nearest(name, known)}")
+    now: Any = config[name] if table else getattr(config, name)
+    if rest:
+        if now is None:
+            raise ConfigError(f"this model has no {name}, so '{key}' means nothing")
+        if not is_dataclass(now) and not isinstance(now, Mapping):
+            raise ConfigError(f"unknown model setting '{key}': '{name}' is one value, not a table")
+        value = _changed(now, key, rest, value)
+    elif (table or name in ("mixer", "feedforward", "hybrid", "blocks")) and not (value is None or is_dataclass(value)):
+        if now is None:
+            raise ConfigError(f"this model has no {name}, so '{key}' means nothing")
+        inner = list(now) if isinstance(now, Mapping) else [field.name for field in fields(now)]
+        raise ConfigError(f"'{key}' is a table; set one of its keys: {', '.join(f'{key}.{k}' for k in inner)}")
+    return {**config, name: value} if table else replace(config, **{name: value})
 
 
 def _flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -167,22 +193,3 @@ def _flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _part(values: Any, kinds: Mapping[str, type], role: str) -> Any:
-    if not isinstance(values, Mapping) or "kind" not in values:
-        raise ConfigError(f"{role} must be a table with a 'kind' ({', '.join(kinds)}), got {values!r}")
-    if values["kind"] not in kinds:
-        raise ConfigError(f"unknown {role} '{values['kind']}': {nearest(str(values['kind']), kinds)}")
-    return _build(kinds[values["kind"]], values, role)
-
-
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    known = {field.name for field in fields(cls)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"unknown {where} setting '{key}': {nearest(key, known)}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {str(error).removeprefix(cls.__name__ + '.__init__() ')}") from None

@@ -4,7 +4,7 @@ B: batch   T: time   D: width   V: vocabulary
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,20 @@ from torch import Tensor, nn
 
 from models.block import Block
 from models.config import ModelConfig
-from models.initialisation import FINAL_NORM, reset_embedding
-from models.norm import RMSNorm
+from models.errors import ConfigError
+from models.feedforward import Routing
+from models.initialisation import FINAL_NORM, reset_bias, reset_embedding
+from models.norm import NORMS, Norm, dropout
 from models.ops.kernels import Selection
 from models.state import ModelState
+
+
+class Hidden(NamedTuple):
+    """x (B, T, D); the state after it, or None; one Routing for each layer of experts."""
+
+    x: Tensor
+    state: ModelState | None
+    routing: tuple[Routing, ...]
 
 
 class LanguageModel(nn.Module):
@@ -43,12 +53,16 @@ class LanguageModel(nn.Module):
         torch.set_default_dtype(dtype)
         try:
             with torch.device("meta"):
-                # from_pretrained: the constructor would draw numbers, which on the meta device imports a compiler
-                weight = torch.empty(config.vocabulary, config.width)
-                self.embedding = nn.Embedding.from_pretrained(weight, freeze=False)
-                self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config, device) for _ in range(config.layers)))
-                self.norm = RMSNorm(config, device)
-                self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+                self.embedding = _embedding(config.vocabulary, config.width, config.padding_index)
+                self.positions = None if config.positions is None else _embedding(config.positions, config.width)
+                self.drop = dropout(config.dropout)
+                blocks = nn.ModuleList(Block(config, block, device) for block in config.blocks)
+                self.blocks = cast(Sequence[Block], blocks)
+                self.norm: Norm | None = None
+                if not config.post_norm:  # otherwise the last block's norm is the last norm
+                    backend = config.blocks[-1].mixer.backend
+                    self.norm = NORMS[config.norm](config.width, config.norm_eps, backend, device)
+                self.head = nn.Linear(config.width, config.vocabulary, bias=config.head_bias)
         finally:
             torch.set_default_dtype(default)
         if seed is not None:
@@ -70,13 +84,18 @@ class LanguageModel(nn.Module):
         reset_embedding(self.embedding.weight, generator)
         if not self.config.tie_embeddings:
             reset_embedding(self.head.weight, generator)
-        self.norm.reset_parameters(FINAL_NORM)
+            reset_bias(self.head.bias)
+        if self.positions is not None:
+            reset_embedding(self.positions.weight, generator)
+        if self.config.padding_index is not None:
+            self.embedding.weight[self.config.padding_index] = 0
         writers = []
         for block in self.blocks:
             block.reset_parameters(generator)
             writers += block.residual_writers()
-        for linear in writers:
-            linear.weight /= len(writers) ** 0.5
+        for weight in writers:
+            weight /= len(writers) ** 0.5
+        (self.norm or self.blocks[-1].last_norm).reset_parameters(FINAL_NORM)
 
     @property
     def device(self) -> torch.device:
@@ -88,40 +107,56 @@ class LanguageModel(nn.Module):
 
     @property
     def backend(self) -> Selection:
-        """What was selected for the mixers, the same in every block."""
-        return self.blocks[0].mixer.backend
+        """What was selected for the mixers; where several kinds differ, all of it, joined by '+'."""
+        chosen = list(dict.fromkeys(block.mixer.backend for block in self.blocks))
+        name, asked = ("+".join(dict.fromkeys(getattr(one, field) for one in chosen)) for field in ("name", "asked"))
+        return Selection(name, asked, "; ".join(one.fallback for one in chosen if one.fallback) or None)
 
-    def hidden(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState | None]:
-        """tokens (B, T) -> what the head reads (B, T, D), and the state after them where one was given."""
-        x = self.embedding(tokens)
-        if state is None:
-            for block in self.blocks:
-                x, _ = block(x)
-            return self.norm(x), None
-        after = []
-        for block, before in zip(self.blocks, state.blocks, strict=True):
-            x, block_state = block(x, before)
+    def hidden(self, tokens: Tensor, state: ModelState | None = None) -> Hidden:
+        """tokens (B, T) -> what the head reads (B, T, D), the state after them where one was given, and how each
+        layer of experts was used."""
+        x = self.embed(tokens, 0 if state is None else state.length)
+        before = (None,) * len(self.blocks) if state is None else state.blocks
+        after, routing = [], []
+        for block, block_state in zip(self.blocks, before, strict=True):
+            x, block_state, used = block(x, block_state)
             after.append(block_state)
-        return self.norm(x), ModelState(tuple(after))
+            if used is not None:
+                routing.append(used)
+        x = x if self.norm is None else self.norm(x)
+        return Hidden(x, None if state is None else ModelState(tuple(after)), tuple(routing))
+
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """tokens (B, T), or (B,) of one step, the first at position `start` -> (B, T, D) or (B, D). Raises ConfigError
+        beyond the last learned position."""
+        x = F.embedding(tokens, self.embedding.weight, self.config.padding_index)
+        if self.positions is not None:
+            end = start + (tokens.shape[1] if tokens.ndim > 1 else 1)
+            known = self.positions.weight.shape[0]
+            if end > known:
+                raise ConfigError(f"the model has {known} learned positions, {end} tokens were given: use fewer")
+            x = x + self.positions.weight[start:end]
+        return self.drop(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> logits (B, T, V)."""
-        return self.head(self.hidden(tokens)[0])
+        return self.head(self.hidden(tokens).x)
 
     def prefill(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Read a prompt (B, T), continuing `state`: the logits after its last token (B, V), and the state."""
-        x, after = self.hidden(tokens, state)
+        x, after, _ = self.hidden(tokens, state)
         assert after is not None
         return self.head(x[:, -1]), after
 
     def step(self, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Read one token (B,), continuing `state`: the logits after it (B, V), and the state."""
-        x = F.embedding(token, self.embedding.weight)
+        x = self.embed(token, state.length)
         after = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
             x, block_state = block.step(x, before)
             after.append(block_state)
-        return self.head(self.norm(x)), ModelState(tuple(after))
+        x = x if self.norm is None else self.norm(x)
+        return self.head(x), ModelState(tuple(after))
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype | None = None) -> ModelState:
         """An empty state for sequences of up to `max_len` tokens; dtype defaults to the parameters'."""
@@ -136,3 +171,8 @@ class LanguageModel(nn.Module):
             exempt = name.rpartition(".")[2] in getattr(owner, "no_weight_decay", ())
             (rest if exempt or parameter.ndim < 2 else decay).append(parameter)
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _embedding(entries: int, width: int, padding_index: int | None = None) -> nn.Embedding:
+    # from_pretrained: the constructor would draw numbers, which on the meta device imports a compiler
+    return nn.Embedding.from_pretrained(torch.empty(entries, width), freeze=False, padding_idx=padding_index)

@@ -1,23 +1,52 @@
-"""RMSNorm as a module, in the form that the device has."""
+"""Normalisation as a module, in the form that the device has."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import ModelConfig
 from models.ops.kernels import load_beside
 
 
 class RMSNorm(nn.Module):
     """Over the last axis, with a learned weight; models.ops.rms_norm."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    has_bias = False
+
+    def __init__(self, width: int, eps: float, backend: str, device: torch.device) -> None:
         super().__init__()
-        self.eps = config.norm_eps
-        self.ops = load_beside(config.mixer.backend, device)
-        self.weight = nn.Parameter(torch.empty(config.width))
+        self.eps = eps
+        self.ops = load_beside(backend, device)
+        self.weight = nn.Parameter(torch.empty(width))
 
     def reset_parameters(self, value: float = 1.0) -> None:
         nn.init.constant_(self.weight, value)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Over the last axis, with a learned weight and bias (arXiv 1607.06450)."""
+
+    has_bias = True
+
+    def __init__(self, width: int, eps: float, backend: str, device: torch.device) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
+
+    def reset_parameters(self, value: float = 1.0) -> None:
+        nn.init.constant_(self.weight, value)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+Norm = RMSNorm | LayerNorm
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def dropout(share: float) -> nn.Module:
+    """Of a share of the entries in training; nothing at all, not even a call, where the share is 0."""
+    return nn.Dropout(share) if share else nn.Identity()

@@ -4,9 +4,10 @@ A state handed to a mixer is consumed: its buffers may be written in place, and 
 `clone` gives an independent copy.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from models.errors import ConfigError
@@ -22,54 +23,104 @@ class State(Protocol):
     def clone(self) -> Self: ...
 
 
-def _nbytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+@dataclass(frozen=True)
+class Buffers:
+    """A state made of tensors: every field that holds one is a buffer."""
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.buffers.values())
+
+    def clone(self) -> Self:
+        return replace(self, **{name: tensor.clone() for name, tensor in self.buffers.items()})
 
 
 @dataclass(frozen=True)
-class KVCache:
-    """Keys and values (B, H_kv, max_len, P), preallocated; the first `length` positions are filled."""
+class KVCache(Buffers):
+    """Keys and values (B, K, S, P), preallocated. Without a window S tokens fit. With one they are a ring: position t
+    stands in slot t % S, and what has left the window is overwritten. conv: the last inputs of attention's short
+    convolution (B, E, W), where it has one."""
 
     keys: Tensor
     values: Tensor
     length: int = 0
+    window: int | None = None
+    conv: Tensor | None = None
 
     @property
-    def nbytes(self) -> int:
-        return _nbytes(self.keys, self.values)
+    def filled(self) -> int:
+        return min(self.length, self.keys.shape[2])
 
-    def append(self, keys: Tensor, values: Tensor) -> "KVCache":
-        """Write (B, H_kv, T, P) after what is there. Raises ConfigError when it does not fit."""
-        grown = self.grow(keys.shape[2])
-        self.keys[:, :, self.length : grown.length] = keys
-        self.values[:, :, self.length : grown.length] = values
-        return grown
+    @property
+    def slot(self) -> int:
+        """Where the next token goes."""
+        return self.length % self.keys.shape[2] if self.window is not None else self.length
 
     def grow(self, tokens: int) -> "KVCache":
         """With `tokens` more positions, for the caller to fill. Raises ConfigError when there is no room."""
-        end = self.length + tokens
-        if end > self.keys.shape[2]:
-            raise ConfigError(f"the cache holds {self.keys.shape[2]} tokens, {end} were asked for: raise max_len")
-        return KVCache(self.keys, self.values, end)
+        end, slots = self.length + tokens, self.keys.shape[2]
+        if end > slots and slots != self.window:
+            raise ConfigError(f"the cache holds {slots} tokens, {end} were asked for: raise max_len")
+        return replace(self, length=end)
 
-    def clone(self) -> "KVCache":
-        return replace(self, keys=self.keys.clone(), values=self.values.clone())
+    def extend(self, keys: Tensor, values: Tensor) -> tuple["KVCache", Tensor, Tensor]:
+        """Write keys and values (B, K, T, P) after what is there. Returns the cache, and all keys and values that
+        the T new tokens may see, oldest first, in the type of the new ones. Raises ConfigError when they do not fit.
+        """
+        after = self.grow(keys.shape[2])
+        if self.window is None:
+            for buffer, new in ((self.keys, keys), (self.values, values)):
+                buffer[:, :, self.length : after.length] = new
+            # a cache in another type than the activations (16-bit, say) is read in the activations' type
+            k, v = (buffer[:, :, : after.length].to(keys.dtype) for buffer in (self.keys, self.values))
+            return after, k, v
+        seen: list[Tensor] = []
+        slots = self.keys.shape[2]
+        kept = min(keys.shape[2], slots)
+        target = torch.arange(after.length - kept, after.length, device=keys.device) % slots
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            start = self.slot if self.filled == slots else 0
+            earlier = buffer[:, :, : self.filled].roll(-start, 2).to(new.dtype)
+            seen.append(torch.cat([earlier, new], 2))
+            buffer[:, :, target] = new[:, :, -kept:].to(buffer.dtype)
+        k, v = seen
+        return after, k, v
 
 
 @dataclass(frozen=True)
-class MambaState:
-    """The last W inputs of the convolution (B, E, W) and the recurrent state (B, E, N)."""
+class RecurrentState(Buffers):
+    """Of Mamba-1 and Mamba-2: the last W inputs of the convolution (B, E, W) and the recurrent state, (B, E, N) in
+    Mamba-1, (B, H, P, N) in Mamba-2."""
 
     conv: Tensor
     ssm: Tensor
     length: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(self.conv, self.ssm)
 
-    def clone(self) -> "MambaState":
-        return replace(self, conv=self.conv.clone(), ssm=self.ssm.clone())
+@dataclass(frozen=True)
+class RotatingState(Buffers):
+    """Of Mamba-3: the accumulated angles (B, H, S), the recurrent state (B, H, P, N), and the previous token's rotated
+    B (B, R, H, N) and input x (B, H, P)."""
+
+    angle: Tensor
+    ssm: Tensor
+    previous_B: Tensor
+    previous_x: Tensor
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class LSTMState(Buffers):
+    """Hidden and cell state (B, E)."""
+
+    hidden: Tensor
+    cell: Tensor
+    length: int = 0
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ def cache_key(data: Data, corpus_sha256: str) -> str:
         "corpus": corpus_sha256,
         "python": _python(data),
         "tokenizers": tokenizers.__version__,
+        "tokenizer": tokenizer.given(Path(data.tokenizer)).to_str() if data.tokenizer else None,
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
@@ -268,9 +269,19 @@ def _planned(data: Data, plan: _Plan) -> Iterator[tuple[str, str]]:
 
 def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]) -> None:
     """Write every file of the dataset into the empty `folder`."""
-    progress(f"training a tokenizer of {data.vocabulary} entries")
-    train_texts = (text for split, text in _planned(data, plan) if split == "train")
-    trained = tokenizer.train(train_texts, data.vocabulary)
+    if data.tokenizer:
+        progress(f"taking the tokenizer of {data.tokenizer}")
+        trained = tokenizer.given(Path(data.tokenizer))
+        entries = trained.get_vocab_size()
+        if entries != data.vocabulary:
+            raise CorpusError(
+                f"data.vocabulary = {data.vocabulary}, but the tokenizer in {data.tokenizer} has {entries} entries: "
+                f"set data.vocabulary={entries}"
+            )
+    else:
+        progress(f"training a tokenizer of {data.vocabulary} entries")
+        train_texts = (text for split, text in _planned(data, plan) if split == "train")
+        trained = tokenizer.train(train_texts, data.vocabulary)
     (folder / _TOKENIZER).write_text(trained.to_str(), encoding="utf-8")
 
     progress("encoding documents")
@@ -280,7 +291,7 @@ def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
         test_text = stack.enter_context((folder / _TEST_TEXT).open("wb"))
         documents = _counted(_planned(data, plan), counts, test_text)
-        for split, ids in _encoded(documents, trained):
+        for split, ids in _encoded(documents, trained, whole=bool(data.tokenizer)):
             files[split].write(np.array(ids, dtype=kind).tobytes())
 
     progress("computing the baselines")
@@ -327,8 +338,10 @@ def _counted(
         yield split, text
 
 
-def _encoded(documents: Iterable[tuple[str, str]], trained: Tokenizer) -> Iterator[tuple[str, list[int]]]:
-    """(split, token ids) in order, each document behind an end-of-text token; in bounded memory."""
+def _encoded(documents: Iterable[tuple[str, str]], trained: Tokenizer, whole: bool) -> Iterator[tuple[str, list[int]]]:
+    """(split, token ids) in order, each document behind an end-of-text token; in bounded memory, except that `whole`
+    documents are encoded at once: of a foreign tokenizer nobody knows where a text may be cut."""
+    end = tokenizer.end_of_text_id(trained)
     heads: list[tuple[str, list[int]]] = []
     bodies: list[str] = []
     length = 0
@@ -339,8 +352,8 @@ def _encoded(documents: Iterable[tuple[str, str]], trained: Tokenizer) -> Iterat
             yield split, start + encoding.ids
 
     for split, text in documents:
-        start = [tokenizer.END_OF_TEXT_ID]
-        for piece in tokenizer.pieces(text):
+        start = [end]
+        for piece in (text,) if whole else tokenizer.pieces(text):
             heads.append((split, start))
             bodies.append(piece)
             length, start = length + len(piece), []

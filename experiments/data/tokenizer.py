@@ -10,6 +10,7 @@ from experiments.errors import CorpusError
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 PIECE = 1 << 18  # characters
 
 # The pre-tokenizer makes a lone line feed between visible characters a word of its own, so a cut right after
@@ -45,6 +46,25 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 def load(path: Path) -> Tokenizer:
     """The tokenizer saved at `path`, as `train` returned it."""
     return _literal(Tokenizer.from_file(str(path)))
+
+
+def given(path: Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`, or in the model folder that holds one. Raises CorpusError."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise CorpusError(f"data.tokenizer: no such file: {file}")
+    try:
+        return load(file)
+    except Exception as error:  # the library raises nothing narrower
+        raise CorpusError(f"data.tokenizer: {file} is no tokenizer: {error}") from None
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Of the token that stands before every document. Raises CorpusError where none of the usual ones is there."""
+    for name in ENDS:
+        if (found := tokenizer.token_to_id(name)) is not None:
+            return found
+    raise CorpusError(f"data.tokenizer has no end-of-text token; known are {', '.join(ENDS)}")
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:

@@ -131,9 +131,14 @@ def _load(folder: Path, device: torch.device) -> LanguageModel:
 
 
 def _warm_up(folder: Path, device: torch.device) -> ModelConfig:
-    """Load, prefill and decode a one-layer replica with a small vocabulary; returns the model's configuration."""
+    """Load, prefill and decode a replica with a small vocabulary and one layer of each kind; returns the model's
+    configuration."""
     config = checkpoint.load(folder, "cpu").config
-    replica = LanguageModel(replace(config, layers=1, vocabulary=64), seed=0, device=device)
+    small = replace(config, vocabulary=64, layers=len(config.kinds), padding_index=None)
+    if config.hybrid is not None:
+        once = "".join(dict.fromkeys(config.hybrid.pattern))
+        small = replace(small, hybrid=replace(config.hybrid, pattern=once))
+    replica = LanguageModel(small, seed=0, device=device)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         checkpoint.save(replica, Path(scratch))
         replica = _load(Path(scratch), device)

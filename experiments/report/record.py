@@ -164,6 +164,8 @@ class Record:
             return "; ".join(dict.fromkeys(causes))
         if phase in MEASURED_PHASES and not self.spec.get("measurement", {}).get("enabled", True):
             return "the run did not measure loading, prefill and decode (measurement.enabled = false)"
+        if metric == "busiest_expert_load":
+            return "this arm has no experts"
         return "not recorded by this run"
 
 

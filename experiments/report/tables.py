@@ -31,6 +31,8 @@ QUALITY = (
     Metric("quality", "validation_bits_per_byte", "Validation bits per byte"),
     Metric("quality", "test_token_perplexity", "Test token perplexity"),
     Metric("quality", "initial_test_bits_per_byte", "Untrained bits per byte"),
+    Metric("quality", "test_masked_token_loss", "Test loss of hidden tokens"),
+    Metric("quality", "test_masked_accuracy", "Hidden test tokens guessed"),
 )
 
 
@@ -39,6 +41,7 @@ TRAINING = (
     Metric("train", "step_ms", "Time per training step"),
     Metric("train", "peak_bytes", "Training memory peak"),
     Metric("train", "flops_per_token", "Arithmetic per token"),
+    Metric("train", "busiest_expert_load", "Load of the busiest expert, 1 being even"),
 )
 
 

@@ -3,26 +3,53 @@
 D: width   F: hidden width
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig
+from models.feedforward.base import FeedForward
 from models.initialisation import reset_linear
-from models.ops.kernels import load_beside
+from models.settings import positive_or_none
 
 
-class SwiGLU(nn.Module):
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        super().__init__()
-        hidden = config.feedforward_hidden
-        assert hidden is not None
-        self.ops = load_beside(config.mixer.backend, device)
-        self.gate_up_proj = nn.Linear(config.width, 2 * hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, config.width, bias=False)
+@dataclass(frozen=True, kw_only=True)
+class SwiGLUConfig:
+    """hidden: None, 8/3 of the width, rounded to a multiple of 64."""
+
+    kind: Literal["swiglu"] = "swiglu"
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        positive_or_none(self, "hidden")
+
+    def size(self, width: int) -> int:
+        """F."""
+        return self.hidden or max(64, round(8 * width / 3 / 64) * 64)
+
+    def parameters(self, width: int) -> int:
+        return 3 * width * self.size(width)
+
+    def active_parameters(self, width: int) -> int:
+        return self.parameters(width)
+
+    def flops_per_token(self, width: int) -> float:
+        return 2 * self.parameters(width)
+
+
+class SwiGLU(FeedForward):
+    Config = SwiGLUConfig
+
+    def __init__(self, config: SwiGLUConfig, width: int, backend: str, device: torch.device) -> None:
+        super().__init__(config, width, backend, device)
+        hidden = config.size(width)
+        self.gate_up_proj = nn.Linear(width, 2 * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         reset_linear(self.gate_up_proj, generator)
         reset_linear(self.down_proj, generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x))), None

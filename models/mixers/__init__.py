@@ -1,20 +1,18 @@
-"""Sequence mixers. The contract of each:
-
-    Mixer(config, device)                 parameters allocated, not yet initialised
-    forward(x, state=None) -> (y, state)  x, y (B, T, D); a state continues a sequence; None wants none back
-    step(x, state) -> (y, state)          one token, x, y (B, D)
-    make_state(batch, max_len, dtype, device) -> state
-    reset_parameters(generator)           its own initialisation
-    backend                               what was selected, see models.ops.kernels.Selection
-
-and in `models.cost`: its FLOPs per token and its state bytes.
-"""
-
-from typing import Any
+"""Sequence mixers, one file each; what each has to be stands in models/mixers/base.py."""
 
 from models.mixers.attention import Attention
+from models.mixers.base import Mixer, MixerConfig
+from models.mixers.lstm import LSTM
 from models.mixers.mamba import Mamba
+from models.mixers.mamba2 import Mamba2
+from models.mixers.mamba3 import Mamba3
 
-Mixer = Any  # one of the classes below; each block's state is of its mixer's own type
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
+    "lstm": LSTM,
+}
 
-MIXERS = {"attention": Attention, "mamba": Mamba}
+__all__ = ["MIXERS", "Mixer", "MixerConfig"]

@@ -3,55 +3,113 @@
 B: batch   T: time   D: width   E: expanded width   N: state size   R: dt rank   W: convolution taps
 """
 
-import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from models.config import MambaConfig, ModelConfig
-from models.initialisation import reset_linear
+from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
+from models.mixers.base import Mixer, at_least_float32, without_cuda_kernels
 from models.ops.causal_conv1d import last_inputs
-from models.ops.kernels import load, select
-from models.state import MambaState
+from models.ops.kernels import Selection
+from models.ops.selective_scan import forward_flops
+from models.settings import flags, positive, positive_or_none, step_sizes
+from models.state import RecurrentState
 
 
-class Mamba(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """Mamba-1, shapes and initialisation as `mamba_ssm.Mamba`.
+
+    dt_rank: None, width / 16 rounded up. negative_eigenvalues: state transitions in (-1, 1) instead of (0, 1)
+    (arXiv 2411.12537), which the cuda form does not have.
+    """
+
+    kind: Literal["mamba"] = "mamba"
+    expand: int = 2
+    state: int = 16
+    conv_width: int = 4
+    dt_rank: int | None = None
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    negative_eigenvalues: bool = False
+    backend: str = "auto"  # auto, reference, torch, numba, cuda
+
+    causal = True
+
+    def __post_init__(self) -> None:
+        positive(self, "expand", "state", "conv_width")
+        positive_or_none(self, "dt_rank")
+        step_sizes(self)
+        flags(self, "negative_eigenvalues")
+
+    def check(self, width: int) -> None:
+        """Fits every width."""
+
+    def sizes(self, width: int) -> tuple[int, int, int]:
+        """E, N, R."""
+        return self.expand * width, self.state, self.dt_rank or -(-width // 16)
+
+    def _projections(self, width: int) -> int:
+        E, N, R = self.sizes(width)
+        return 2 * width * E + E * (R + 2 * N) + R * E + E * width
+
+    def parameters(self, width: int) -> int:
+        return self._projections(width) + self.sizes(width)[0] * (self.conv_width + 1) + self.float32_parameters(width)
+
+    def float32_parameters(self, width: int) -> int:
+        """A_log, D, dt_bias."""
+        E, N, _ = self.sizes(width)
+        return E * (N + 2)
+
+    def flops_per_token(self, width: int, context: int) -> float:
+        E, N, _ = self.sizes(width)
+        return 2 * self._projections(width) + 2 * E * self.conv_width + forward_flops(E, N)
+
+    def state_bytes(self, width: int, max_len: int, element_size: int) -> int:
+        E, N, _ = self.sizes(width)
+        return E * (N + self.conv_width) * element_size
+
+    def state_formula(self, width: int) -> str:
+        E, N, _ = self.sizes(width)
+        return f"{E} x ({N} + {self.conv_width}) elements, whatever the length"
+
+
+class Mamba(Mixer):
     """Projection to (u, z); short convolution of u; dt, B, C from u; selective scan gated by z; projection back."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        super().__init__()
-        assert isinstance(config.mixer, MambaConfig)
-        self.config = config.mixer
-        D, E, N, R = config.width, self.config.expand * config.width, self.config.state, config.dt_rank
-        self.sizes = (R, N, N)
-        self.backend = select(self.config.backend, device)
-        self.ops = load(self.backend.name)
+    Config = MambaConfig
+    forms = ("reference", "torch", "numba", "cuda")
+    no_weight_decay = ("A_log", "D", "dt_bias")
+
+    def __init__(self, config: MambaConfig, width: int, device: torch.device) -> None:
+        super().__init__(config, width, device)
+        D, (E, N, R) = width, config.sizes(width)
+        self.split_sizes = (R, N, N)
         self.in_proj = nn.Linear(D, 2 * E, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(E, self.config.conv_width))
+        self.conv_weight = nn.Parameter(torch.empty(E, config.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(E))
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, E, bias=False)
         # fp32 in every mode: the decay rates drift in 16 bits
-        self.dt_bias = nn.Parameter(torch.empty(E, dtype=_at_least_float32()))
-        self.A_log = nn.Parameter(torch.empty(E, N, dtype=_at_least_float32()))
-        self.D = nn.Parameter(torch.empty(E, dtype=_at_least_float32()))
+        self.dt_bias = nn.Parameter(torch.empty(E, dtype=at_least_float32()))
+        self.A_log = nn.Parameter(torch.empty(E, N, dtype=at_least_float32()))
+        self.D = nn.Parameter(torch.empty(E, dtype=at_least_float32()))
         self.out_proj = nn.Linear(E, D, bias=False)
 
-    no_weight_decay = ("A_log", "D", "dt_bias")
+    @classmethod
+    def select(cls, config: MambaConfig, device: torch.device) -> Selection:
+        return without_cuda_kernels(config, super().select(config, device))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         for linear in (self.in_proj, self.x_proj, self.out_proj):
             reset_linear(linear, generator)
-        bound = 1 / math.sqrt(self.config.conv_width)  # torch's depthwise convolution: fan-in W
-        self.conv_weight.uniform_(-bound, bound, generator=generator)
-        self.conv_bias.uniform_(-bound, bound, generator=generator)
-        bound = self.sizes[0] ** -0.5
+        reset_convolution(self.conv_weight, self.conv_bias, generator)
+        bound = self.split_sizes[0] ** -0.5
         self.dt_proj.weight.uniform_(-bound, bound, generator=generator)
-        # softplus(dt_bias) is log-uniform in [dt_min, dt_max]
-        low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
-        dt = torch.empty_like(self.dt_bias).uniform_(low, high, generator=generator).exp_()
-        dt = dt.clamp_min(self.config.dt_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        reset_step_sizes(self.dt_bias, self.config.dt_min, self.config.dt_max, self.config.dt_floor, generator)
         self.A_log.copy_(torch.arange(1, self.config.state + 1, device=self.A_log.device).log().expand_as(self.A_log))
         self.D.fill_(1.0)
 
@@ -59,48 +117,44 @@ class Mamba(nn.Module):
     def A(self) -> Tensor:
         return -torch.exp(self.A_log)
 
-    def forward(self, x: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState | None]:
+    def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState | None]:
         u, z = self.in_proj(x).chunk(2, -1)
         before = initial = None
         if state is not None and state.length > 0:
             before, initial = state.conv.to(u.dtype), state.ssm.to(self.A_log.dtype)
         conv = None if state is None else last_inputs(u, self.config.conv_width, before)
         u = self.ops.causal_conv1d(u, self.conv_weight, self.conv_bias, before)
-        dt, B, C = self.x_proj(u).split(self.sizes, -1)
+        dt, B, C = self.x_proj(u).split(self.split_sizes, -1)
         y, h = self.ops.selective_scan(
-            u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, initial
+            u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, initial, self.config.negative_eigenvalues
         )  # fmt: skip
         y = self.out_proj(y)
         if state is None or conv is None:
             return y, None
         state.conv.copy_(conv)
         state.ssm.copy_(h)
-        return y, MambaState(state.conv, state.ssm, state.length + x.shape[1])
+        return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
 
-    def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+    def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         uz = self.in_proj(x)
-        after = MambaState(state.conv, state.ssm, state.length + 1)
+        after = RecurrentState(state.conv, state.ssm, state.length + 1)
         # the compiled step is for one type throughout, and not a 16-bit one
         if self.backend.name == "numba" and x.dtype == state.conv.dtype == self.A_log.dtype:
             y = self.ops.mamba_step(
                 uz, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
-                self.A_log, self.D, state.conv, state.ssm,
+                self.A_log, self.D, state.conv, state.ssm, self.config.negative_eigenvalues,
             )  # fmt: skip
             return self.out_proj(y), after
         u, z = uz.chunk(2, -1)
         u = self.ops.causal_conv1d_step(u, self.conv_weight, self.conv_bias, state.conv)
-        dt, B, C = self.x_proj(u).split(self.sizes, -1)
+        dt, B, C = self.x_proj(u).split(self.split_sizes, -1)
         y = self.ops.selective_scan_step(
-            u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, state.ssm
+            u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
         return self.out_proj(y), after
 
-    def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> MambaState:
+    def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
         """Of the same size for every `max_len`."""
         E, N = self.A_log.shape
         conv = torch.zeros(batch, E, self.config.conv_width, dtype=dtype, device=device)
-        return MambaState(conv, torch.zeros(batch, E, N, dtype=dtype, device=device))
-
-
-def _at_least_float32() -> torch.dtype:
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+        return RecurrentState(conv, torch.zeros(batch, E, N, dtype=dtype, device=device))

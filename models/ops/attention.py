@@ -1,9 +1,13 @@
 """Scaled dot-product attention, softmax(Q K^T / sqrt(P)) V, in forms that agree; rotary positions.
 
-B: batch   T: queries   S: keys   H: heads   K: key-value heads   P: head width
+B: batch   T: queries   S: keys   H: heads   K: key-value heads   P: head width   W: window
 
-Signature of every form: q (B, H, T, P), k and v (B, K, S, P), S >= T; query t stands at position S - T + t and sees
-the keys up to there. Returns (B, H, T, P). With K < H each key-value head serves H / K neighbouring query heads.
+Signature of every form:
+
+    q (B, H, T, P)   k, v (B, K, S, P), S >= T   causal   window or None   ->  (B, H, T, P)
+
+Query t stands at position S - T + t. It sees the keys up to there (`causal`), of those the last `window` (itself
+among them), or, where not `causal`, every key. With K < H each key-value head serves H / K neighbouring query heads.
 """
 
 from functools import lru_cache
@@ -13,28 +17,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
     """The definition, with the (T, S) matrix of scores in memory."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    T, S = q.shape[2], k.shape[2]
     scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
-    scores = scores.masked_fill(~_visible(T, S, q.device), float("-inf"))
+    if causal:
+        scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], window, q.device), float("-inf"))
     return scores.softmax(-1) @ v
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's fused kernel (flash attention where the device has it)."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
+    """torch's fused kernel (flash attention where the device has it). A window much shorter than the sequence is
+    walked in blocks, so that what cannot be seen is not computed either."""
     T, S = q.shape[2], k.shape[2]
+    if window is not None and causal and 2 * window < T:
+        return _banded(q, k, v, window)
     grouped = q.shape[1] != k.shape[1]
-    mask = _visible(T, S, q.device) if 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S > 1, enable_gqa=grouped)
+    windowed = window is not None and window < S
+    mask = visible(T, S, window, q.device) if causal and (windowed or 1 < T < S) else None
+    whole = causal and mask is None and T > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=grouped)
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Blocks of W queries; each block sees its own W keys and the W before them: O(T W) scores instead of O(T S)."""
+    B, H, T, P = q.shape
+    W, S = window, k.shape[2]
+    blocks = -(-T // W)
+    behind = min(W, S - T)  # keys before the first query, as far as it can see
+    k, v = (x[:, :, S - T - behind :].repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+    k, v = (F.pad(x, (0, 0, W - behind, blocks * W - T)) for x in (k, v))  # (B, H, (blocks + 1) W, P)
+    # overlapping views of 2 W keys, one for each block
+    k, v = (x.reshape(B * H, -1, P).unfold(1, 2 * W, W).transpose(2, 3) for x in (k, v))  # (B H, blocks, 2 W, P)
+    q = F.pad(q, (0, 0, 0, blocks * W - T)).reshape(B * H, blocks, W, P)
+    there = torch.arange((blocks + 1) * W, device=q.device).unfold(0, 2 * W, W) >= W - behind
+    mask = visible(W, 2 * W, W, q.device) & there[:, None, :]  # (blocks, W, 2 W)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.reshape(B, H, blocks * W, P)[:, :, :T]
 
 
 ATTENTION = {"reference": reference, "sdpa": sdpa}
 
 
-def _visible(T: int, S: int, device: torch.device) -> Tensor:
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, S): which keys a causal query sees."""
+    seen = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return seen if window is None else seen.triu(S - T - window + 1)
 
 
 def rotary_table(positions: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,17 @@ from torch import Tensor
 CHUNK_BYTES = 8 * 2**20
 
 
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean over rows of -log softmax(hidden weight^T)[target], in nats. hidden (M, D), weight (V, D)."""
-    return F.cross_entropy((hidden @ weight.t()).float(), targets)
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Mean over rows of -log softmax(hidden weight^T + bias)[target], in nats. hidden (M, D), weight (V, D), bias (V)
+    or None."""
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `reference`, in chunks. Under autocast the products run in the autocast type, the rest in float32."""
+    if bias is not None:  # one more input that is always 1
+        hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
+        weight = torch.cat([weight, bias[:, None]], 1)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)

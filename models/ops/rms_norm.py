@@ -1,5 +1,7 @@
 """Root mean square normalisation (arXiv 1910.07467), y = x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,3 +15,12 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """torch's own: one kernel on a GPU, several on a CPU."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def gated(norm: Callable[..., Tensor], y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """norm(y silu(z)) over each of `groups` equal parts of the last axis: Mamba-2's, gate first. y, z (..., E)."""
+    y = y * F.silu(z)
+    if groups == 1:
+        return norm(y, weight, eps)
+    y = y.unflatten(-1, (groups, -1))
+    return norm(y, torch.ones_like(weight[: y.shape[-1]]), eps).flatten(-2) * weight

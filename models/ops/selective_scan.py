@@ -6,13 +6,16 @@ B: batch   T: time   E: expanded width (channels)   N: state size   Q: chunk
     h_t     = exp(delta_t A) h_(t-1) + delta_t B_t u_t            h: (B, E, N)
     y_t     = (C_t . h_t + D u_t) silu(z_t)
 
+With `negative`, the decay exp(delta A) in (0, 1) becomes 2 exp(delta A) - 1 in (-1, 1) (arXiv 2411.12537): a state that
+can change its sign can count modulo two.
+
 Deviation from the paper, as in the official kernels: B is discretised by Euler's rule (delta B), not by zero-order
 hold; A is exact.
 
 Every form has one signature:
 
     u (B, T, E)   dt (B, T, E)   A (E, N)   B (B, T, N)   C (B, T, N)   D (E)   z (B, T, E) or None
-    dt_bias (E)   initial_state (B, E, N) or None (zeros)
+    dt_bias (E)   initial_state (B, E, N) or None (zeros)   negative
     -> y (B, T, E), last_state (B, E, N)
 
 It agrees with `mamba_ssm.ops.selective_scan_interface.selective_scan_fn(..., delta_softplus=True)` up to layout
@@ -33,9 +36,15 @@ def forward_flops(E: int, N: int) -> int:
     return 7 * E * N + 7 * E
 
 
+def decay(exponent: Tensor, negative: bool) -> Tensor:
+    """What a state is multiplied with: exp(exponent), or, with `negative`, 2 exp(exponent) - 1."""
+    a = torch.exp(exponent)
+    return 2 * a - 1 if negative else a
+
+
 def reference(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    initial_state: Tensor | None = None,
+    initial_state: Tensor | None = None, negative: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step at a time, differentiable, in the precision of its inputs."""
     rows, T, E = u.shape
@@ -43,7 +52,7 @@ def reference(
     h = A.new_zeros(rows, E, A.shape[1]) if initial_state is None else initial_state
     ys = []
     for t in range(T):
-        a = torch.exp(delta[:, t, :, None] * A)  # (B, E, N)
+        a = decay(delta[:, t, :, None] * A, negative)  # (B, E, N)
         h = a * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
         ys.append((h * C[:, t, None, :]).sum(-1))
     y = torch.stack(ys, 1) + D * u
@@ -52,7 +61,7 @@ def reference(
 
 def chunked(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    initial_state: Tensor | None = None,
+    initial_state: Tensor | None = None, negative: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain torch for any device: a parallel prefix scan within chunks of `CHUNK` steps, a loop over chunks.
 
@@ -66,7 +75,7 @@ def chunked(
     ys = []
     for start in range(0, T, CHUNK):
         now = slice(start, min(start + CHUNK, T))
-        a = torch.exp(delta[:, now, :, None] * A)  # (B, Q, E, N)
+        a = decay(delta[:, now, :, None] * A, negative)  # (B, Q, E, N)
         b = (delta[:, now] * u[:, now])[..., None] * B[:, now, None, :]
         distance = 1
         while distance < a.shape[1]:
@@ -83,11 +92,11 @@ def chunked(
 
 def step_reference(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    state: Tensor,
+    state: Tensor, negative: bool = False,
 ) -> Tensor:  # fmt: skip
     """One token: u, dt, z (B, E), B, C (B, N); `state` (B, E, N) is advanced in place. Returns y (B, E)."""
     delta = F.softplus(dt + dt_bias)
-    h = torch.exp(delta[..., None] * A) * state.to(A.dtype) + (delta * u)[..., None] * B[:, None, :]
+    h = decay(delta[..., None] * A, negative) * state.to(A.dtype) + (delta * u)[..., None] * B[:, None, :]
     state.copy_(h)  # a 16-bit state rounds here, not in the arithmetic
     y = torch.einsum("ben,bn->be", h, C.to(h.dtype)) + D * u
     return (y if z is None else y * F.silu(z)).to(u.dtype)

@@ -37,12 +37,17 @@ class Selection:
     fallback: str | None = None
 
 
-def select(asked: str, device: torch.device) -> Selection:
-    """Choose the form for `device`. Raises ConfigError (no such form), BackendUnavailableError (not here)."""
-    if asked not in (*BACKENDS, "auto"):
-        raise ConfigError(f"unknown backend '{asked}': {nearest(asked, (*BACKENDS, 'auto'))}")
-    name = asked if asked != "auto" else ("cuda" if device.type == "cuda" else "numba")
-    missing = unavailable(name, device.type)
+def select(
+    asked: str, device: torch.device, forms: tuple[str, ...] = BACKENDS, operation: str = "selective_scan"
+) -> Selection:
+    """Choose among `forms` for `device`; `auto` takes torch, which is no fallback then, where the better form is not
+    among them. operation: what a form has to be able to run. Raises ConfigError (no such form),
+    BackendUnavailableError (not here)."""
+    if asked not in (*forms, "auto"):
+        raise ConfigError(f"unknown backend '{asked}': {nearest(asked, (*forms, 'auto'))}")
+    best = "cuda" if device.type == "cuda" else "numba"
+    name = asked if asked != "auto" else best if best in forms else "torch"
+    missing = unavailable(name, device.type, operation)
     if missing is None:
         return Selection(name, asked)
     if asked == "auto":
@@ -51,8 +56,8 @@ def select(asked: str, device: torch.device) -> Selection:
 
 
 @cache
-def unavailable(name: str, device_type: str) -> str | None:
-    """Why a form cannot run on this kind of device (with the remedy), or None where it can."""
+def unavailable(name: str, device_type: str, operation: str = "selective_scan") -> str | None:
+    """Why a form cannot run an operation on this kind of device (with the remedy), or None where it can."""
     if name in ("reference", "torch"):
         return None
     if name == "numba":
@@ -65,7 +70,7 @@ def unavailable(name: str, device_type: str) -> str | None:
         problem = _import_problem(module, INSTALL_CUDA)
         if problem:
             return problem
-    return _probe_cuda()
+    return _probe_cuda(operation)
 
 
 def _import_problem(module: str, remedy: str) -> str | None:
@@ -76,15 +81,23 @@ def _import_problem(module: str, remedy: str) -> str | None:
     return None
 
 
-def _probe_cuda() -> str | None:
+def _probe_cuda(operation: str) -> str | None:
     """Run the kernels once: an installed package says nothing about whether it works on this card."""
     try:
         kernels = load("cuda")
-        x = torch.randn(1, 8, 8, device="cuda")
-        weight = torch.randn(8, 4, device="cuda")
-        ones = torch.ones(8, device="cuda")
-        kernels.causal_conv1d(x, weight, ones, None)
-        kernels.selective_scan(x, x, -torch.rand(8, 8, device="cuda"), x, x, ones, x, ones, None)
+        x = torch.randn(1, 16, 64, device="cuda")
+        ones = torch.ones(64, device="cuda")
+        kernels.causal_conv1d(x, torch.randn(64, 4, device="cuda"), ones, None)
+        if operation == "selective_scan":
+            kernels.selective_scan(x, x, -torch.rand(64, 64, device="cuda"), x, x, ones, x, ones, None)
+        else:
+            head, one = x[:, :, None], ones[:1]  # one head of 64, one group of 64
+            rate = head[..., 0]
+            if operation == "ssd":
+                kernels.ssd(head, rate, -one, head, head, one, one)
+            else:
+                rank = head[:, :, None]
+                kernels.trapezoid(head, rate, rate, rate, x[..., :16].contiguous(), rank, rank, one, one, 1e-4)
         torch.cuda.synchronize()
     except Exception as error:
         return f"the kernels are installed but fail on this GPU ({type(error).__name__}: {error})"
@@ -92,9 +105,9 @@ def _probe_cuda() -> str | None:
 
 
 def load(name: str) -> ModuleType:
-    """The module that implements a form: `selective_scan`, `selective_scan_step`, `causal_conv1d`,
-    `causal_conv1d_step`, `rms_norm`, `swiglu`, `rotate`, with the signatures of `models.ops`. numba's also has
-    `mamba_step` and `attention_step`, a whole mixer's decode step between its projections."""
+    """The module that implements a form: `selective_scan`, `ssd`, `trapezoid`, `causal_conv1d`, each with its `_step`,
+    `rms_norm`, `swiglu`, `experts`, `rotate`, with the signatures of `models.ops`; reference and torch also `lstm`.
+    numba's also has `mamba_step` and `attention_step`, a whole mixer's decode step between its projections."""
     return importlib.import_module(f"models.ops.kernels.{name}_form")
 
 

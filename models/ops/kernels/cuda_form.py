@@ -10,24 +10,33 @@ import torch
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.ops.attention import rotate
+from models.ops.experts import grouped as experts
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.selective_scan import CHUNK
 from models.ops.swiglu import reference as swiglu
+from models.ops.trapezoid import State, log_alpha_and_delta
+from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "rms_norm", "rotate", "selective_scan", "selective_scan_step", "swiglu",
+    "causal_conv1d", "causal_conv1d_step", "experts", "rms_norm", "rotate", "selective_scan", "selective_scan_step",
+    "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
+
+SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses
 
 
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    initial_state: Tensor | None = None,
+    initial_state: Tensor | None = None, negative: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The kernel starts from a zero state; what a given initial state adds is linear in it and added in torch."""
+    """The kernel starts from a zero state; what a given initial state adds is linear in it and added in torch. Its
+    backward leaves out the gradient of the last state."""
+    assert not negative  # models.mixers.base.without_cuda_kernels
     gate = z if initial_state is None else None
     y, state = selective_scan_fn(
         u.transpose(1, 2), dt.transpose(1, 2), A.float(), B.transpose(1, 2).contiguous(),
@@ -57,20 +66,75 @@ def _carried(dt: Tensor, A: Tensor, C: Tensor, dt_bias: Tensor, state: Tensor) -
 
 def selective_scan_step(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    state: Tensor,
+    state: Tensor, negative: bool = False,
 ) -> Tensor:  # fmt: skip
+    assert not negative
     return selective_state_update(state, u, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=True)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
-    """The kernel takes W - 1 earlier inputs, and wants them with channels next to each other."""
+    """The kernel takes W - 1 earlier inputs, and wants them with channels next to each other; 2 to 4 taps, and channels
+    in multiples of 8."""
     if before is not None:
         before = before[:, :, 1:].transpose(1, 2).contiguous().transpose(1, 2).to(x.dtype)
-    # channels-last strides are what the kernel needs for initial states
-    y = causal_conv1d_fn(x.contiguous().transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype),
+    # channels-last strides are what the kernel needs for initial states, in multiples of 8: flattened first, because a
+    # slice of one token counts as contiguous with the strides of what it was cut from
+    x = x.reshape(-1).view(x.shape)
+    y = causal_conv1d_fn(x.transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype),
                          initial_states=before, activation="silu")  # fmt: skip
     return y.transpose(1, 2)
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
-    return causal_conv1d_update(x, state, weight.to(x.dtype), bias.to(x.dtype), activation="silu")
+    """The kernel wants the state in the type of its input; another one, 16 bits say, is converted on the way."""
+    same = state.to(x.dtype)
+    y = causal_conv1d_update(x, same, weight.to(x.dtype), bias.to(x.dtype), activation="silu")
+    if same is not state:
+        state.copy_(same)
+    return y
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    initial_state: Tensor | None = None, negative: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert not negative  # models.mixers.base.without_cuda_kernels
+    return mamba_chunk_scan_combined(
+        x, dt, A.float(), B, C, SSD_CHUNK, D=D.float(), dt_bias=dt_bias.float(), initial_states=initial_state,
+        dt_softplus=True, return_final_states=True,
+    )  # fmt: skip
+
+
+def ssd_step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, state: Tensor,
+    negative: bool = False,
+) -> Tensor:  # fmt: skip
+    """The kernel is Mamba-1's, with strides of 0 where a head has one value for all of its channels."""
+    assert not negative
+    rows, H, P = x.shape
+    N = state.shape[-1]
+    return selective_state_update(
+        state, x, dt[..., None].expand(rows, H, P), A.float()[:, None, None].expand(H, P, N), B, C,
+        D[:, None].expand(H, P), dt_bias=dt_bias[:, None].expand(H, P), dt_softplus=True,
+    )  # fmt: skip
+
+
+def trapezoid(
+    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    A_floor: float, initial: State | None = None,
+) -> tuple[Tensor, State]:  # fmt: skip
+    """The kernels compute in bfloat16 whatever they are given, and round the angles to it too. N and P have to be
+    powers of two, and S even."""
+    # imported here: a machine whose triton cannot run Mamba-3's kernels still has Mamba-1's and Mamba-2's
+    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
+
+    H, N = B.shape[-2:]
+    log_alpha, delta = (m.transpose(1, 2) for m in log_alpha_and_delta(dt, a, dt_bias, A_floor))
+    no_bias = torch.zeros(H, N, device=x.device)  # B and C come with theirs
+    before = None if initial is None else (initial.angle, initial.ssm, initial.previous_B[:, 0], initial.previous_x)
+    y, *after = mamba3_siso_combined(
+        C[:, :, 0], B[:, :, 0], x, log_alpha, delta, trap.transpose(1, 2), no_bias, no_bias,
+        angle[:, :, None].expand(-1, -1, H, -1).float(), D=D, Z=None, Input_States=before, return_final_states=True,
+    )  # fmt: skip
+    theta, ssm, previous_B, previous_x = after
+    return y.to(x.dtype), State(theta, ssm, previous_B[:, None], previous_x)

@@ -7,13 +7,19 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
+from models.ops.experts import by_expert as experts
 from models.ops.kernels import numba_conv, numba_norm, numba_rotary, numba_scan, numba_step, numba_swiglu
 from models.ops.selective_scan import forward_flops
 from models.ops.selective_scan import step_reference as selective_scan_step
+from models.ops.ssd import chunked as ssd
+from models.ops.ssd import step_reference as ssd_step
+from models.ops.trapezoid import chunked as trapezoid
+from models.ops.trapezoid import step as trapezoid_step
 
+# ssd and trapezoid are matrix products, which torch does best; numba has what surrounds them
 __all__ = [
-    "attention_step", "causal_conv1d", "causal_conv1d_step", "mamba_step", "rms_norm", "rotate", "selective_scan",
-    "selective_scan_step", "swiglu",
+    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "mamba_step", "rms_norm", "rotate",
+    "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 
@@ -39,14 +45,14 @@ def _refuse_gradients(*tensors: Tensor | None) -> None:
 
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    initial_state: Tensor | None = None,
+    initial_state: Tensor | None = None, negative: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = u.dtype
     u, dt, A, B, C, D, z, dt_bias, initial_state = _real(u, dt, A, B, C, D, z, dt_bias, initial_state)
     before = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
     keep = _needs_gradient(u, dt, A, B, C, D, z, dt_bias, initial_state)
     y, state, _ = numba_scan.scan(
-        u.contiguous(), dt.contiguous(), A, B.contiguous(), C.contiguous(), D, z, dt_bias, before, keep
+        u.contiguous(), dt.contiguous(), A, B.contiguous(), C.contiguous(), D, z, dt_bias, before, negative, keep
     )  # fmt: skip
     return y.to(dtype), state.transpose(1, 2)
 
@@ -57,14 +63,14 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None
     return numba_conv.conv(x, weight, bias, before).to(dtype)
 
 
-def mamba_step(uz: Tensor, *parameters_and_state: Tensor) -> Tensor:
-    _refuse_gradients(uz, *parameters_and_state)
+def mamba_step(uz: Tensor, *parameters_and_state: Any) -> Tensor:
+    _refuse_gradients(uz, *parameters_and_state[:-1])
     return numba_step.mamba_step(uz, *parameters_and_state)
 
 
-def attention_step(qkv: Tensor, base: float, keys: Tensor, values: Tensor, length: int) -> Tensor:
+def attention_step(qkv: Tensor, base: float, keys: Tensor, values: Tensor, *places: int) -> Tensor:
     _refuse_gradients(qkv)
-    return numba_step.attention_step(qkv, base, keys, values, length)
+    return numba_step.attention_step(qkv, base, keys, values, *places)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -4,6 +4,8 @@ Legend (as `models.ops.selective_scan`): B batch, T time, E expanded width, N st
 
     a_t = exp(dt_t A)        h_t = a_t h_(t-1) + dt_t B_t u_t        y_t = (C_t . h_t + D u_t) silu(z_t)
 
+With `negative`, a_t = 2 exp(dt_t A) - 1, written `scale exp(dt_t A) - shift` for both (1 and 0, or 2 and 1).
+
 Layout. A task is one (batch row, L neighbouring channels). Its state `h[n, e]` lives in the first-level cache for
 the whole sequence, and every inner loop runs over the channels e, which lie next to each other in memory, so it
 compiles to vector instructions. Kernels take A transposed and scaled, `A2[n, e] = A[e, n] log2(e)`, so that the
@@ -29,11 +31,13 @@ Q = 16  # steps between kept states
 
 
 @compiled
-def _forward(u, dt, A2, B, C, D, z, dt_bias, gated, keep, state, kept, out, first, last):
+def _forward(u, dt, A2, B, C, D, z, dt_bias, gated, negative, keep, state, kept, out, first, last):
     """state (B, N, E): the initial state in, the last one out. kept (B, T/Q, N, E), written if `keep`."""
     T, E = u.shape[1], u.shape[2]
     N = A2.shape[0]
     groups = (E + L - 1) // L
+    shift = u.dtype.type(1 if negative else 0)
+    scale = u.dtype.type(1) + shift
     h = np.empty((N, L), u.dtype)
     A = np.empty((N, L), u.dtype)
     delta = np.empty(L, u.dtype)
@@ -61,7 +65,7 @@ def _forward(u, dt, A2, B, C, D, z, dt_bias, gated, keep, state, kept, out, firs
             for n in range(N):
                 Bn, Cn = B[b, t, n], C[b, t, n]
                 for e in range(lanes):
-                    hn = exp2(delta[e] * A[n, e]) * h[n, e] + delta_u[e] * Bn
+                    hn = (scale * exp2(delta[e] * A[n, e]) - shift) * h[n, e] + delta_u[e] * Bn
                     h[n, e] = hn
                     y[e] += hn * Cn
             if gated:
@@ -77,7 +81,7 @@ def _forward(u, dt, A2, B, C, D, z, dt_bias, gated, keep, state, kept, out, firs
 
 @compiled
 def _backward(
-    u, dt, A2, B, C, D, z, dt_bias, gated, kept, d_out, d_state,
+    u, dt, A2, B, C, D, z, dt_bias, gated, negative, kept, d_out, d_state,
     d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_dt_bias, first, last,
 ):  # fmt: skip
     """d_state (B, N, E): gradient of the last state in, of the initial state out.
@@ -89,6 +93,8 @@ def _backward(
     groups = (E + L - 1) // L
     one = u.dtype.type(1)
     zero = u.dtype.type(0)
+    shift = one if negative else zero
+    scale = one + shift
     ln_2 = u.dtype.type(LN_2)
     A = np.empty((N, L), u.dtype)
     g = np.empty((N, L), u.dtype)  # gradient of h_t
@@ -132,7 +138,7 @@ def _backward(
                 for n in range(N):
                     Bn = B[b, t0 + s, n]
                     for e in range(lanes):
-                        an = exp2(delta[s, e] * A[n, e])
+                        an = scale * exp2(delta[s, e] * A[n, e]) - shift
                         a[s, n, e] = an
                         h[s + 1, n, e] = an * h[s, n, e] + delta_u[e] * Bn
             for s in range(steps - 1, -1, -1):
@@ -158,9 +164,9 @@ def _backward(
                         gn = g[n, e] + dy[e] * Cn
                         dB += gn * delta_u[e]
                         g_B[e] += gn * Bn
-                        gn *= a[s, n, e]
-                        g[n, e] = gn
-                        gah = gn * h[s, n, e]
+                        an = a[s, n, e]
+                        g[n, e] = gn * an
+                        gah = gn * (an + shift) * h[s, n, e]  # a + shift: the derivative of a
                         sum_dA[n, e] += gah * delta[s, e]
                         g_A[e] += gah * A[n, e]
                     d_B[group, b, t, n] = dB
@@ -191,7 +197,7 @@ def _scaled_transpose(A: Tensor) -> Tensor:
 @torch.library.custom_op("lab::selective_scan_cpu", mutates_args=(), device_types="cpu")
 def scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    initial_state: Tensor | None, keep: bool,
+    initial_state: Tensor | None, negative: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns y (B, T, E), the last state (B, N, E) and the kept states ((B, T/Q, N, E), empty unless `keep`).
 
@@ -205,12 +211,12 @@ def scan(
     gate = u if z is None else z
     arrays = [with_rows(x) for x in (u, dt, _scaled_transpose(A), B, C, D, gate, dt_bias)]
     tasks = rows * ((E + L - 1) // L)
-    run_tasks(_forward, tasks, *arrays, z is not None, keep, state.numpy(), kept.numpy(), out.numpy())
+    run_tasks(_forward, tasks, *arrays, z is not None, negative, keep, state.numpy(), kept.numpy(), out.numpy())
     return out, state, kept
 
 
 @scan.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, initial_state, keep):
+def _(u, dt, A, B, C, D, z, dt_bias, initial_state, negative, keep):
     rows, T, E = u.shape
     N = A.shape[1]
     chunks = (T + Q - 1) // Q if keep else 0
@@ -220,7 +226,7 @@ def _(u, dt, A, B, C, D, z, dt_bias, initial_state, keep):
 @torch.library.custom_op("lab::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
 def scan_backward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-    kept: Tensor, d_out: Tensor, d_last: Tensor | None,
+    negative: bool, kept: Tensor, d_out: Tensor, d_last: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of u, dt, A, B, C, D, z (empty without a gate), dt_bias and the initial state (B, N, E)."""
     rows, T, E = u.shape
@@ -237,14 +243,14 @@ def scan_backward(
     arrays = [with_rows(x) for x in (u, dt, _scaled_transpose(A), B, C, D, gate, dt_bias)]
     results = [x.numpy() for x in (d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_dt_bias)]
     run_tasks(
-        _backward, rows * groups, *arrays, z is not None, kept.numpy(), d_out.contiguous().numpy(),
+        _backward, rows * groups, *arrays, z is not None, negative, kept.numpy(), d_out.contiguous().numpy(),
         d_state.numpy(), *results,
     )  # fmt: skip
     return d_u, d_dt, d_A.sum(0).t(), d_B.sum(0), d_C.sum(0), d_D.sum(0), d_z, d_dt_bias.sum(0), d_state
 
 
 @scan_backward.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, kept, d_out, d_last):
+def _(u, dt, A, B, C, D, z, dt_bias, negative, kept, d_out, d_last):
     rows, _, E = u.shape
     N = A.shape[1]
     gate = torch.empty_like(u) if z is not None else u.new_empty(0, 0, 0)
@@ -255,16 +261,16 @@ def _(u, dt, A, B, C, D, z, dt_bias, kept, d_out, d_last):
 
 
 def _save(ctx, inputs, output):
-    *tensors, initial_state, _keep = inputs
+    *tensors, initial_state, ctx.negative, _keep = inputs
     ctx.has_state = initial_state is not None
     ctx.save_for_backward(*tensors, output[2])
 
 
 def _differentiate(ctx, d_out, d_last, _d_kept):
     *tensors, kept = ctx.saved_tensors
-    *gradients, d_z, d_dt_bias, d_state = scan_backward(*tensors, kept, d_out, d_last)
+    *gradients, d_z, d_dt_bias, d_state = scan_backward(*tensors, ctx.negative, kept, d_out, d_last)
     gate = d_z if tensors[6] is not None else None
-    return *gradients, gate, d_dt_bias, d_state if ctx.has_state else None, None
+    return *gradients, gate, d_dt_bias, d_state if ctx.has_state else None, None, None
 
 
 scan.register_autograd(_differentiate, setup_context=_save)

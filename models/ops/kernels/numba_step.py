@@ -18,7 +18,7 @@ from models.ops.kernels.numba_runtime import LOG2_E, addresses, at, compiled, ex
 @compiled
 def _mamba_step(
     kind, uz_at, conv_weight_at, conv_bias_at, x_proj_at, dt_proj_at, dt_bias_at, A_log_at, D_at, conv_at, state_at,
-    out_at, rows, E, N, R, W,
+    out_at, negative, rows, E, N, R, W,
 ):  # fmt: skip
     uz, out = at(uz_at, kind, (rows, 2, E)), at(out_at, kind, (rows, E))
     conv_weight, conv_bias = at(conv_weight_at, kind, (E, W)), at(conv_bias_at, kind, (E,))
@@ -26,6 +26,8 @@ def _mamba_step(
     dt_bias, A_log, D = at(dt_bias_at, kind, (E,)), at(A_log_at, kind, (E, N)), at(D_at, kind, (E,))
     conv, state = at(conv_at, kind, (rows, E, W)), at(state_at, kind, (rows, E, N))
     log2_e = uz.dtype.type(LOG2_E)
+    shift = uz.dtype.type(1 if negative else 0)
+    scale = uz.dtype.type(1) + shift
     u = np.empty(E, uz.dtype)
     delta = np.empty(E, uz.dtype)
     y = np.empty(E, uz.dtype)
@@ -59,7 +61,7 @@ def _mamba_step(
             acc = D[e] * u[e]
             for n in range(N):
                 # A = -exp(A_log)
-                decay = exp2(rate * exp2(A_log[e, n] * log2_e))
+                decay = scale * exp2(rate * exp2(A_log[e, n] * log2_e)) - shift
                 h = decay * state[b, e, n] + delta_u * projected[R + n]
                 state[b, e, n] = h
                 acc += h * projected[R + N + n]
@@ -71,7 +73,7 @@ def _mamba_step(
 
 def mamba_step(
     uz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor,
-    A_log: Tensor, D: Tensor, conv: Tensor, state: Tensor,
+    A_log: Tensor, D: Tensor, conv: Tensor, state: Tensor, negative: bool,
 ) -> Tensor:  # fmt: skip
     """One token of `models.mixers.mamba`, what lies between its projections in and out.
 
@@ -83,35 +85,36 @@ def mamba_step(
     rows = uz.shape[0]
     out = uz.new_empty(rows, E)
     arrays = addresses(uz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, conv, state, out)
-    _mamba_step(*arrays, rows, E, N, R, W)
+    _mamba_step(*arrays, negative, rows, E, N, R, W)
     return out
 
 
 @compiled
 def _attention_step(
-    kind, qkv_at, keys_at, values_at, out_at, table, cos_at, sin_at, rows, H, K, P, max_len, length, first, last
+    kind, qkv_at, keys_at, values_at, out_at, table, cos_at, sin_at, rows, H, K, P, slots, position, slot, filled,
+    first, last,
 ):  # fmt: skip
     """Tasks are (batch row, key-value head). Softmax without a second pass over the keys: the running maximum rescales
     what was summed before it rose."""
     half = P // 2
     qkv, out = at(qkv_at, kind, (rows, H + 2 * K, P)), at(out_at, kind, (rows, H, P))
-    keys, values = at(keys_at, kind, (rows, K, max_len, P)), at(values_at, kind, (rows, K, max_len, P))
-    cos_table, sin_table = at(cos_at, table, (length + 1, half)), at(sin_at, table, (length + 1, half))
+    keys, values = at(keys_at, kind, (rows, K, slots, P)), at(values_at, kind, (rows, K, slots, P))
+    cos_table, sin_table = at(cos_at, table, (position + 1, half)), at(sin_at, table, (position + 1, half))
     scale = qkv.dtype.type(1.0 / math.sqrt(P))
     one = qkv.dtype.type(1)
     log2_e = qkv.dtype.type(LOG2_E)
     q, y = np.empty(P, qkv.dtype), np.empty(P, qkv.dtype)
     cos, sin = np.empty(half, qkv.dtype), np.empty(half, qkv.dtype)
     for i in range(half):
-        cos[i], sin[i] = cos_table[length, i], sin_table[length, i]
+        cos[i], sin[i] = cos_table[position, i], sin_table[position, i]
     for task in range(first, last):
         b, kv = task // K, task % K
         for i in range(half):
             x0, x1 = qkv[b, H + kv, i], qkv[b, H + kv, half + i]
-            keys[b, kv, length, i] = x0 * cos[i] - x1 * sin[i]
-            keys[b, kv, length, half + i] = x1 * cos[i] + x0 * sin[i]
+            keys[b, kv, slot, i] = x0 * cos[i] - x1 * sin[i]
+            keys[b, kv, slot, half + i] = x1 * cos[i] + x0 * sin[i]
         for p in range(P):
-            values[b, kv, length, p] = qkv[b, H + K + kv, p]
+            values[b, kv, slot, p] = qkv[b, H + K + kv, p]
         for h in range(kv * (H // K), (kv + 1) * (H // K)):
             for i in range(half):
                 x0, x1 = qkv[b, h, i] * scale, qkv[b, h, half + i] * scale
@@ -120,7 +123,7 @@ def _attention_step(
             for p in range(P):
                 y[p] = kind
             top, total = kind, kind
-            for s in range(length + 1):
+            for s in range(filled):
                 score = kind
                 for p in range(P):
                     score += q[p] * keys[b, kv, s, p]
@@ -138,17 +141,21 @@ def _attention_step(
                 out[b, h, p] = y[p] * (one / total)
 
 
-def attention_step(qkv: Tensor, base: float, keys: Tensor, values: Tensor, length: int) -> Tensor:
+def attention_step(
+    qkv: Tensor, base: float, keys: Tensor, values: Tensor, position: int, slot: int, filled: int
+) -> Tensor:
     """One token of `models.ops.attention`, rotation and cache included.
 
     qkv (B, H + 2K, P): this token's queries, keys, values, not yet rotated. base: of the rotary frequencies.
-    keys, values (B, K, max_len, P): the cache with `length` filled positions; the token's are written after them.
-    Returns (B, H P). Every tensor float32, or every one float64, and contiguous.
+    keys, values (B, K, S, P): the cache; the token, at `position` in its sequence, is written to `slot`, after which
+    the first `filled` slots are what it sees (in any order: a softmax does not mind). Returns (B, H P).
+    Every tensor float32, or every one float64, and contiguous.
     """
-    rows, K, max_len, P = keys.shape
+    rows, K, slots, P = keys.shape
     H = qkv.shape[1] - 2 * K
     out = qkv.new_empty(rows, H * P)
-    cos, sin = rotary_table(length + 1, P, base, qkv.device)
-    arguments = (*addresses(qkv, keys, values, out), *addresses(cos, sin), rows, H, K, P, max_len, length)
-    run_tasks(_attention_step, rows * K, *arguments, work=2 * (length + 1) * rows * K * P)
+    cos, sin = rotary_table(position + 1, P, base, qkv.device)
+    sizes = (rows, H, K, P, slots, position, slot, filled)
+    arguments = (*addresses(qkv, keys, values, out), *addresses(cos, sin), *sizes)
+    run_tasks(_attention_step, rows * K, *arguments, work=2 * filled * rows * K * P)
     return out

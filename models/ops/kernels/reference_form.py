@@ -3,11 +3,18 @@
 from models.ops.attention import rotate
 from models.ops.causal_conv1d import reference as causal_conv1d
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
+from models.ops.experts import reference as experts
+from models.ops.lstm import reference as lstm
 from models.ops.rms_norm import reference as rms_norm
 from models.ops.selective_scan import reference as selective_scan
 from models.ops.selective_scan import step_reference as selective_scan_step
+from models.ops.ssd import reference as ssd
+from models.ops.ssd import step_reference as ssd_step
 from models.ops.swiglu import reference as swiglu
+from models.ops.trapezoid import reference as trapezoid
+from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "rms_norm", "rotate", "selective_scan", "selective_scan_step", "swiglu",
+    "causal_conv1d", "causal_conv1d_step", "experts", "lstm", "rms_norm", "rotate", "selective_scan",
+    "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip

@@ -1,13 +1,20 @@
-"""Form `torch`: plain torch on any device; the scan in chunks, the rest as defined."""
+"""Form `torch`: plain torch on any device; scans in chunks, the rest as defined."""
 
 from models.ops.attention import rotate
 from models.ops.causal_conv1d import reference as causal_conv1d
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
+from models.ops.experts import by_expert as experts
+from models.ops.lstm import fused as lstm
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.selective_scan import chunked as selective_scan
 from models.ops.selective_scan import step_reference as selective_scan_step
+from models.ops.ssd import chunked as ssd
+from models.ops.ssd import step_reference as ssd_step
 from models.ops.swiglu import reference as swiglu
+from models.ops.trapezoid import chunked as trapezoid
+from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "rms_norm", "rotate", "selective_scan", "selective_scan_step", "swiglu",
+    "causal_conv1d", "causal_conv1d_step", "experts", "lstm", "rms_norm", "rotate", "selective_scan",
+    "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip

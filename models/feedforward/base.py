@@ -1,0 +1,52 @@
+"""What every feed-forward layer is, and what a mixture of experts says of its routing.
+
+FeedForward(config, width, backend, device)
+forward(x) -> (y, Routing | None)     x, y (..., D), each position by itself
+reset_parameters(generator), output_weight     as of a mixer
+Config                                its settings, with
+  parameters(D), active_parameters(D) exact; active: those that one token meets
+  flops_per_token(D)                  forward
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.ops.kernels import load_beside
+
+
+class FeedForwardConfig(Protocol):
+    @property
+    def kind(self) -> str: ...
+    def parameters(self, width: int) -> int: ...
+    def active_parameters(self, width: int) -> int: ...
+    def flops_per_token(self, width: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Routing:
+    """load (X): the share of assignments that went to each expert, summing to 1. balance: what the training loss is to
+    add, with its gradient."""
+
+    load: Tensor
+    balance: Tensor
+
+
+class FeedForward(nn.Module):
+    """backend: of the mixer beside it; a model of references is one throughout."""
+
+    Config: ClassVar[Any]
+
+    def __init__(self, config: Any, width: int, backend: str, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = load_beside(backend, device)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        raise NotImplementedError
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.get_parameter("down_proj.weight")

@@ -1,0 +1,91 @@
+"""What every mixer is.
+
+    Mixer(config, width, device)          parameters allocated, not yet initialised
+    forward(x, state=None) -> (y, state)  x, y (B, T, D); a state continues a sequence; None wants none back
+    step(x, state) -> (y, state)          one token, x, y (B, D)
+    make_state(batch, max_len, dtype, device) -> state
+    reset_parameters(generator)           its own initialisation
+    output_weight                         of the projection that writes to the residual stream
+    Config                                its settings, a frozen dataclass that also says what it costs
+
+and of every `Config`, D being the model's width:
+
+    kind, backend                         the name in the registry; the form asked for
+    check(D)                              raises ConfigError where it does not fit the width
+    parameters(D), float32_parameters(D)  exact; those kept in float32 whatever the model's type
+    flops_per_token(D, context)           forward, the mean over a sequence of `context` tokens
+    state_bytes(D, max_len, element_size) of `make_state` for one sequence, exact
+    state_formula(D)                      that in words
+    causal                                False where a token sees what comes after it
+"""
+
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import BackendUnavailableError
+from models.ops.kernels import Selection, load, select
+
+
+class MixerConfig(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def causal(self) -> bool: ...
+    def check(self, width: int) -> None: ...
+    def parameters(self, width: int) -> int: ...
+    def float32_parameters(self, width: int) -> int: ...
+    def flops_per_token(self, width: int, context: int) -> float: ...
+    def state_bytes(self, width: int, max_len: int, element_size: int) -> int: ...
+    def state_formula(self, width: int) -> str: ...
+
+
+class Mixer(nn.Module):
+    """Chooses its form when it is built; `ops` holds that form's operations."""
+
+    Config: ClassVar[Any]
+    forms: ClassVar[tuple[str, ...]] = ("reference", "torch")
+    operation: ClassVar[str] = "selective_scan"  # what a form has to be able to run, for the probe of CUDA kernels
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, width: int, device: torch.device) -> None:
+        super().__init__()
+        config.check(width)
+        self.config = config
+        self.backend = self.select(config, device)
+        self.ops = load(self.backend.name)
+
+    @classmethod
+    def select(cls, config: Any, device: torch.device) -> Selection:
+        """Raises ConfigError (no such form), BackendUnavailableError (not on this machine)."""
+        return select(config.backend, device, cls.forms, cls.operation)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> Any:
+        raise NotImplementedError
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.get_parameter("out_proj.weight")
+
+
+def at_least_float32() -> torch.dtype:
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def without_cuda_kernels(config: Any, selection: Selection) -> Selection:
+    """The official CUDA kernels know state transitions in (0, 1) only: for others `auto` falls back to torch, aloud."""
+    if selection.name != "cuda" or not config.negative_eigenvalues:
+        return selection
+    problem = "the CUDA kernels have no negative_eigenvalues"
+    if selection.asked == "cuda":
+        raise BackendUnavailableError(f"backend 'cuda' cannot run this {config.kind}: {problem}; choose 'torch'")
+    return Selection("torch", selection.asked, fallback=problem)

@@ -1,0 +1,175 @@
+"""Mamba-2 (arXiv 2405.21060, section 7), parameters and initialisation as `mamba_ssm.Mamba2`.
+
+B: batch   T: time   D: width   E: expanded width   H: heads   P: head width   G: groups   N: state size
+W: convolution taps
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import ConfigError
+from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
+from models.mixers.base import Mixer, at_least_float32, without_cuda_kernels
+from models.ops.causal_conv1d import last_inputs
+from models.ops.kernels import Selection
+from models.ops.rms_norm import gated
+from models.ops.ssd import forward_flops
+from models.settings import divides, flags, numbers, positive, step_sizes
+from models.state import RecurrentState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """Shapes and initialisation as `mamba_ssm.Mamba2`.
+
+    grouped_norm: the gated norm before the output runs over each group by itself, as `mamba_ssm` has it; False, over
+    all channels, as `transformers` has it (the same where groups = 1). negative_eigenvalues: as in MambaConfig.
+    """
+
+    kind: Literal["mamba2"] = "mamba2"
+    expand: int = 2
+    state: int = 128
+    head_width: int = 64
+    groups: int = 1
+    conv_width: int = 4
+    A_min: float = 1.0
+    A_max: float = 16.0
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    norm_eps: float = 1e-5
+    grouped_norm: bool = True
+    negative_eigenvalues: bool = False
+    backend: str = "auto"  # auto, reference, torch, numba, cuda
+
+    causal = True
+
+    def __post_init__(self) -> None:
+        positive(self, "expand", "state", "head_width", "groups", "conv_width")
+        step_sizes(self)
+        numbers(self, "A_min", "A_max", "norm_eps")
+        if not 0 < self.A_min <= self.A_max:
+            raise ConfigError(f"mamba2 needs 0 < A_min <= A_max, got {self.A_min!r}, {self.A_max!r}")
+        if not self.norm_eps > 0:
+            raise ConfigError(f"mamba2.norm_eps must be above 0, got {self.norm_eps!r}")
+        flags(self, "grouped_norm", "negative_eigenvalues")
+
+    def check(self, width: int) -> None:
+        divides(self, self.expand * width, "the expanded width", "head_width")
+        divides(self, self.expand * width // self.head_width, "the number of heads", "groups")
+
+    def sizes(self, width: int) -> tuple[int, int, int]:
+        """E, H, and the channels of the convolution: x, B and C."""
+        E = self.expand * width
+        return E, E // self.head_width, E + 2 * self.groups * self.state
+
+    def _projections(self, width: int) -> int:
+        E, H, channels = self.sizes(width)
+        return width * (E + channels + H) + E * width
+
+    def parameters(self, width: int) -> int:
+        E, _, channels = self.sizes(width)
+        return self._projections(width) + channels * (self.conv_width + 1) + E + self.float32_parameters(width)
+
+    def float32_parameters(self, width: int) -> int:
+        """A_log, D, dt_bias."""
+        return 3 * self.sizes(width)[1]
+
+    def flops_per_token(self, width: int, context: int) -> float:
+        _, H, channels = self.sizes(width)
+        scan = forward_flops(H, self.head_width, self.groups, self.state, context)
+        return 2 * self._projections(width) + 2 * channels * self.conv_width + scan
+
+    def state_bytes(self, width: int, max_len: int, element_size: int) -> int:
+        E, _, channels = self.sizes(width)
+        return (E * self.state + channels * self.conv_width) * element_size
+
+    def state_formula(self, width: int) -> str:
+        E, _, channels = self.sizes(width)
+        return f"{E} x {self.state} + {channels} x {self.conv_width} elements, whatever the length"
+
+
+class Mamba2(Mixer):
+    """One projection to z, x, B, C, dt; short convolution of x, B, C; the recurrence; gated norm; projection back."""
+
+    Config = Mamba2Config
+    forms = ("reference", "torch", "numba", "cuda")
+    operation = "ssd"
+    no_weight_decay = ("A_log", "D", "dt_bias")
+
+    def __init__(self, config: Mamba2Config, width: int, device: torch.device) -> None:
+        super().__init__(config, width, device)
+        E, H, channels = config.sizes(width)
+        GN = config.groups * config.state
+        self.split_sizes, self.conv_sizes = (E, channels, H), (E, GN, GN)
+        self.norm_groups = config.groups if config.grouped_norm else 1
+        self.in_proj = nn.Linear(width, E + channels + H, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_width))
+        self.conv_bias = nn.Parameter(torch.empty(channels))
+        # fp32 in every mode: the decay rates drift in 16 bits
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(H, dtype=at_least_float32())) for _ in range(3))
+        self.norm_weight = nn.Parameter(torch.empty(E))
+        self.out_proj = nn.Linear(E, width, bias=False)
+
+    @classmethod
+    def select(cls, config: Mamba2Config, device: torch.device) -> Selection:
+        return without_cuda_kernels(config, super().select(config, device))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        config = self.config
+        for linear in (self.in_proj, self.out_proj):
+            reset_linear(linear, generator)
+        reset_convolution(self.conv_weight, self.conv_bias, generator)
+        reset_step_sizes(self.dt_bias, config.dt_min, config.dt_max, config.dt_floor, generator)
+        self.A_log.uniform_(config.A_min, config.A_max, generator=generator).log_()
+        self.D.fill_(1.0)
+        self.norm_weight.fill_(1.0)
+
+    @property
+    def A(self) -> Tensor:
+        return -torch.exp(self.A_log)
+
+    def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState | None]:
+        z, xBC, dt = self.in_proj(x).split(self.split_sizes, -1)
+        before = initial = None
+        if state is not None and state.length > 0:
+            before, initial = state.conv.to(xBC.dtype), state.ssm.to(self.A_log.dtype)
+        conv = None if state is None else last_inputs(xBC, self.config.conv_width, before)
+        u, B, C = self._heads(self.ops.causal_conv1d(xBC, self.conv_weight, self.conv_bias, before))
+        y, h = self.ops.ssd(
+            u, dt, self.A, B, C, self.D, self.dt_bias, initial, self.config.negative_eigenvalues
+        )  # fmt: skip
+        y = self._out(y.flatten(-2), z)
+        if state is None or conv is None:
+            return y, None
+        state.conv.copy_(conv)
+        state.ssm.copy_(h)
+        return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
+
+    def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        z, xBC, dt = self.in_proj(x).split(self.split_sizes, -1)
+        u, B, C = self._heads(self.ops.causal_conv1d_step(xBC, self.conv_weight, self.conv_bias, state.conv))
+        y = self.ops.ssd_step(
+            u, dt, self.A, B, C, self.D, self.dt_bias, state.ssm, self.config.negative_eigenvalues
+        )  # fmt: skip
+        return self._out(y.flatten(-2), z), RecurrentState(state.conv, state.ssm, state.length + 1)
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., channels) -> x (..., H, P), B and C (..., G, N)."""
+        u, B, C = xBC.split(self.conv_sizes, -1)
+        u = u.unflatten(-1, (-1, self.config.head_width))
+        B, C = (m.unflatten(-1, (self.config.groups, self.config.state)) for m in (B, C))
+        return u, B, C
+
+    def _out(self, y: Tensor, z: Tensor) -> Tensor:
+        y = gated(self.ops.rms_norm, y, z, self.norm_weight, self.config.norm_eps, self.norm_groups)
+        return self.out_proj(y)
+
+    def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
+        """Of the same size for every `max_len`."""
+        H, N = self.D.shape[0], self.config.state
+        conv = torch.zeros(batch, *self.conv_weight.shape, dtype=dtype, device=device)
+        return RecurrentState(conv, torch.zeros(batch, H, self.config.head_width, N, dtype=dtype, device=device))

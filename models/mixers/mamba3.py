@@ -1,0 +1,205 @@
+"""Mamba-3 (arXiv 2603.15569), parameters, order and initialisation as `mamba_ssm.Mamba3`.
+
+B: batch   T: time   D: width   E: expanded width   H: heads   P: head width   G: groups   N: state size
+R: rank (1: the SISO form)   S: rotated pairs
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.errors import BackendUnavailableError, ConfigError
+from models.initialisation import reset_linear, reset_step_sizes
+from models.mixers.base import Mixer, at_least_float32
+from models.ops.kernels import Selection
+from models.ops.trapezoid import State, forward_flops
+from models.settings import divides, numbers, one_of, positive, step_sizes
+from models.state import RotatingState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba3Config:
+    """Shapes and initialisation as `mamba_ssm.Mamba3`; no short convolution.
+
+    rotated_fraction: of the state, 0.5 or 1. A_floor: the decay rate is at least this. rank: above 1, the MIMO form
+    with as many copies of B and C, which only the reference form has.
+    """
+
+    kind: Literal["mamba3"] = "mamba3"
+    expand: int = 2
+    state: int = 128
+    head_width: int = 64
+    groups: int = 1
+    rank: int = 1
+    rotated_fraction: float = 0.5
+    A_floor: float = 1e-4
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    norm_eps: float = 1e-5
+    backend: str = "auto"  # auto, reference, torch, numba, cuda
+
+    causal = True
+
+    def __post_init__(self) -> None:
+        positive(self, "expand", "state", "head_width", "groups", "rank")
+        step_sizes(self)
+        numbers(self, "A_floor", "norm_eps")
+        one_of(self, "rotated_fraction", (0.5, 1.0))
+        if not self.A_floor > 0 or not self.norm_eps > 0:
+            raise ConfigError(f"mamba3 needs A_floor and norm_eps above 0, got {self.A_floor!r}, {self.norm_eps!r}")
+        if self.pairs < 1:
+            raise ConfigError(
+                f"mamba3.state = {self.state} leaves no pair to rotate; at least {2 / self.rotated_fraction:g}"
+            )
+
+    @property
+    def pairs(self) -> int:
+        """S."""
+        return int(self.state * self.rotated_fraction) // 2
+
+    def check(self, width: int) -> None:
+        divides(self, self.expand * width, "the expanded width", "head_width")
+        divides(self, self.expand * width // self.head_width, "the number of heads", "groups")
+
+    def sizes(self, width: int) -> tuple[int, int, int]:
+        """E, H, and the entries of B or of C in the projection."""
+        E = self.expand * width
+        return E, E // self.head_width, self.rank * self.groups * self.state
+
+    def _projections(self, width: int) -> int:
+        E, H, RGN = self.sizes(width)
+        return width * (2 * E + 2 * RGN + 3 * H + self.pairs) + E * width
+
+    def parameters(self, width: int) -> int:
+        E = self.sizes(width)[0]
+        maps = 3 * self.rank * E if self.rank > 1 else 0
+        return self._projections(width) + 2 * self.state + maps + self.float32_parameters(width)
+
+    def float32_parameters(self, width: int) -> int:
+        """dt_bias, D, and the biases of B and C."""
+        H = self.sizes(width)[1]
+        return 2 * H + 2 * H * self.rank * self.state
+
+    def flops_per_token(self, width: int, context: int) -> float:
+        H, P, R = self.sizes(width)[1], self.head_width, self.rank
+        rotation = 2 * 6 * R * H * self.pairs
+        return 2 * self._projections(width) + rotation + forward_flops(H, P, self.state, R, context)
+
+    def state_bytes(self, width: int, max_len: int, element_size: int) -> int:
+        """Angles and the recurrent state in float32 at least, the previous B and x in the model's type."""
+        E, H, _ = self.sizes(width)
+        wide = H * self.pairs + E * self.state
+        return wide * max(4, element_size) + self.rank * (H * self.state + E) * element_size
+
+    def state_formula(self, width: int) -> str:
+        E, H, _ = self.sizes(width)
+        previous = f"{self.rank * H} x {self.state} + {self.rank * E}"
+        return f"{E} x {self.state} + {H} x {self.pairs} elements in float32, {previous}, whatever the length"
+
+
+class Mamba3(Mixer):
+    """One projection to z, x, B, C, dt, A, trap, angles; norm and bias of B and C; the recurrence; gate; projection."""
+
+    Config = Mamba3Config
+    forms = ("reference", "torch", "numba", "cuda")
+    operation = "trapezoid"
+    no_weight_decay = ("dt_bias", "D", "B_bias", "C_bias")
+
+    def __init__(self, config: Mamba3Config, width: int, device: torch.device) -> None:
+        super().__init__(config, width, device)
+        E, H, RGN = config.sizes(width)
+        self.split_sizes = (E, E, RGN, RGN, H, H, H, config.pairs)
+        self.heads = H
+        self.in_proj = nn.Linear(width, sum(self.split_sizes), bias=False)
+        wide = at_least_float32()
+        self.dt_bias, self.D = (nn.Parameter(torch.empty(H, dtype=wide)) for _ in range(2))
+        shape = (H, config.rank, config.state)
+        self.B_bias, self.C_bias = (nn.Parameter(torch.empty(shape, dtype=wide)) for _ in range(2))
+        self.B_norm_weight, self.C_norm_weight = (nn.Parameter(torch.empty(config.state)) for _ in range(2))
+        self.map_x = self.map_z = self.map_y = None
+        if config.rank > 1:
+            shape = (H, config.rank, config.head_width)
+            self.map_x, self.map_z, self.map_y = (nn.Parameter(torch.empty(shape)) for _ in range(3))
+        self.out_proj = nn.Linear(E, width, bias=False)
+
+    @classmethod
+    def select(cls, config: Mamba3Config, device: torch.device) -> Selection:
+        if config.rank == 1:
+            return super().select(config, device)
+        if config.backend not in ("auto", "reference"):
+            problem = "the MIMO form (rank above 1) has only 'reference'"
+            raise BackendUnavailableError(f"backend '{config.backend}' cannot run this mamba3: {problem}")
+        fallback = "the MIMO form has only the reference" if config.backend == "auto" else None
+        return Selection("reference", config.backend, fallback)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        for linear in (self.in_proj, self.out_proj):
+            reset_linear(linear, generator)
+        reset_step_sizes(self.dt_bias, self.config.dt_min, self.config.dt_max, self.config.dt_floor, generator)
+        for ones in (self.D, self.B_bias, self.C_bias, self.B_norm_weight, self.C_norm_weight):
+            ones.fill_(1.0)
+        if self.map_x is not None and self.map_z is not None and self.map_y is not None:
+            self.map_x.fill_(1 / self.config.rank)
+            self.map_z.fill_(1.0)
+            self.map_y.fill_(1 / self.config.rank)
+
+    def forward(self, x: Tensor, state: RotatingState | None = None) -> tuple[Tensor, RotatingState | None]:
+        z, *inputs = self._inputs(x)
+        initial = None
+        if state is not None and state.length > 0:
+            initial = self._read(state, inputs[0].dtype)
+        y, after = self.ops.trapezoid(*inputs, self.D, self.dt_bias, self.config.A_floor, initial)
+        y = self._out(y, z)
+        return y, None if state is None else self._write(state, after, x.shape[1])
+
+    def step(self, x: Tensor, state: RotatingState) -> tuple[Tensor, RotatingState]:
+        z, *inputs = self._inputs(x)
+        before = self._read(state, inputs[0].dtype)
+        y, after = self.ops.trapezoid_step(*inputs, self.D, self.dt_bias, self.config.A_floor, before)
+        return self._out(y, z), self._write(state, after, 1)
+
+    def _inputs(self, x: Tensor) -> list[Tensor]:
+        """x (..., D) -> z and x (..., [R,] H, P); dt, a, trap (..., H); angle (..., S); B, C (..., R, H, N)."""
+        config = self.config
+        z, u, B, C, dt, a, trap, angle = self.in_proj(x).split(self.split_sizes, -1)
+        z, u = (m.unflatten(-1, (self.heads, config.head_width)) for m in (z, u))
+        if self.map_x is not None and self.map_z is not None:
+            z, u = (m[..., None, :, :] * w.transpose(0, 1) for m, w in ((z, self.map_z), (u, self.map_x)))
+        states = []
+        for m, weight, bias in ((B, self.B_norm_weight, self.B_bias), (C, self.C_norm_weight, self.C_bias)):
+            m = m.unflatten(-1, (config.rank, config.groups, config.state))
+            m = self.ops.rms_norm(m, weight, config.norm_eps)
+            m = m.repeat_interleave(self.heads // config.groups, -2)
+            states.append((m + bias.transpose(0, 1)).to(x.dtype))
+        return [z, u, dt, a, trap, angle, *states]
+
+    def _out(self, y: Tensor, z: Tensor) -> Tensor:
+        y = y * F.silu(z)
+        if self.map_y is not None:
+            y = (y * self.map_y.transpose(0, 1)).sum(-3)
+        return self.out_proj(y.flatten(-2).to(self.out_proj.weight.dtype))
+
+    def _read(self, state: RotatingState, dtype: torch.dtype) -> State:
+        wide = self.D.dtype
+        return State(state.angle.to(wide), state.ssm.to(wide), state.previous_B.to(dtype), state.previous_x.to(dtype))
+
+    def _write(self, state: RotatingState, after: State, tokens: int) -> RotatingState:
+        for buffer, new in zip(state.buffers.values(), after, strict=True):
+            buffer.copy_(new)
+        return RotatingState(**state.buffers, length=state.length + tokens)
+
+    def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> RotatingState:
+        """Of the same size for every `max_len`."""
+        H, P, N, R = self.heads, self.config.head_width, self.config.state, self.config.rank
+        wide = torch.promote_types(dtype, torch.float32)
+        ranks = (R,) if R > 1 else ()
+        return RotatingState(
+            torch.zeros(batch, H, self.config.pairs, dtype=wide, device=device),
+            torch.zeros(batch, H, P, N, dtype=wide, device=device),
+            torch.zeros(batch, R, H, N, dtype=dtype, device=device),
+            torch.zeros(batch, *ranks, H, P, dtype=dtype, device=device),
+        )

@@ -1,0 +1,66 @@
+"""A mixture of SwiGLU experts, in forms that agree. No token is dropped and none is padded for.
+
+M: tokens   D: width   F: hidden width   X: experts   K: experts per token
+
+Signature of every form:
+
+    x (M, D)   chosen (M, K): expert numbers   weight (M, K)   gate_up (X, 2 F, D)   down (X, D, F)  ->  y (M, D)
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.ops.swiglu import reference as swiglu
+
+
+def reference(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The sum as it reads: every expert on every token, weighted by nought where it was not chosen."""
+    y = torch.zeros_like(x)
+    for expert in range(gate_up.shape[0]):
+        share = (weight * (chosen == expert)).sum(1, keepdim=True).to(x.dtype)
+        y = y + share * (swiglu(x @ gate_up[expert].t()) @ down[expert].t())
+    return y
+
+
+def by_expert(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Tokens sorted by their expert; one product for each expert that was chosen at all."""
+
+    def run(rows: Tensor, counts: Tensor) -> Tensor:
+        parts = rows.split(counts.tolist())
+        return torch.cat([
+            swiglu(part @ gate_up[expert].t()) @ down[expert].t() if len(part) else part
+            for expert, part in enumerate(parts)
+        ])  # fmt: skip
+
+    return _sorted(x, chosen, weight, gate_up.shape[0], run)
+
+
+def grouped(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As `by_expert`, but all products in two grouped ones, with no synchronisation with the host."""
+
+    def run(rows: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0).to(torch.int32)
+        # the grouped product exists for bfloat16 only
+        rows, up, back = (m.to(torch.bfloat16) for m in (rows, gate_up, down))
+        hidden = swiglu(F.grouped_mm(rows, up.transpose(1, 2), offs=ends))
+        return F.grouped_mm(hidden, back.transpose(1, 2), offs=ends).to(x.dtype)
+
+    return _sorted(x, chosen, weight, gate_up.shape[0], run)
+
+
+def _sorted(x: Tensor, chosen: Tensor, weight: Tensor, experts: int, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`run` on the tokens in the order of their experts; then back, and the sum over each token's K."""
+    (M, D), K = x.shape, chosen.shape[1]
+    order = chosen.flatten().argsort(stable=True)
+    y = run(x[order.div(K, rounding_mode="floor")], load(chosen, experts))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(M * K, device=x.device))
+    return (y[back].view(M, K, D) * weight[..., None].to(x.dtype)).sum(1)
+
+
+def load(chosen: Tensor, experts: int) -> Tensor:
+    """How many assignments went to each expert (X)."""
+    chosen = chosen.flatten()
+    return chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
