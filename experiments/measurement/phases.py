@@ -143,6 +143,9 @@ def _warm_up(folder: Path, device: torch.device) -> ModelConfig:
         checkpoint.save(replica, Path(scratch))
         replica = _load(Path(scratch), device)
         tokens = torch.arange(48, device=device)[None] % 64
+        if not config.causal:  # it has no state to decode with
+            replica(tokens)
+            return config
         logits, state = replica.prefill(tokens, replica.make_state(1, 50))
         for _ in range(2):
             logits, state = replica.step(logits.argmax(1), state)

@@ -139,7 +139,7 @@ def _mean_of(record: Record, arm: str) -> str:
 
 def _loss_table(record: Record) -> Table:
     """Start and end of the curves, with the gate that the start must pass."""
-    columns = [Column("Arm", key=True), Column("Loss at initialisation", numeric=True)]
+    columns = [Column("Arm", key=True), Column("Loss before training", numeric=True)]
     columns += [Column("ln V", numeric=True), Column("Last validation point", numeric=True)]
     columns += [Column("at tokens", numeric=True), Column("n", numeric=True)]
     table = Table("Start and end of the curves, nats/token", columns)

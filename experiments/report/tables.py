@@ -30,7 +30,7 @@ QUALITY = (
     Metric("quality", "test_bits_per_byte", "Test bits per byte"),
     Metric("quality", "validation_bits_per_byte", "Validation bits per byte"),
     Metric("quality", "test_token_perplexity", "Test token perplexity"),
-    Metric("quality", "initial_test_bits_per_byte", "Untrained bits per byte"),
+    Metric("quality", "initial_test_bits_per_byte", "Bits per byte before training"),
     Metric("quality", "test_masked_token_loss", "Test loss of hidden tokens"),
     Metric("quality", "test_masked_accuracy", "Hidden test tokens guessed"),
 )
@@ -294,7 +294,7 @@ def placing(record: Record) -> Table:
             lines.append((value, [Cell(title), table.cell(number(value, 3), fixed), table.cell(DASH, fixed)]))
     for arm in record.arms:
         for metric, title in (
-            ("initial_test_bits_per_byte", "at initialisation"),
+            ("initial_test_bits_per_byte", "before training"),
             ("test_bits_per_byte", "trained"),
         ):
             row = record.row(arm, "quality", metric)
@@ -413,9 +413,9 @@ def residuals(record: Record) -> Table:
 
 
 def gates_table(record: Record) -> Table:
-    """The checks of each untrained model, where the run recorded them: the worst value over its seeds."""
+    """The checks of each model before its training, where the run recorded them: the worst value over its seeds."""
     table = Table(
-        "Checks that each untrained model had to pass before it was trained or timed; the worst value over n seeds",
+        "Checks that each model had to pass before it was trained or timed; the worst value over n seeds",
         [Column("Check", key=True), Column("Limit", numeric=True)]
         + [Column(arm, numeric=True) for arm in record.arms]
         + [Column("n", numeric=True)],
