@@ -7,7 +7,10 @@ import torch
 from safetensors import safe_open
 
 from models import checkpoint
-from models.config import AttentionConfig, MambaConfig, ModelConfig, SwiGLUConfig
+from models.config import ModelConfig
+from models.mixers.attention import AttentionConfig
+from models.mixers.mamba import MambaConfig
+from models.feedforward.swiglu import SwiGLUConfig
 from models.errors import ConfigError
 from models.language_model import LanguageModel
 
