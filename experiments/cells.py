@@ -54,7 +54,7 @@ def model_config(arm: Arm, vocabulary: int) -> ModelConfig:
 def first_model(arm: Arm, config: ModelConfig, seed: int, device: torch.device) -> LanguageModel:
     """Initialised by the seed, or with the weights of the arm's folder."""
     if arm.start == "weights":
-        return folders.load(Path(arm.model), device)
+        return folders.load(Path(arm.model), device).float()  # a 16-bit file too is trained in float32
     return LanguageModel(config, seed=seed, device=device)
 
 

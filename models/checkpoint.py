@@ -25,7 +25,7 @@ def save(model: LanguageModel, folder: Path) -> None:
 
 def load(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:
     """The model of `save`, on `device`. The file is memory-mapped and its tensors become the parameters, so the
-    host never holds a second copy; dropout is off. Raises ConfigError: not a checkpoint, damaged, or of another shape."""
+    host never holds a second copy. Dropout is off. Raises ConfigError: no checkpoint, damaged, or of another shape."""
     config = read_config(folder)
     try:
         tensors = load_file(folder / WEIGHTS, device=str(device))

@@ -52,7 +52,7 @@ SIZES = {
                  hidden3=184, hidden_lstm=148, expert=128, window=32, hybrid="MT"),
     "1m": Size(vocabulary=2048, width=128, layers=4, heads=4, hidden=440, head=64, state2=64, state3=64,
                hidden3=304, hidden_lstm=224, expert=220, window=64, hybrid="MMMMMMA"),
-    "4m": Size(vocabulary=4096, width=256, layers=4, heads=4, hidden=800, head=64, state2=80, state3=64,
+    "4m": Size(vocabulary=4096, width=256, layers=4, heads=4, hidden=800, head=64, state2=64, state3=64,
                hidden3=568, hidden_lstm=368, expert=400, window=64, hybrid="MMMMMMA"),
     "30m": Size(vocabulary=16384, width=512, layers=9, heads=8, hidden=1528, head=64, state2=128, state3=128,
                 hidden3=1072, hidden_lstm=672, expert=764, window=256, hybrid="MMMMA" * 3),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ConfigError
@@ -15,7 +16,6 @@ from models.initialisation import reset_convolution, reset_linear, reset_step_si
 from models.mixers.base import Mixer, at_least_float32, without_cuda_kernels
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection
-from models.ops.rms_norm import gated
 from models.ops.ssd import forward_flops
 from models.settings import divides, flags, numbers, positive, step_sizes
 from models.state import RecurrentState
@@ -26,7 +26,7 @@ class Mamba2Config:
     """Shapes and initialisation as `mamba_ssm.Mamba2`.
 
     grouped_norm: the gated norm before the output runs over each group by itself, as `mamba_ssm` has it; False, over
-    all channels, as `transformers` has it (the same where groups = 1). negative_eigenvalues: as in MambaConfig.
+    all channels (the same where groups = 1). negative_eigenvalues: as in MambaConfig.
     """
 
     kind: Literal["mamba2"] = "mamba2"
@@ -133,7 +133,8 @@ class Mamba2(Mixer):
         return -torch.exp(self.A_log)
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState | None]:
-        z, xBC, dt = self.in_proj(x).split(self.split_sizes, -1)
+        # one product each: the gradient of a split would copy all of it together again
+        z, xBC, dt = (F.linear(x, weight) for weight in self.in_proj.weight.split(self.split_sizes))
         before = initial = None
         if state is not None and state.length > 0:
             before, initial = state.conv.to(xBC.dtype), state.ssm.to(self.A_log.dtype)
@@ -165,8 +166,9 @@ class Mamba2(Mixer):
         return u, B, C
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        y = gated(self.ops.rms_norm, y, z, self.norm_weight, self.config.norm_eps, self.norm_groups)
-        return self.out_proj(y)
+        return self.out_proj(
+            self.ops.gated_rms_norm(y, z, self.norm_weight, self.config.norm_eps, self.norm_groups)
+        )
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
         """Of the same size for every `max_len`."""

@@ -17,10 +17,17 @@ def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def gated(norm: Callable[..., Tensor], y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+def gated(
+    y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, norm: Callable[..., Tensor] = reference
+) -> Tensor:
     """norm(y silu(z)) over each of `groups` equal parts of the last axis: Mamba-2's, gate first. y, z (..., E)."""
     y = y * F.silu(z)
     if groups == 1:
         return norm(y, weight, eps)
     y = y.unflatten(-1, (groups, -1))
     return norm(y, torch.ones_like(weight[: y.shape[-1]]), eps).flatten(-2) * weight
+
+
+def gated_fused(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """`gated` on torch's norm."""
+    return gated(y, z, weight, eps, groups, fused)

@@ -45,23 +45,26 @@ def recurrence(
 
 def chunked_recurrence(
     x: Tensor, log_a: Tensor, w: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
-    sign: Tensor | None = None,
+    sign: Tensor | None = None, D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same by matrix products (arXiv 2405.21060, Listing 1), from log_a = log |a| and the sign of a, None for 1.
+    """The same by matrix products (arXiv 2405.21060, Listing 1), from log_a = log |a| and the sign of a, None for 1;
+    with D x added to y, D (H) or (B, T, H), None for 0.
 
     Within a chunk of Q steps y is a masked attention with scores C_t . B_s and the product of the decays in between;
     across chunks only the states at their borders are carried on. Memory O(T Q H) for the scores. The products are in
     the type of x, the decays and the state in that of log_a. The gradient is written out below.
     """
     rows, T, H, P = x.shape
+    D = log_a.new_zeros(H) if D is None else D
     padding = -T % min(CHUNK, T)  # steps that neither decay nor write
     if padding:
         x, log_a, w, B, C = (F.pad(m, (0, 0) * (m.ndim - 2) + (0, padding)) for m in (x, log_a, w, B, C))
         sign = None if sign is None else F.pad(sign, (0, 0, 0, padding), value=1.0)
+        D = F.pad(D, (0, 0, 0, padding)) if D.ndim == 3 else D
     if initial_state is None:
         initial_state = log_a.new_zeros(rows, H, P, B.shape[-1])
     B, C = B.to(x.dtype), C.to(x.dtype)
-    y, h = _Chunked.apply(x, log_a, w.to(log_a.dtype), B, C, initial_state.to(log_a.dtype), sign)
+    y, h = _Chunked.apply(x, log_a, w.to(log_a.dtype), B, C, D, initial_state.to(log_a.dtype), sign)
     return y[:, :T], h
 
 
@@ -72,7 +75,7 @@ class _Chunked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, log_a, w, B, C, initial_state, sign):
+    def forward(ctx, x, log_a, w, B, C, D, initial_state, sign):
         ctx.Q = min(CHUNK, x.shape[1])
         with without_autocast(x.device):
             L, from_start, to_end = _decays(log_a, sign, ctx.Q)
@@ -88,12 +91,13 @@ class _Chunked(torch.autograd.Function):
             entering = torch.stack(before, 1)  # (B, c, H, P, N)
             carried = _natural(C_ @ _state_matrix(entering, B_).transpose(3, 4), x)
             y = torch.addcmul(within.transpose(2, 3).reshape(x.shape), carried, from_start[..., None].to(x.dtype))
-        ctx.save_for_backward(x, w, B, C, L, from_start, to_end, entering, y, h)
+            y.addcmul_(x, D[..., None].to(x.dtype))
+        ctx.save_for_backward(x, w, B, C, D, L, from_start, to_end, entering, y, h)
         return y, h
 
     @staticmethod
     def backward(ctx, d_y, d_h):
-        x, w, B, C, L, from_start, to_end, entering, y, h = ctx.saved_tensors
+        x, w, B, C, D, L, from_start, to_end, entering, y, h = ctx.saved_tensors
         Q, d_y = ctx.Q, d_y.contiguous()
         B_, C_ = _groups(B, Q), _groups(C, Q)
         R = x.shape[2] // B.shape[2]
@@ -121,12 +125,14 @@ class _Chunked(torch.autograd.Function):
             # In a chunk y_t and the last state hold every log_a up to theirs, x_s w_s is freed of those up to its own:
             # so the gradient at t is the sum, from t to the chunk's end, of what these three weigh in the loss. (One
             # sum over the whole sequence would do as well, and cancel worse.)
-            weight = ((d_y * y).sum(-1, dtype=w.dtype) - w * d_w).unflatten(1, (-1, Q))
+            d_D = (d_y * x).sum(-1, dtype=w.dtype)  # D x is in y, but holds no log_a
+            weight = ((d_y * y).sum(-1, dtype=w.dtype) - D * d_D - w * d_w).unflatten(1, (-1, Q))
             ends = torch.cat([entering[:, 1:], h[:, None]], 1)
             weight[:, :, -1] += (ends * leaving).sum((3, 4))
             d_log_a = weight.flip(2).cumsum(2).flip(2).flatten(1, 2)
+            d_x = _scaled(d_xw, w).addcmul_(d_y, D[..., None].to(x.dtype))
         d_B, d_C = (m.transpose(2, 3).reshape(B.shape) for m in (d_B, d_C))
-        return _scaled(d_xw, w), d_log_a, d_w, d_B, d_C, g, None
+        return d_x, d_log_a, d_w, d_B, d_C, d_D.sum_to_size(D.shape).to(D.dtype), g, None
 
 
 def _decays(log_a: Tensor, sign: Tensor | None, Q: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,15 +140,20 @@ def _decays(log_a: Tensor, sign: Tensor | None, Q: int) -> tuple[Tensor, Tensor,
     the chunk's start to t, and from t to its end, (B, T, H) each."""
     total = log_a.unflatten(1, (-1, Q)).cumsum(2)
     by_head = total.transpose(2, 3)
-    ahead = torch.ones(Q, Q, dtype=torch.bool, device=log_a.device).triu(1)
-    L = (by_head[..., :, None] - by_head[..., None, :]).masked_fill_(ahead, -torch.inf).exp_()
-    from_start, to_end = total.exp(), (total[:, :, -1:] - total).exp()
+    L = _product(by_head[..., :, None] - by_head[..., None, :]).tril_()
+    from_start, to_end = _product(total), _product(total[:, :, -1:] - total)
     if sign is not None:
         signs = sign.unflatten(1, (-1, Q)).cumprod(2)
         flips = signs.transpose(2, 3)
         L *= flips[..., :, None] * flips[..., None, :]  # a quotient of signs is their product
         from_start, to_end = from_start * signs, to_end * (signs[:, :, -1:] * signs)
     return L, from_start.flatten(1, 2), to_end.flatten(1, 2)
+
+
+def _product(log_a: Tensor) -> Tensor:
+    """exp, from -60 to 0: a decay is at most 1, of e^-60 nothing is left in any sum, and what is smaller still is no
+    longer a normal number, with which processors are many times slower."""
+    return log_a.clamp(-60, 0).exp_()
 
 
 def _groups(m: Tensor, Q: int) -> Tensor:
@@ -217,8 +228,8 @@ def chunked(
     """Mamba-2 by `chunked_recurrence`."""
     delta = F.softplus(dt + dt_bias)
     log_a, sign = log_decay(delta, A, negative)
-    y, h = chunked_recurrence(x, log_a, delta, B, C, initial_state, sign)
-    return (y + D[:, None] * x).to(x.dtype), h
+    y, h = chunked_recurrence(x, log_a, delta, B, C, initial_state, sign, D)
+    return y.to(x.dtype), h
 
 
 def step_reference(

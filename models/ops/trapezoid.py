@@ -119,7 +119,7 @@ def chunked(
         )
     before_x, before_B = torch.cat([before_x, x[:, :-1]], 1), torch.cat([before_B, B[:, :-1]], 1)
     y, g = ssd.chunked_recurrence(before_x, log_alpha, earlier, before_B, C, h)
-    y = y + (D + own * (C * B).sum(-1))[..., None] * x
+    y = torch.addcmul(y, (D + own * (C * B).sum(-1))[..., None].to(x.dtype), x)
     h = g + (own[:, -1, :, None] * x[:, -1])[..., None] * B[:, -1, :, None, :]
     return y.to(x.dtype), State(theta[:, -1], h, B[:, -1:], x[:, -1])
 

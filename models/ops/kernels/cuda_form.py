@@ -17,13 +17,14 @@ from torch.nn import functional as F
 from models.ops.attention import rotate
 from models.ops.experts import grouped as experts
 from models.ops.rms_norm import fused as rms_norm
+from models.ops.rms_norm import gated_fused as gated_rms_norm
 from models.ops.selective_scan import CHUNK
 from models.ops.swiglu import reference as swiglu
 from models.ops.trapezoid import State, log_alpha_and_delta
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "rms_norm", "rotate", "selective_scan", "selective_scan_step",
+    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "rms_norm", "rotate", "selective_scan", "selective_scan_step",
     "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
 from models.ops.experts import by_expert as experts
-from models.ops.kernels import numba_conv, numba_norm, numba_rotary, numba_scan, numba_step, numba_swiglu
+from models.ops.kernels import numba_conv, numba_gated_norm, numba_norm, numba_rotary, numba_scan, numba_step, numba_swiglu
 from models.ops.selective_scan import forward_flops
 from models.ops.selective_scan import step_reference as selective_scan_step
 from models.ops.ssd import chunked as ssd
@@ -18,7 +18,7 @@ from models.ops.trapezoid import step as trapezoid_step
 
 # ssd and trapezoid are matrix products, which torch does best; numba has what surrounds them
 __all__ = [
-    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "mamba_step", "rms_norm", "rotate",
+    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "mamba_step", "rms_norm", "rotate",
     "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
@@ -77,6 +77,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype in _SMALL:
         return numba_norm.rms_norm(x.float(), weight.float(), eps).to(x.dtype)
     return numba_norm.rms_norm(x, weight, eps)
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    if y.dtype in _SMALL:
+        y32, z32, weight32 = _real(y, z, weight)
+        return numba_gated_norm.gated_rms_norm(y32, z32, weight32, eps, groups).to(y.dtype)
+    return numba_gated_norm.gated_rms_norm(y, z, weight, eps, groups)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

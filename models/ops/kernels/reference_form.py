@@ -5,6 +5,7 @@ from models.ops.causal_conv1d import reference as causal_conv1d
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
 from models.ops.experts import reference as experts
 from models.ops.lstm import reference as lstm
+from models.ops.rms_norm import gated as gated_rms_norm
 from models.ops.rms_norm import reference as rms_norm
 from models.ops.selective_scan import reference as selective_scan
 from models.ops.selective_scan import step_reference as selective_scan_step
@@ -15,6 +16,6 @@ from models.ops.trapezoid import reference as trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "lstm", "rms_norm", "rotate", "selective_scan",
+    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "lstm", "rms_norm", "rotate", "selective_scan",
     "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from models.ops.causal_conv1d import step_reference as causal_conv1d_step
 from models.ops.experts import by_expert as experts
 from models.ops.lstm import fused as lstm
 from models.ops.rms_norm import fused as rms_norm
+from models.ops.rms_norm import gated_fused as gated_rms_norm
 from models.ops.selective_scan import chunked as selective_scan
 from models.ops.selective_scan import step_reference as selective_scan_step
 from models.ops.ssd import chunked as ssd
@@ -15,6 +16,6 @@ from models.ops.trapezoid import chunked as trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "lstm", "rms_norm", "rotate", "selective_scan",
+    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "lstm", "rms_norm", "rotate", "selective_scan",
     "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
