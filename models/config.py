@@ -170,6 +170,8 @@ def _changed(config: Any, key: str, path: list[str], value: Any) -> Any:
     known = list(config) if table else [field.name for field in fields(config)]
     if name not in known:
         raise ConfigError(f"unknown model setting '{key}': {nearest(name, known)}")
+    if name == "kind":
+        raise ConfigError(f"'{key}' is what the table is, not a setting of it: take a preset of the other kind")
     now: Any = config[name] if table else getattr(config, name)
     if rest:
         if now is None:

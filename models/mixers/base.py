@@ -81,11 +81,12 @@ def at_least_float32() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
-def without_cuda_kernels(config: Any, selection: Selection) -> Selection:
-    """The official CUDA kernels know state transitions in (0, 1) only: for others `auto` falls back to torch, aloud."""
-    if selection.name != "cuda" or not config.negative_eigenvalues:
+def within_cuda_limits(config: Any, selection: Selection) -> Selection:
+    """The official CUDA kernels do not take every shape (`config.cuda_limit()` says what stands in the way): `auto`
+    then falls back to torch, aloud. Raises BackendUnavailableError where cuda was asked for by name."""
+    problem = config.cuda_limit() if selection.name == "cuda" else None
+    if problem is None:
         return selection
-    problem = "the CUDA kernels have no negative_eigenvalues"
     if selection.asked == "cuda":
         raise BackendUnavailableError(f"backend 'cuda' cannot run this {config.kind}: {problem}; choose 'torch'")
     return Selection("torch", selection.asked, fallback=problem)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
-from models.mixers.base import Mixer, at_least_float32, without_cuda_kernels
+from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection
 from models.ops.selective_scan import forward_flops
@@ -47,6 +47,13 @@ class MambaConfig:
 
     def check(self, width: int) -> None:
         """Fits every width."""
+
+    def cuda_limit(self) -> str | None:
+        if self.negative_eigenvalues:
+            return "the CUDA kernels have no negative_eigenvalues"
+        if not 2 <= self.conv_width <= 4:
+            return f"the CUDA convolution has 2 to 4 taps, not conv_width = {self.conv_width}"
+        return f"the CUDA scan has states up to 256, not {self.state}" if self.state > 256 else None
 
     def sizes(self, width: int) -> tuple[int, int, int]:
         """E, N, R."""
@@ -101,7 +108,7 @@ class Mamba(Mixer):
 
     @classmethod
     def select(cls, config: MambaConfig, device: torch.device) -> Selection:
-        return without_cuda_kernels(config, super().select(config, device))
+        return within_cuda_limits(config, super().select(config, device))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         for linear in (self.in_proj, self.x_proj, self.out_proj):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.errors import ConfigError
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
-from models.mixers.base import Mixer, at_least_float32, without_cuda_kernels
+from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection
 from models.ops.ssd import forward_flops
@@ -60,6 +60,13 @@ class Mamba2Config:
     def check(self, width: int) -> None:
         divides(self, self.expand * width, "the expanded width", "head_width")
         divides(self, self.expand * width // self.head_width, "the number of heads", "groups")
+
+    def cuda_limit(self) -> str | None:
+        if self.negative_eigenvalues:
+            return "the CUDA kernels have no negative_eigenvalues"
+        if not 2 <= self.conv_width <= 4:
+            return f"the CUDA convolution has 2 to 4 taps, not conv_width = {self.conv_width}"
+        return None
 
     def sizes(self, width: int) -> tuple[int, int, int]:
         """E, H, and the channels of the convolution: x, B and C."""
@@ -116,7 +123,7 @@ class Mamba2(Mixer):
 
     @classmethod
     def select(cls, config: Mamba2Config, device: torch.device) -> Selection:
-        return without_cuda_kernels(config, super().select(config, device))
+        return within_cuda_limits(config, super().select(config, device))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         config = self.config
@@ -166,9 +173,7 @@ class Mamba2(Mixer):
         return u, B, C
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(
-            self.ops.gated_rms_norm(y, z, self.norm_weight, self.config.norm_eps, self.norm_groups)
-        )
+        return self.out_proj(self.ops.gated_rms_norm(y, z, self.norm_weight, self.config.norm_eps, self.norm_groups))
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
         """Of the same size for every `max_len`."""

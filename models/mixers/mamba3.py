@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.errors import BackendUnavailableError, ConfigError
 from models.initialisation import reset_linear, reset_step_sizes
-from models.mixers.base import Mixer, at_least_float32
+from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
 from models.ops.kernels import Selection
 from models.ops.trapezoid import State, forward_flops
 from models.settings import divides, numbers, one_of, positive, step_sizes
@@ -64,6 +64,12 @@ class Mamba3Config:
     def check(self, width: int) -> None:
         divides(self, self.expand * width, "the expanded width", "head_width")
         divides(self, self.expand * width // self.head_width, "the number of heads", "groups")
+
+    def cuda_limit(self) -> str | None:
+        odd = [size for size in (self.state, self.head_width) if size & (size - 1)]
+        if odd:
+            return f"Mamba-3's CUDA kernels have states and heads of a power of two, not {odd[0]}"
+        return "Mamba-3's CUDA kernels rotate an even number of pairs" if self.pairs % 2 else None
 
     def sizes(self, width: int) -> tuple[int, int, int]:
         """E, H, and the entries of B or of C in the projection."""
@@ -129,7 +135,7 @@ class Mamba3(Mixer):
     @classmethod
     def select(cls, config: Mamba3Config, device: torch.device) -> Selection:
         if config.rank == 1:
-            return super().select(config, device)
+            return within_cuda_limits(config, super().select(config, device))
         if config.backend not in ("auto", "reference"):
             problem = "the MIMO form (rank above 1) has only 'reference'"
             raise BackendUnavailableError(f"backend '{config.backend}' cannot run this mamba3: {problem}")

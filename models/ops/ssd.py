@@ -139,12 +139,12 @@ def _decays(log_a: Tensor, sign: Tensor | None, Q: int) -> tuple[Tensor, Tensor,
     """Products of the decays, from log_a (B, T, H) by chunks: L (B, c, H, Q, Q) from step s to t, 0 where s > t; from
     the chunk's start to t, and from t to its end, (B, T, H) each."""
     total = log_a.unflatten(1, (-1, Q)).cumsum(2)
-    by_head = total.transpose(2, 3)
+    by_head = total.transpose(2, 3).contiguous()  # L takes its layout in memory from this
     L = _product(by_head[..., :, None] - by_head[..., None, :]).tril_()
     from_start, to_end = _product(total), _product(total[:, :, -1:] - total)
     if sign is not None:
         signs = sign.unflatten(1, (-1, Q)).cumprod(2)
-        flips = signs.transpose(2, 3)
+        flips = signs.transpose(2, 3).contiguous()
         L *= flips[..., :, None] * flips[..., None, :]  # a quotient of signs is their product
         from_start, to_end = from_start * signs, to_end * (signs[:, :, -1:] * signs)
     return L, from_start.flatten(1, 2), to_end.flatten(1, 2)

@@ -24,8 +24,8 @@ from models.ops.trapezoid import State, log_alpha_and_delta
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "rms_norm", "rotate", "selective_scan", "selective_scan_step",
-    "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
+    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "rms_norm", "rotate", "selective_scan",
+    "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses

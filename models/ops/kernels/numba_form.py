@@ -8,7 +8,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
 from models.ops.experts import by_expert as experts
-from models.ops.kernels import numba_conv, numba_gated_norm, numba_norm, numba_rotary, numba_scan, numba_step, numba_swiglu
+from models.ops.kernels import (
+    numba_conv,
+    numba_gated_norm,
+    numba_norm,
+    numba_rotary,
+    numba_scan,
+    numba_step,
+    numba_swiglu,
+)
 from models.ops.selective_scan import forward_flops
 from models.ops.selective_scan import step_reference as selective_scan_step
 from models.ops.ssd import chunked as ssd
@@ -18,8 +26,8 @@ from models.ops.trapezoid import step as trapezoid_step
 
 # ssd and trapezoid are matrix products, which torch does best; numba has what surrounds them
 __all__ = [
-    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "mamba_step", "rms_norm", "rotate",
-    "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
+    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "mamba_step", "rms_norm",
+    "rotate", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 

@@ -31,7 +31,9 @@ def _forward(kind, y_at, z_at, weight_at, out_at, eps, M, G, E, first, last):
 
 
 @compiled
-def _backward(kind, y_at, z_at, weight_at, d_out_at, scratch_at, d_y_at, d_z_at, d_weight_at, eps, M, G, E, first, last):
+def _backward(
+    kind, y_at, z_at, weight_at, d_out_at, scratch_at, d_y_at, d_z_at, d_weight_at, eps, M, G, E, first, last
+):
     """d_weight (tasks, G, E): partial sums. scratch (tasks, 2, E): y silu(z) and sigmoid(z) of a row's group."""
     y, z, d_out = at(y_at, kind, (M, G, E)), at(z_at, kind, (M, G, E)), at(d_out_at, kind, (M, G, E))
     d_y, d_z = at(d_y_at, kind, (M, G, E)), at(d_z_at, kind, (M, G, E))
@@ -121,5 +123,7 @@ _norm.register_autograd(_differentiate, setup_context=_save)
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
     """As `models.ops.rms_norm.gated`, in float32 or float64."""
     if not torch.is_grad_enabled() and y.is_cpu:
-        return _normalise(y, z, weight, eps, groups)  # as for the plain norm: a decode step's work is less than dispatch
+        return _normalise(
+            y, z, weight, eps, groups
+        )  # as for the plain norm: a decode step's work is less than dispatch
     return _norm(y, z, weight, eps, groups)
