@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.data.batches import Batches
 from experiments.data.dataset import TokenSplit
 from experiments.errors import CorpusError
-from experiments.evaluation import evaluate, mean_loss
+from experiments.evaluation import evaluate, evaluate_masked, expert_load, mean_loss
+from experiments.objectives import Objective
+from models.language_model import LanguageModel
+from models.presets import preset
 
 V = 32
+CAUSAL, MASKED = Objective("causal", V), Objective("masked", V)
 
 
 class Stub(nn.Module):
@@ -73,4 +78,71 @@ def test_too_short_is_an_error() -> None:
     with pytest.raises(CorpusError, match="context = 8 needs 9"):
         run(Stub(), np.arange(8) % V)
     with pytest.raises(CorpusError, match="context = 8 needs 9"):
-        mean_loss(Stub(), split(np.arange(8)), context=8, sequences=2, precision="float32")  # type: ignore[arg-type]
+        mean_loss(Stub(), split(np.arange(8)), CAUSAL, context=8, sequences=2, precision="float32")  # type: ignore[arg-type]
+    with pytest.raises(CorpusError, match="context = 8 needs 9"):
+        evaluate_masked(Stub(), split(np.arange(8)), MASKED, context=8, batch=2, precision="float32")  # type: ignore[arg-type]
+
+
+class Guesser(Stub):
+    """Says `word` everywhere, by `favour` nats; notes what it was given."""
+
+    def __init__(self, word: int, favour: float) -> None:
+        super().__init__(favour)
+        self.word, self.seen = word, []
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert not self.training
+        self.seen.append(tokens)
+        return self.favour * nn.functional.one_hot(torch.full_like(tokens, self.word), V + 1).float()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_masked_loss_and_accuracy_by_hand(batch: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, 3, 1001)
+    model, objective = Guesser(2, 3.0), Objective("masked", V, seed=7)
+    quality = evaluate_masked(model, split(tokens), objective, context=50, batch=batch, precision="float32")  # type: ignore[arg-type]
+    # what is hidden is a function of the window's place alone: seed 0, step by step
+    right = count = 0
+    for step, rows in enumerate(torch.from_numpy(tokens[:1000]).view(20, 50).split(batch)):
+        inputs, targets = Objective("masked", V, seed=0).batch(rows, rows, step)
+        assert torch.equal(inputs, model.seen[step])
+        count += int((targets >= 0).sum())
+        right += int((targets == 2).sum())
+    assert quality.tokens == count
+    assert quality.masked_accuracy == pytest.approx(right / count)
+    miss = math.log(math.exp(3) + V)
+    assert quality.masked_token_loss == pytest.approx(miss - 3 * right / count, rel=1e-5)
+    assert set(quality.to_dict()) == {"masked_token_loss", "masked_accuracy", "tokens"}
+    assert 0.1 * 1000 < count < 0.2 * 1000
+
+
+def test_the_curve_is_the_mean_over_what_is_to_be_predicted() -> None:
+    tokens = split(np.random.default_rng(1).integers(0, V, 500))
+    for name, objective in (("causal", CAUSAL), ("masked", Objective("masked", V, seed=3))):
+        config = preset("transformer-tiny").with_overrides({"vocabulary": objective.model_vocabulary})
+        model = LanguageModel(config, seed=0)
+        with torch.no_grad():
+            model.norm.weight *= 10  # far from uniform
+        length = {"context": 20, "sequences": 4, "precision": "float32"}
+        got = mean_loss(model, tokens, objective, **length)
+        again = mean_loss(model, tokens, Objective(name, V, seed=99), **length)
+        assert got == again  # the same windows and the same hidden tokens for every seed of training
+        assert model.training
+        inputs, targets = Objective(name, V).batch(*Batches(tokens.tokens, context=20, batch=4, seed=0).at(0), 0)
+        with torch.no_grad():
+            expected = nn.functional.cross_entropy(model.eval()(inputs).flatten(0, 1), targets.flatten())
+        assert got == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_load_of_experts_sums_to_one_in_each_layer() -> None:
+    config = preset("moe-tiny").with_overrides({"vocabulary": V, "layers": 3})
+    model = LanguageModel(config, seed=0)
+    loads = expert_load(model, split(np.random.default_rng(1).integers(0, V, 500)), context=20, sequences=4)
+    assert [len(load) for load in loads] == [8, 8, 8]
+    assert [sum(load) for load in loads] == pytest.approx([1, 1, 1])
+    assert (
+        expert_load(
+            LanguageModel(preset("transformer-tiny"), seed=0), split(np.arange(99) % V), context=20, sequences=4
+        )
+        == []
+    )

@@ -5,10 +5,11 @@ import torch
 
 from experiments.gates import Gate, check
 from models.language_model import LanguageModel
-from models.presets import preset
+from models.presets import PRESETS, preset
 
 TOKENS = torch.randint(0, 512, (2, 24), generator=torch.Generator().manual_seed(0))
-NAMES = ["initial loss near ln(vocabulary)", "causality", "forward = prefill + steps", "fast form = reference"]
+NAMES = ["fast form = reference", "initial loss near ln(vocabulary)", "causality", "forward = prefill + steps"]
+TINY = [name for name in PRESETS if name.endswith("-tiny")]
 
 
 def sound(name: str) -> LanguageModel:
@@ -40,14 +41,41 @@ class WrongFast(LanguageModel):
         return super().forward(tokens) * 1.1
 
 
-@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
+@pytest.mark.parametrize("name", [*TINY, "gpt1"])
 def test_sound_models_pass(name: str) -> None:
     assert failed(sound(name)) == []
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "gpt1"])
+def test_a_model_that_sees_both_ways_is_not_asked_to_decode(name: str) -> None:
+    model = LanguageModel(preset(name).with_overrides({"mixer.causal": False}), seed=0)
+    gates = check(model, TOKENS)
+    assert [gate.name for gate in gates] == NAMES[:2]
+    assert all(gate.passed for gate in gates)
+
+
+def test_a_model_with_given_weights_may_start_with_any_loss() -> None:
+    model = sound("transformer-tiny")
+    with torch.no_grad():
+        model.norm.weight *= 20
+    assert NAMES[1] in failed(model)
+    gates = check(model, TOKENS, untrained=False)
+    assert [gate.name for gate in gates] == [name for name in NAMES if name != NAMES[1]]
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
 def test_leak(name: str) -> None:
     assert "causality" in failed(Leaking(preset(name), seed=0))
+
+
+class LeakingMore(LanguageModel):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(tokens)
+        return logits + 1e-3 * logits.mean(1, keepdim=True)
+
+
+def test_a_leak_beyond_the_rounding_of_experts() -> None:
+    assert "causality" in failed(LeakingMore(preset("moe-tiny"), seed=0))
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
@@ -63,7 +91,7 @@ def test_not_uniform_at_the_start() -> None:
     model = sound("transformer-tiny")
     with torch.no_grad():
         model.embedding.weight *= 8
-    assert NAMES[0] in failed(model)
+    assert NAMES[1] in failed(model)
 
 
 def test_nan_fails() -> None:

@@ -5,13 +5,16 @@ import pytest
 import torch
 
 from experiments.data.batches import Batches, StreamHash
+from experiments.objectives import IGNORED, Objective
 from experiments.spec import Training
-from experiments.training import NonFiniteLossError, learning_rate_at, train
+from experiments.training import NonFiniteLossError, learning_rate_at, token_loss, train
 from models.language_model import LanguageModel
-from models.presets import preset
+from models.presets import PRESETS, preset
 
 TOKENS = np.random.default_rng(0).integers(1, 64, 4000).astype("<u2")
+CAUSAL = Objective("causal", 64)
 SETTINGS = Training(context=12, batch=3, steps=3, warmup_steps=1)
+TINY = [name for name in PRESETS if name.endswith("-tiny")]
 
 
 def model(name: str = "mamba-tiny", seed: int = 0) -> LanguageModel:
@@ -21,7 +24,7 @@ def model(name: str = "mamba-tiny", seed: int = 0) -> LanguageModel:
 def trained(settings: Training, name: str = "mamba-tiny", seed: int = 0, rate: float = 1e-2):
     made, stream = model(name, seed), StreamHash()
     batches = Batches(TOKENS, context=settings.context, batch=settings.batch, seed=seed)
-    steps = list(train(made, batches, settings, rate, stream))
+    steps = list(train(made, batches, settings, rate, stream, CAUSAL))
     return torch.nn.utils.parameters_to_vector(made.parameters()).detach(), stream.hexdigest(), steps
 
 
@@ -53,18 +56,22 @@ def test_two_micro_batches_are_one_batch(name: str) -> None:
     whole = Batches(TOKENS, context=12, batch=4, seed=0)
     one, two = model(name), model(name)
     settings = Training(context=12, batch=4, steps=3, warmup_steps=1)
-    first = list(train(one, whole, settings, 1e-2, StreamHash()))
+    first = list(train(one, whole, settings, 1e-2, StreamHash(), CAUSAL))
     halved = settings.model_copy(update={"batch": 2, "accumulate": 2})
-    second = list(train(two, Halves(whole), halved, 1e-2, StreamHash()))  # type: ignore[arg-type]
+    second = list(train(two, Halves(whole), halved, 1e-2, StreamHash(), CAUSAL))  # type: ignore[arg-type]
     assert [step.tokens for step in first] == [step.tokens for step in second] == [48, 96, 144]
     for a, b in zip(first, second, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
+@pytest.mark.parametrize("name", [*TINY, "gpt1"])
 def test_same_seed_same_bits(name: str) -> None:
-    (first, _, _), (second, _, _), (other, _, _) = (trained(SETTINGS, name, seed) for seed in (0, 0, 1))
+    runs = []
+    for seed in (0, 0, 1):
+        torch.randn(3)  # draws of others do not matter
+        runs.append(trained(SETTINGS, name, seed))
+    (first, _, _), (second, _, _), (other, _, _) = runs
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
@@ -96,10 +103,79 @@ def test_no_setting_is_ignored(field: str) -> None:
 def test_non_finite_loss_says_where_and_keeps_the_weights() -> None:
     made = model()
     batches = Batches(TOKENS, context=12, batch=3, seed=0)
-    steps = train(made, batches, Training(context=12, batch=3, steps=3, warmup_steps=2), 1e-2, StreamHash())
+    steps = train(made, batches, Training(context=12, batch=3, steps=3, warmup_steps=2), 1e-2, StreamHash(), CAUSAL)
     next(steps)
     made.norm.weight.data[0] = float("inf")
     before = torch.nn.utils.parameters_to_vector(made.parameters()).clone()
     with pytest.raises(NonFiniteLossError, match=r"^loss \S+, gradient norm \S+ at step 2, learning rate 0.01$"):
         next(steps)
     assert torch.equal(before, torch.nn.utils.parameters_to_vector(made.parameters()))
+
+
+def test_dropout_has_a_stream_of_its_own() -> None:
+    """It depends on the seed of the run, not on the model's or on what was drawn before; and it is on in training."""
+    config = preset("gpt1").with_overrides({"vocabulary": 64, "width": 32, "layers": 1})
+    losses = {}
+    for name, seed, dropout in (("a", 0, 0.5), ("b", 1, 0.5), ("none", 0, 0.0), ("none again", 1, 0.0)):
+        made = LanguageModel(config.with_overrides({"dropout": dropout}), seed=5)
+        batches = Batches(TOKENS, context=12, batch=3, seed=0)
+        steps = train(made, batches, SETTINGS, 1e-2, StreamHash(), Objective("causal", 64, seed))
+        losses[name] = [step.loss for step in steps]
+    assert losses["a"] != losses["b"]
+    assert losses["a"] != losses["none"]
+    assert losses["none"] == losses["none again"]
+
+
+def test_the_balance_of_experts_is_trained_and_not_reported() -> None:
+    config = preset("moe-tiny").with_overrides({"vocabulary": 64, "width": 32, "layers": 2})
+    inputs, targets = Batches(TOKENS, context=12, batch=3, seed=0).at(0)
+    grads = {}
+    for weight in (0.0, 10.0):
+        made = LanguageModel(config.with_overrides({"feedforward.balance": weight}), seed=0)
+        loss, balance = token_loss(made, inputs, targets)
+        expected = torch.nn.functional.cross_entropy(made(inputs).flatten(0, 1), targets.flatten())
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert balance.item() == pytest.approx(sum(used.balance.item() for used in made.hidden(inputs).routing))
+        assert 2 * weight * 0.8 <= balance.item() <= 2 * weight * 8
+        steps = train(made, Batches(TOKENS, context=12, batch=3, seed=0), SETTINGS, 1e-2, StreamHash(), CAUSAL)
+        first = next(steps)
+        assert first.loss == pytest.approx(loss.item(), rel=1e-5)
+        grads[weight] = first.gradient_norm
+    assert grads[10.0] > 1.1 * grads[0.0]
+    assert token_loss(model(), inputs, targets)[1] == 0
+
+
+def test_only_hidden_tokens_are_counted() -> None:
+    made = model("transformer-tiny")
+    inputs, targets = Batches(TOKENS, context=12, batch=3, seed=0).at(0)
+    some = torch.full_like(targets, IGNORED)
+    some[0, 3], some[2, 7] = targets[0, 3], targets[2, 7]
+    logits = made(inputs)
+    expected = (logits[0, 3].logsumexp(0) - logits[0, 3, targets[0, 3]]) / 2
+    expected += (logits[2, 7].logsumexp(0) - logits[2, 7, targets[2, 7]]) / 2
+    loss, _ = token_loss(made, inputs, some, some=True)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    whole, _ = token_loss(made, inputs, targets, some=True)
+    assert whole.item() == pytest.approx(token_loss(made, inputs, targets)[0].item(), rel=1e-6)
+
+
+def test_a_model_that_sees_both_ways_learns_what_was_hidden() -> None:
+    """Every second token repeats the one before it: a hidden one can be read off its neighbour, on either side."""
+    text = np.repeat(np.random.default_rng(0).integers(1, 64, 3000), 2).astype("<u2")
+    objective = Objective("masked", 64)
+    settings = Training(context=32, batch=16, steps=150, warmup_steps=10)
+    losses = {}
+    for causal in (False, True):
+        config = preset("transformer-tiny").with_overrides({"vocabulary": 65, "mixer.causal": causal})
+        made, stream = LanguageModel(config, seed=0), StreamHash()
+        batches = Batches(text, context=32, batch=16, seed=0)
+        steps = list(train(made, batches, settings, 1e-2, stream, objective))
+        assert steps[0].loss == pytest.approx(np.log(65), rel=0.05)
+        losses[causal] = np.mean([step.loss for step in steps[-20:]])
+        plain = StreamHash()
+        for step in range(150):
+            plain.update(*batches.at(step))
+        assert stream.hexdigest() == plain.hexdigest()  # of the text, whatever was hidden of it
+    assert losses[False] < 0.75 * np.log(65)
+    assert losses[False] < losses[True] - 0.2

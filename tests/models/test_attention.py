@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.attention import reference, rotate, sdpa
+from models.ops.attention import _banded, reference, rotate, sdpa
 from models.ops.kernels import load
 
 
@@ -18,16 +18,17 @@ def draw(B, H, K, T, S, P, dtype=torch.float64):
     ]
 
 
-def by_hand(q, k, v):
+def by_hand(q, k, v, causal=True, window=None):
     out = torch.empty_like(q)
     B, H, T, P = q.shape
     S, share = k.shape[2], H // k.shape[1]
     for b in range(B):
         for h in range(H):
             for t in range(T):
-                seen = S - T + t + 1
-                weights = (k[b, h // share, :seen] @ q[b, h, t] / math.sqrt(P)).softmax(0)
-                out[b, h, t] = weights @ v[b, h // share, :seen]
+                end = S - T + t + 1 if causal else S
+                seen = slice(max(0, end - window) if window and causal else 0, end)
+                weights = (k[b, h // share, seen] @ q[b, h, t] / math.sqrt(P)).softmax(0)
+                out[b, h, t] = weights @ v[b, h // share, seen]
     return out
 
 
@@ -48,17 +49,77 @@ def test_is_the_definition(form, shape):
     torch.testing.assert_close(form(q, k, v), by_hand(q, k, v), rtol=1e-12, atol=1e-12)
 
 
+# windows that are walked in blocks (T > 2 W), that are a mask, that hide nothing; queries that continue a cache
+MASKS = [{"window": 1}, {"window": 3}, {"window": 8}, {"window": 40}, {"window": 100}, {"causal": False}]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 2, 65, 65, 4), (1, 2, 1, 25, 27, 6)], ids=str)
+@pytest.mark.parametrize("form", [reference, sdpa])
+def test_is_the_definition_behind_every_mask(form, shape, mask):
+    q, k, v = draw(*shape)
+    torch.testing.assert_close(form(q, k, v, **mask), by_hand(q, k, v, **mask), rtol=1e-12, atol=1e-12)
+
+
+@given(data=st.data(), share=st.integers(1, 3), K=st.integers(1, 2), T=st.integers(1, 40), W=st.integers(1, 20))
+@settings(max_examples=30, deadline=None)
+def test_blocks_of_a_window_are_the_mask(data, share, K, T, W):
+    behind = data.draw(st.integers(0, 30))
+    q, k, v = draw(2, share * K, K, T, T + behind, 2)
+    expected = reference(q, k, v, window=W)
+    torch.testing.assert_close(_banded(q, k, v, W), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sdpa(q, k, v, window=W), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", [reference, sdpa])
+@pytest.mark.parametrize("T", [5, 30])
+def test_what_a_window_hides_is_nothing_at_all(form, T):
+    """Not a very small weight: huge values and infinities outside leave no trace."""
+    q, k, v = draw(1, 2, 2, T, T, 4)
+    expected = form(q, k, v, window=4)
+    k[:, :, : T - 4] *= 1e6
+    v[:, :, : T - 4] = 1e300
+    assert torch.equal(form(q, k, v, window=4)[:, :, -1], expected[:, :, -1])
+
+
+def test_blocks_of_a_window_never_hold_the_whole_matrix():
+    T, W = 512, 16
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for one in out if isinstance(out, tuple | list) else [out]:
+                largest = max(largest, one.numel() if isinstance(one, torch.Tensor) else 0)
+            return out
+
+    with Watch():
+        sdpa(*draw(1, 1, 1, T, T, 2), window=W)
+    assert largest <= (T + W) * 2 * W
+
+
+@pytest.mark.parametrize("mask", [{}, *MASKS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_of_the_fused_form(shape, dtype):
+def test_gradients_of_the_fused_form(shape, dtype, mask):
     gradients = []
     for form, kind in ((sdpa, dtype), (reference, torch.float64)):
         leaves = [x.to(kind).requires_grad_() for x in draw(*shape, dtype=dtype)]
-        (form(*leaves) * torch.linspace(-1, 2, shape[5], dtype=kind)).sum().backward()
+        y = form(*leaves, **mask)
+        (
+            y * torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(kind)
+        ).sum().backward()
         gradients.append([x.grad.double() for x in leaves])
     tolerance = 1e-5 if dtype is torch.float32 else 1e-12
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("mask", [{}, {"window": 2}, {"causal": False}], ids=str)
+def test_gradients_of_the_reference_are_those_of_finite_differences(mask):
+    leaves = [x.requires_grad_() for x in draw(1, 2, 1, 3, 5, 2)]
+    assert torch.autograd.gradcheck(lambda *qkv: reference(*qkv, **mask), leaves)
 
 
 ROTATIONS = {"reference": rotate, "numba": load("numba").rotate}
@@ -135,7 +196,8 @@ def test_the_compiled_step_is_the_last_row_of_the_whole(dtype, tolerance, H, K, 
     q, k, v = rotate(qkv, H + K, 0, base).transpose(1, 2).split([H, K, K], 1)
     keys, values = (torch.zeros(2, K, length + 3, P, dtype=dtype) for _ in range(2))
     keys[:, :, :length], values[:, :, :length] = k[:, :, :length], v[:, :, :length]
-    y = load("numba").attention_step(qkv[:, -1].to(dtype).contiguous(), base, keys, values, length)
+    now = qkv[:, -1].to(dtype).contiguous()
+    y = load("numba").attention_step(now, base, keys, values, length, length, length + 1)
     torch.testing.assert_close(
         y.double().view(2, H, P), reference(q, k, v)[:, :, -1], rtol=10 * tolerance, atol=10 * tolerance
     )
@@ -144,12 +206,31 @@ def test_the_compiled_step_is_the_last_row_of_the_whole(dtype, tolerance, H, K, 
         assert not cache[:, :, length + 1 :].any()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("length", [0, 3, 4, 5, 17])
+def test_the_compiled_step_writes_into_a_ring(dtype, tolerance, length):
+    """A window of 5 in 5 slots: position t stands in slot t % 5, and what it overwrites is out of sight."""
+    B, H, K, P, W, base = 2, 4, 2, 6, 5, 300.0
+    qkv = torch.randn(B, length + 1, H + 2 * K, P, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    q, k, v = rotate(qkv, H + K, 0, base).transpose(1, 2).split([H, K, K], 1)
+    keys, values = (torch.zeros(B, K, W, P, dtype=dtype) for _ in range(2))
+    for t in range(length):
+        keys[:, :, t % W], values[:, :, t % W] = k[:, :, t].to(dtype), v[:, :, t].to(dtype)
+    now = qkv[:, -1].to(dtype).contiguous()
+    y = load("numba").attention_step(now, base, keys, values, length, length % W, min(length + 1, W))
+    expected = reference(q[:, :, -1:], k, v, window=W)[:, :, 0]
+    torch.testing.assert_close(y.double().view(B, H, P), expected, rtol=10 * tolerance, atol=10 * tolerance)
+    for cache, whole in ((keys, k), (values, v)):
+        for t in range(max(0, length - W + 1), length + 1):
+            torch.testing.assert_close(cache[:, :, t % W].double(), whole[:, :, t], rtol=tolerance, atol=tolerance)
+
+
 def test_the_compiled_step_with_scores_far_beyond_the_range_of_exp():
     P, length = 8, 50
     g = torch.Generator().manual_seed(3)
     qkv = torch.randn(1, 3, P, generator=g) * 40
     keys, values = torch.randn(2, 1, 1, length + 1, P, generator=g) * 40
-    y = load("numba").attention_step(qkv, 300.0, keys, values, length)
+    y = load("numba").attention_step(qkv, 300.0, keys, values, length, length, length + 1)
     q = rotate(qkv.double()[None], 1, length, 300.0)[0, :, :1, None]
     scores = (q @ keys.double().mT / math.sqrt(P)).squeeze()
     assert scores.max() - scores[0] > 1000  # in float32 its exponential is infinite

@@ -99,3 +99,22 @@ def test_no_chunk_holds_more_than_it_may(monkeypatch):
     with Watch():
         ops.linear_cross_entropy(hidden, weight, targets).backward()
     assert largest <= max(4 * V, V * D, M * D)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("rows", [2, 1000])
+def test_with_the_bias_of_a_head(monkeypatch, dtype, tolerance, rows):
+    monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * V * rows)
+    hidden, weight, targets = draw(dtype)
+    bias = torch.randn(V, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype).requires_grad_()
+    loss = ops.linear_cross_entropy(hidden, weight, targets, bias)
+    gradients = torch.autograd.grad(3 * loss, (hidden, weight, bias))
+    h, w, b = (x.detach().double().requires_grad_() for x in (hidden, weight, bias))
+    logits = h @ w.t() + b
+    expected = (logits.exp().sum(1).log() - logits[torch.arange(M), targets]).mean()
+    assert loss.dtype == dtype
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for actual, wanted in zip(gradients, torch.autograd.grad(3 * expected, (h, w, b)), strict=True):
+        assert actual.dtype == dtype
+        assert (actual.double() - wanted).abs().max() < tolerance * wanted.abs().max()
+    assert ops.reference(hidden, weight, targets, bias).item() == pytest.approx(expected.item(), rel=1e-5)

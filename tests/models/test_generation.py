@@ -5,16 +5,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.config import AttentionConfig, MambaConfig, ModelConfig
+from models import checkpoint
+from models.config import ModelConfig
 from models.errors import ConfigError
 from models.generation import Sampling, generate
 from models.language_model import LanguageModel
+from models.mixers.attention import AttentionConfig
+from models.mixers.lstm import LSTMConfig
+from models.mixers.mamba import MambaConfig
+from models.mixers.mamba2 import Mamba2Config
+from models.mixers.mamba3 import Mamba3Config
 from models.ops.attention import _rotary_table
+from models.presets import preset
 
 MIXERS = {
     "attention": AttentionConfig(heads=2, kv_heads=1),
+    "window": AttentionConfig(heads=2, window=4),
     "mamba-numba": MambaConfig(state=4, backend="numba"),
     "mamba-torch": MambaConfig(state=4, backend="torch"),
+    "mamba2": Mamba2Config(state=4, head_width=8),
+    "mamba3": Mamba3Config(state=4, head_width=8),
+    "lstm": LSTMConfig(),
 }
 
 
@@ -148,3 +159,31 @@ def test_bad_values_are_user_errors(values, word):
 def test_an_empty_prompt_is_a_user_error():
     with pytest.raises(ConfigError, match="at least one"):
         next(generate(build("attention"), torch.zeros(1, 0, dtype=torch.int64), 3, Sampling()))
+
+
+def test_a_model_without_a_mask_cannot_generate():
+    model = LanguageModel(preset("transformer-tiny").with_overrides({"mixer.causal": False}), seed=0)
+    with pytest.raises(ConfigError, match="cannot decode"):
+        next(generate(model, PROMPT, 3, Sampling()))
+
+
+@torch.no_grad()
+def test_a_model_from_disk_generates_without_dropout(tmp_path):
+    config = preset("gpt1").with_overrides({"vocabulary": 29, "width": 16, "layers": 2, "dropout": 0.5})
+    made = LanguageModel(config, seed=0)
+    made.head.weight.mul_(30)
+    checkpoint.save(made, tmp_path)
+    texts = [torch.stack(list(generate(checkpoint.load(tmp_path), PROMPT, 12, Sampling())), 1) for _ in range(2)]
+    expected = torch.stack(list(generate(made.eval(), PROMPT, 12, Sampling())), 1)
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], expected)
+
+
+@torch.no_grad()
+def test_learned_positions_end_in_one_line():
+    model = LanguageModel(preset("gpt1").with_overrides({"width": 16, "layers": 1, "mixer.heads": 2}), seed=0).eval()
+    prompt = torch.zeros(1, 98, dtype=torch.int64)
+    assert len(list(generate(model, prompt, 3, Sampling()))) == 3  # the last one is chosen, not read
+    with pytest.raises(ConfigError, match=r"has 100 learned positions, 101 tokens were given: use fewer") as caught:
+        list(generate(model, prompt, 4, Sampling()))
+    assert "\n" not in str(caught.value)

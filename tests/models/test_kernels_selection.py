@@ -7,10 +7,17 @@ import textwrap
 import pytest
 import torch
 
-from models.config import AttentionConfig, MambaConfig, ModelConfig
+from models.config import ModelConfig
 from models.errors import BackendUnavailableError, ConfigError
 from models.language_model import LanguageModel
+from models.mixers import MIXERS
+from models.mixers.attention import AttentionConfig
+from models.mixers.lstm import LSTMConfig
+from models.mixers.mamba import MambaConfig
+from models.mixers.mamba2 import Mamba2Config
+from models.mixers.mamba3 import Mamba3Config
 from models.ops import kernels
+from models.presets import preset
 
 CPU = torch.device("cpu")
 
@@ -26,8 +33,47 @@ def test_auto_on_a_cpu_is_numba():
 
 @pytest.mark.parametrize("name", ["reference", "torch", "numba"])
 def test_what_is_asked_for_is_what_runs(name):
-    assert model(MambaConfig(backend=name)).backend == kernels.Selection(name, name)
+    for mixer in (MambaConfig(backend=name), Mamba2Config(head_width=8, backend=name),
+                  Mamba3Config(head_width=8, backend=name)):  # fmt: skip
+        assert model(mixer).backend == kernels.Selection(name, name)
     assert kernels.load(name).__name__.endswith(f".{name}_form")
+
+
+def test_what_is_best_without_a_compiled_form_is_no_fallback():
+    assert model(LSTMConfig()).backend == kernels.Selection("torch", "auto")
+    assert model(LSTMConfig(backend="reference")).backend == kernels.Selection("reference", "reference")
+
+
+def test_a_model_of_several_kinds_says_all_that_runs():
+    assert LanguageModel(preset("hybrid-tiny"), seed=None).backend == kernels.Selection("numba", "auto")
+    mixed = preset("hybrid-tiny").with_overrides({"hybrid.blocks.T.mixer.backend": "sdpa"})
+    assert LanguageModel(mixed, seed=None).backend == kernels.Selection("numba+sdpa", "auto+sdpa")
+
+
+@pytest.mark.parametrize("kind", [MambaConfig, Mamba2Config])
+def test_negative_eigenvalues_are_beyond_the_cuda_kernels(kind, monkeypatch):
+    monkeypatch.setattr(kernels, "unavailable", lambda *of: None)
+    gpu = torch.device("cuda")
+    select = MIXERS[kind().kind].select
+    assert select(kind(), gpu) == kernels.Selection("cuda", "auto")
+    chosen = select(kind(negative_eigenvalues=True), gpu)
+    assert (chosen.name, chosen.asked) == ("torch", "auto")
+    assert "negative_eigenvalues" in chosen.fallback
+    with pytest.raises(BackendUnavailableError, match=r"have no negative_eigenvalues; choose 'torch'") as caught:
+        select(kind(negative_eigenvalues=True, backend="cuda"), gpu)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "numba"])
+def test_a_form_has_every_operation(name):
+    form = kernels.load(name)
+    operations = {
+        "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "rms_norm", "rotate", "selective_scan",
+        "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
+    }  # fmt: skip
+    extra = {"attention_step", "mamba_step"} if name == "numba" else {"lstm"}
+    assert set(form.__all__) == operations | extra
+    assert all(callable(getattr(form, operation)) for operation in form.__all__)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +84,7 @@ def test_attention_says_what_it_runs(asked, name):
 
 
 def test_auto_without_numba_falls_back_aloud(monkeypatch):
-    monkeypatch.setattr(kernels, "unavailable", lambda name, device: "no such library" if name == "numba" else None)
+    monkeypatch.setattr(kernels, "unavailable", lambda name, *of: "no such library" if name == "numba" else None)
     chosen = kernels.select("auto", CPU)
     assert (chosen.name, chosen.asked) == ("torch", "auto")
     assert chosen.fallback == "numba: no such library"
@@ -72,6 +118,9 @@ def test_a_broken_import_names_how_to_install(monkeypatch):
         (MambaConfig(backend="x"), "known: auto, cuda, numba, reference, torch"),
         (AttentionConfig(heads=2, backend="refrence"), "did you mean 'reference'"),
         (AttentionConfig(heads=2, backend="x"), "known: auto, numba, reference, sdpa"),
+        (Mamba2Config(head_width=8, backend="sdpa"), "unknown backend 'sdpa'"),
+        (Mamba3Config(head_width=8, backend="tourch"), "did you mean 'torch'"),
+        (LSTMConfig(backend="numba"), "unknown backend 'numba'.*known: auto, reference, torch"),
     ],
 )
 def test_an_unknown_form_is_a_user_error(mixer, hint):
@@ -87,11 +136,15 @@ def test_everything_but_the_kernels_works_without_their_libraries():
             sys.modules[name] = None
         import torch
         import models
-        from models.config import MambaConfig, ModelConfig
+        from models.config import ModelConfig
+        from models.mixers.mamba import MambaConfig
         from models import checkpoint, cost, generation, hf, presets
         from models.language_model import LanguageModel
         text = torch.zeros(1, 3, dtype=torch.int64)
         LanguageModel(presets.preset("transformer-tiny"), seed=0)(text).sum().backward()
+        for name in presets.PRESETS:
+            if name.endswith("-tiny"):
+                LanguageModel(presets.preset(name), seed=0)(text).sum().backward()
         mamba = LanguageModel(presets.preset("mamba-tiny"), seed=0)
         mamba(text).sum().backward()
         print(mamba.backend.name, mamba.backend.fallback)

@@ -21,18 +21,20 @@ def draw(dtype):
     ]
 
 
-def composed(uz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, conv, state):
+def composed(uz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, conv, state, negative):
     u, z = uz.chunk(2, -1)
     u = causal_conv1d.step_reference(u, conv_weight, conv_bias, conv)
     dt, b, c = F.linear(u, x_proj).split([R, N, N], -1)
-    return selective_scan.step_reference(u, F.linear(dt, dt_proj), -A_log.exp(), b, c, D, z, dt_bias, state)
+    dt = F.linear(dt, dt_proj)
+    return selective_scan.step_reference(u, dt, -A_log.exp(), b, c, D, z, dt_bias, state, negative)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_is_its_operations_one_after_the_other(dtype):
+@pytest.mark.parametrize("negative", [False, True])
+def test_is_its_operations_one_after_the_other(dtype, negative):
     given, exact = draw(dtype), [x.double() for x in draw(dtype)]
     for _ in range(3):  # through the state
-        actual, expected = step(*given), composed(*exact)
+        actual, expected = step(*given, negative), composed(*exact, negative)
         tolerance = TOLERANCE[dtype]
         torch.testing.assert_close(
             actual.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()
@@ -47,10 +49,10 @@ def test_refuses_to_be_differentiated(which):
     before = given[9].clone()
     given[which].requires_grad_()
     with pytest.raises(RuntimeError, match="no gradient"):
-        step(*given)
+        step(*given, False)
     assert torch.equal(given[9], before)
     with torch.no_grad():
-        step(*given)
+        step(*given, False)
     assert not torch.equal(given[9], before)
 
 
@@ -60,4 +62,4 @@ def test_refuses_what_it_would_misread(which):
         given = draw(torch.float32)
         given[which] = spoil(given[which])
         with pytest.raises(ValueError, match="contiguous tensors, all float32 or all float64"):
-            step(*given)
+            step(*given, False)

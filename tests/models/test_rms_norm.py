@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.config import AttentionConfig, ModelConfig
-from models.norm import RMSNorm
+from models.norm import LayerNorm, RMSNorm
 from models.ops import rms_norm as ops
-from models.ops.kernels import load
+from models.ops.kernels import load, numba_gated_norm
 
 FORMS = {"reference": ops.reference, "fused": ops.fused, "numba": load("numba").rms_norm}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -105,10 +104,110 @@ def test_zeros_stay_zeros():
 
 @pytest.mark.parametrize(("backend", "form"), [("reference", ops.reference), ("auto", FORMS["numba"])])
 def test_the_module_takes_the_form_of_its_model(backend, form):
-    config = ModelConfig(vocabulary=8, width=24, layers=1, mixer=AttentionConfig(heads=2, backend=backend))
     with torch.device("meta"):
-        norm = RMSNorm(config, torch.device("cpu"))
+        norm = RMSNorm(24, EPS, backend, torch.device("cpu"))
     norm.to_empty(device="cpu")
     norm.reset_parameters()
     x, _ = draw((40, 24))
-    assert torch.equal(norm(x.float()), form(x.float(), torch.ones(24), config.norm_eps))
+    assert torch.equal(norm(x.float()), form(x.float(), torch.ones(24), EPS))
+
+
+def gated_by_hand(y, z, weight, groups):
+    out = torch.empty_like(y)
+    width = y.shape[-1] // groups
+    for row, (a, b) in enumerate(zip(y, z, strict=True)):
+        a = a * b / (1 + torch.exp(-b))
+        for g in range(groups):
+            part = slice(g * width, (g + 1) * width)
+            out[row, part] = a[part] / (a[part].square().mean() + EPS).sqrt() * weight[part]
+    return out
+
+
+GATED = {name: load(name).gated_rms_norm for name in ("reference", "torch", "numba")}
+each_gated = pytest.mark.parametrize("form", GATED)
+
+
+@each_gated
+@pytest.mark.parametrize("groups", [1, 2, 3, 12])
+def test_the_gated_norm_is_over_each_group(form, groups):
+    (y, weight), (z, _) = draw((7, 12)), draw((7, 12), 1, 2.0)
+    torch.testing.assert_close(
+        GATED[form](y, z, weight, EPS, groups), gated_by_hand(y, z, weight, groups), rtol=1e-10, atol=1e-12
+    )
+
+
+def differentiate_gated(form, inputs, dtype, groups):
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    out = GATED[form](*leaves, EPS, groups)
+    along = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
+    return [out.detach(), *torch.autograd.grad((out * along).sum(), leaves)]
+
+
+# one row, a row of one, more rows than a task holds, more axes
+@pytest.mark.parametrize("form", ["torch", "numba"])
+@each_dtype
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((1, 4), 1), ((6, 2), 2), ((70, 24), 3), ((2, 40, 12), 1), ((2, 5, 12), 4)]
+)
+def test_the_gated_norm_agrees_with_the_reference(form, dtype, shape, groups):
+    (y, weight), (z, _) = draw(shape), draw(shape, 1, 3.0)
+    expected = differentiate_gated("reference", (y, z, weight), torch.float64, groups)
+    for got, exact in zip(differentiate_gated(form, (y, z, weight), dtype, groups), expected, strict=True):
+        assert got.dtype == dtype
+        assert got.shape == exact.shape
+        assert (got.double() - exact).abs().max() <= 2 * TOLERANCE[dtype] * exact.abs().max().clamp_min(1)
+
+
+@each_gated
+@pytest.mark.parametrize("groups", [1, 3])
+def test_gradients_of_the_gated_norm_are_those_of_finite_differences(form, groups):
+    (y, weight), (z, _) = draw((2, 6)), draw((2, 6), 1)
+    leaves = [x.requires_grad_() for x in (y, z, weight)]
+    assert torch.autograd.gradcheck(lambda y, z, w: GATED[form](y, z, w, EPS, groups), leaves)
+
+
+def test_the_compiled_gated_norm_is_well_formed_in_any_layout_and_without_autograd():
+    (y, weight), (z, _) = draw((3, 40, 12)), draw((3, 40, 12), 1)
+    torch.library.opcheck(numba_gated_norm._norm, (y.requires_grad_(), z.requires_grad_(), weight, EPS, 3))
+    expected = GATED["reference"](y, z, weight, EPS, 3)
+    strided = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (y, z)]
+    wide = torch.cat([y, z], -1).detach().split(12, -1)  # as a projection gives them
+    for inputs in ((y, z), strided, wide):
+        torch.testing.assert_close(GATED["numba"](*inputs, weight, EPS, 3), expected, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            torch.testing.assert_close(GATED["numba"](*inputs, weight, EPS, 3), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_compiled_gated_norm_computes_16_bit_in_float32():
+    (y, weight), (z, _) = draw((40, 12)), draw((40, 12), 1)
+    y, z, weight = (x.bfloat16() for x in (y, z, weight))
+    out = GATED["numba"](y, z, weight, EPS, 2)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, GATED["numba"](y.float(), z.float(), weight.float(), EPS, 2).bfloat16())
+
+
+def test_the_number_of_threads_changes_no_bit_of_the_gated_norm():
+    inputs, before, results = (draw((700, 24))[0], draw((700, 24), 1)[0], draw((1, 24))[1]), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(differentiate_gated("numba", inputs, torch.float32, 2))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(first, again) for first, again in zip(results[0], other, strict=True))
+
+
+def test_layer_norm_by_hand():
+    norm = LayerNorm(12, EPS, "auto", torch.device("cpu"))
+    with torch.no_grad():
+        norm.reset_parameters(0.5)
+        assert norm.weight.tolist() == [0.5] * 12
+        assert norm.bias.tolist() == [0] * 12
+        norm.bias += 3
+    x = draw((5, 12), scale=4)[0].float() + 7
+    y = norm(x)
+    torch.testing.assert_close(y.mean(1), torch.full((5,), 3.0))
+    centred = x - x.mean(1, keepdim=True)
+    expected = 0.5 * centred / (centred.square().mean(1, keepdim=True) + EPS).sqrt() + 3
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)

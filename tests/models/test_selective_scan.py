@@ -1,5 +1,7 @@
 """Every form of the selective scan against the readable one, in outputs and in every gradient."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 SHAPES = [(1, 1, 1, 1), (2, 1, 130, 4), (2, 17, 130, 4), (3, 16, 5, 3), (1, 33, 128, 16), (1, 40, 257, 3)]
 fast_forms = pytest.mark.parametrize("form", ["torch", "numba"])
 all_forms = pytest.mark.parametrize("form", FORMS)
+each_sign = pytest.mark.parametrize("negative", [False, True], ids=["positive", "negative"])
 
 
 def draw(rows, T, E, N, dtype=torch.float64, *, gate=True, state=True, seed=0) -> list[Tensor | None]:
@@ -31,10 +34,10 @@ def draw(rows, T, E, N, dtype=torch.float64, *, gate=True, state=True, seed=0) -
     return [None if x is None else x.to(dtype) for x in inputs]
 
 
-def differentiate(form, inputs, dtype):
+def differentiate(form, inputs, dtype, negative=False):
     """Outputs and the gradients of all inputs, for fixed random weights on y and on the last state."""
     leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
-    y, h = form(*leaves)
+    y, h = form(*leaves, negative)
     g = torch.Generator().manual_seed(9)
     weights = [torch.randn(out.shape, generator=g, dtype=torch.float64).to(dtype) for out in (y, h)]
     (y * weights[0]).sum().add((h * weights[1]).sum()).backward()
@@ -52,10 +55,11 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str = 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("gate", "state"), [(True, True), (False, False)], ids=["gate-state", "plain"])
-def test_agrees_with_the_reference(form, dtype, tolerance, shape, gate, state):
+@each_sign
+def test_agrees_with_the_reference(form, dtype, tolerance, shape, gate, state, negative):
     inputs = draw(*shape, dtype=dtype, gate=gate, state=state)
-    outputs, gradients = differentiate(FORMS[form], inputs, dtype)
-    expected_outputs, expected_gradients = differentiate(ops.reference, inputs, torch.float64)
+    outputs, gradients = differentiate(FORMS[form], inputs, dtype, negative)
+    expected_outputs, expected_gradients = differentiate(ops.reference, inputs, torch.float64, negative)
     for what, actual, expected in zip(("y", "last_state"), outputs, expected_outputs, strict=True):
         assert actual.dtype == dtype
         assert_near(actual, expected, tolerance, what)
@@ -83,27 +87,46 @@ def test_one_output_alone_can_be_differentiated(form, used):
     [("reference", (2, 3, 2, 2)), ("torch", (1, 5, 2, 2)), ("numba", (2, 3, 3, 2)), ("numba", (1, 18, 2, 2))],
 )
 @pytest.mark.parametrize("gate", [True, False])
-def test_gradients_are_those_of_finite_differences(form, shape, gate):
+@each_sign
+def test_gradients_are_those_of_finite_differences(form, shape, gate, negative):
     inputs = [x if x is None else x.requires_grad_() for x in draw(*shape, gate=gate)]
-    assert torch.autograd.gradcheck(FORMS[form], inputs)
+    assert torch.autograd.gradcheck(lambda *leaves: FORMS[form](*leaves, negative), inputs)
+
+
+@all_forms
+def test_a_negative_decay_by_hand(form):
+    """One channel, one state, dt_bias so large that softplus is the identity: h <- (2 exp(dt A) - 1) h + dt B u."""
+    dt, A, bias, h, expected = [0.1, 2.0, 0.5, 30.0], -0.7, 40.0, 1.5, []
+    for t, step in enumerate(dt):
+        h = (2 * math.exp((bias + step) * A / 40) - 1) * h + (bias + step) * 0.25 * (t + 1)
+        expected.append(h * 0.5 + 2.0 * (t + 1))
+    column = lambda *values: torch.tensor(values, dtype=torch.float64).view(1, -1, 1)  # noqa: E731
+    ones = column(1, 1, 1, 1)
+    one = torch.ones(1, dtype=torch.float64)
+    y, last = FORMS[form](
+        column(1, 2, 3, 4), column(*dt), A / 40 * one[:, None], 0.25 * ones, 0.5 * ones, 2 * one, None, bias * one,
+        1.5 * one.view(1, 1, 1), True,
+    )  # fmt: skip
+    assert y.flatten().tolist() == pytest.approx(expected, rel=1e-12)
+    assert last.item() == pytest.approx(h, rel=1e-12)
 
 
 def test_the_compiled_operators_are_well_formed():
     u, dt, A, B, C, D, z, dt_bias, h = [x.requires_grad_() for x in draw(2, 18, 5, 3)]
     h = h.detach().transpose(1, 2).contiguous().requires_grad_()
-    torch.library.opcheck(numba_scan.scan, (u, dt, A, B, C, D, z, dt_bias, h, True))
-    torch.library.opcheck(numba_scan.scan, (u, dt, A, B, C, D, None, dt_bias, None, True))
+    torch.library.opcheck(numba_scan.scan, (u, dt, A, B, C, D, z, dt_bias, h, False, True))
+    torch.library.opcheck(numba_scan.scan, (u, dt, A, B, C, D, None, dt_bias, None, True, True))
 
 
 @pytest.mark.parametrize("form", FORMS)
-@given(T=st.integers(2, 40), data=st.data(), seed=st.integers(0, 1000))
+@given(T=st.integers(2, 40), data=st.data(), seed=st.integers(0, 1000), negative=st.booleans())
 @settings(max_examples=15, deadline=None)
-def test_a_sequence_may_be_split_anywhere(form, T, data, seed):
+def test_a_sequence_may_be_split_anywhere(form, T, data, seed, negative):
     t = data.draw(st.integers(1, T - 1))
     u, dt, A, B, C, D, z, dt_bias, h = draw(2, T, 5, 3, seed=seed)
-    y, last = FORMS[form](u, dt, A, B, C, D, z, dt_bias, h)
-    y1, between = FORMS[form](u[:, :t], dt[:, :t], A, B[:, :t], C[:, :t], D, z[:, :t], dt_bias, h)
-    y2, end = FORMS[form](u[:, t:], dt[:, t:], A, B[:, t:], C[:, t:], D, z[:, t:], dt_bias, between)
+    y, last = FORMS[form](u, dt, A, B, C, D, z, dt_bias, h, negative)
+    y1, between = FORMS[form](u[:, :t], dt[:, :t], A, B[:, :t], C[:, :t], D, z[:, :t], dt_bias, h, negative)
+    y2, end = FORMS[form](u[:, t:], dt[:, t:], A, B[:, t:], C[:, t:], D, z[:, t:], dt_bias, between, negative)
     torch.testing.assert_close(torch.cat([y1, y2], 1), y, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(end, last, rtol=1e-11, atol=1e-11)
 
@@ -120,10 +143,12 @@ def test_affine_in_the_initial_state(form, a, b, T, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gate", [True, False])
-def test_a_step_is_a_forward_of_one_token(dtype, gate):
+@each_sign
+def test_a_step_is_a_forward_of_one_token(dtype, gate, negative):
     u, dt, A, B, C, D, z, dt_bias, state = draw(3, 1, 130, 5, dtype, gate=gate)
-    expected_y, expected_state = ops.reference(u, dt, A, B, C, D, z, dt_bias, state)
-    y = ops.step_reference(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None if z is None else z[:, 0], dt_bias, state)
+    expected_y, expected_state = ops.reference(u, dt, A, B, C, D, z, dt_bias, state, negative)
+    z = None if z is None else z[:, 0]
+    y = ops.step_reference(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, z, dt_bias, state, negative)
     tolerance = 1e-5 if dtype is torch.float32 else 1e-12
     assert_near(y, expected_y[:, 0], tolerance, "y")
     assert_near(state, expected_state, tolerance, "the state, advanced in place")
@@ -177,9 +202,9 @@ def test_the_number_of_threads_changes_no_bit():
 def test_the_forward_keeps_one_state_in_sixteen(T):
     rows, E, N = 2, 24, 8
     u, dt, A, B, C, D, z, dt_bias, _ = draw(rows, T, E, N, torch.float32)
-    kept = numba_scan.scan(u, dt, A, B, C, D, z, dt_bias, None, True)[2]
+    kept = numba_scan.scan(u, dt, A, B, C, D, z, dt_bias, None, False, True)[2]
     assert kept.shape == (rows, -(-T // 16), N, E)
-    assert numba_scan.scan(u, dt, A, B, C, D, z, dt_bias, None, False)[2].numel() == 0
+    assert numba_scan.scan(u, dt, A, B, C, D, z, dt_bias, None, False, False)[2].numel() == 0
 
     saved: dict[int, int] = {}
     leaves = [x.requires_grad_() for x in (u, dt, A, B, C, D, z, dt_bias)]
