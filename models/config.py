@@ -91,6 +91,11 @@ class ModelConfig:
             raise ConfigError("a model has either a mixer or a hybrid, a table of blocks with a pattern")
         if self.hybrid is not None and self.feedforward is not None:
             raise ConfigError("the feed-forward layers of a hybrid stand in its blocks")
+        if self.hybrid is not None and self.layers < len(self.hybrid.pattern):
+            raise ConfigError(
+                f"model.layers = {self.layers} is less than one round of hybrid.pattern '{self.hybrid.pattern}': "
+                f"some of its blocks would not occur"
+            )
         for block in self.kinds:
             block.mixer.check(self.width)
 

@@ -20,7 +20,8 @@ from models.settings import numbers, positive
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Each token goes to the `top_k` experts that its router likes best, weighted by their softmax among themselves.
+    """Each token goes to the `top_k` experts that its router likes best, weighted by their softmax among themselves (for
+    one expert, among all).
 
     balance: weight of the load-balancing loss, X sum_i load_i probability_i, which is 1 where the load is even.
     """
@@ -74,7 +75,9 @@ class MoE(FeedForward):
         with without_autocast(x.device):  # a rounded score can send a token elsewhere
             scores = F.linear(rows.to(wide), self.router.weight.to(wide))
         best, chosen = scores.topk(K, -1)
-        y = self.ops.experts(rows, chosen, best.softmax(-1), self.gate_up, self.down)
+        # among one alone a softmax is 1 and teaches the router nothing: then its share among all, as in 2101.03961
+        weight = best.softmax(-1) if K > 1 else scores.softmax(-1).gather(-1, chosen)
+        y = self.ops.experts(rows, chosen, weight, self.gate_up, self.down)
         share = load(chosen, X) / chosen.numel()
         balance = self.config.balance * X * (share * scores.softmax(-1).mean(0)).sum()
         return y.view(x.shape).to(x.dtype), Routing(share, balance)

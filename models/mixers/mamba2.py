@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ConfigError
@@ -140,8 +139,7 @@ class Mamba2(Mixer):
         return -torch.exp(self.A_log)
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState | None]:
-        # one product each: the gradient of a split would copy all of it together again
-        z, xBC, dt = (F.linear(x, weight) for weight in self.in_proj.weight.split(self.split_sizes))
+        z, xBC, dt = self.in_proj(x).split(self.split_sizes, -1)
         before = initial = None
         if state is not None and state.length > 0:
             before, initial = state.conv.to(xBC.dtype), state.ssm.to(self.A_log.dtype)

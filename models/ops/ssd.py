@@ -84,55 +84,61 @@ class _Chunked(torch.autograd.Function):
             written = _flat(_scaled(x, w * to_end), B_)  # (B, c, G, Q, R P)
             states = (written.transpose(3, 4) @ B_).unflatten(3, (-1, x.shape[3])).flatten(2, 3)  # (B, c, H, P, N)
             through = from_start.unflatten(1, (-1, ctx.Q))[:, :, -1, :, None, None]  # (B, c, H, 1, 1)
-            h, before = initial_state, []
+            borders = initial_state.new_empty(states.shape[0], states.shape[1] + 1, *states.shape[2:])
+            borders[:, 0] = initial_state
             for chunk in range(states.shape[1]):
-                before.append(h)
-                h = torch.addcmul(states[:, chunk].to(h.dtype), through[:, chunk], h)
-            entering = torch.stack(before, 1)  # (B, c, H, P, N)
+                now = states[:, chunk].to(borders.dtype)
+                torch.addcmul(now, through[:, chunk], borders[:, chunk], out=borders[:, chunk + 1])
+            entering, h = borders[:, :-1], borders[:, -1].clone()  # (B, c, H, P, N) and (B, H, P, N)
             carried = _natural(C_ @ _state_matrix(entering, B_).transpose(3, 4), x)
-            y = torch.addcmul(within.transpose(2, 3).reshape(x.shape), carried, from_start[..., None].to(x.dtype))
+            y = _together(within, carried, from_start)
             y.addcmul_(x, D[..., None].to(x.dtype))
-        ctx.save_for_backward(x, w, B, C, D, L, from_start, to_end, entering, y, h)
+        ctx.save_for_backward(x, w, B, C, D, L, from_start, to_end, entering, carried)
         return y, h
 
     @staticmethod
     def backward(ctx, d_y, d_h):
-        x, w, B, C, D, L, from_start, to_end, entering, y, h = ctx.saved_tensors
+        x, w, B, C, D, L, from_start, to_end, entering, carried = ctx.saved_tensors
         Q, d_y = ctx.Q, d_y.contiguous()
         B_, C_ = _groups(B, Q), _groups(C, Q)
         R = x.shape[2] // B.shape[2]
         with without_autocast(x.device):
             d_within = _by_head(d_y, None, Q)
-            d_xw = _scores(B_, C_, L, x.dtype).transpose(3, 4) @ d_within  # by head, so far from within the chunk
-            d_scores = d_within @ _by_head(x, w, Q).transpose(3, 4)
-            d_scores = (d_scores * L).unflatten(2, (-1, R)).sum(3).to(x.dtype)  # (B, c, G, Q, Q)
+            scores = _scores(B_, C_, L, w.dtype)
+            d_xw = scores.to(x.dtype).transpose(3, 4) @ d_within  # by head, so far from within the chunk
+            d_pairs = d_within @ _by_head(x, w, Q).transpose(3, 4)
+            pairs = (d_pairs * scores).cumsum(-1)  # (B, c, H, Q, Q): what all s' <= s give to t weighs in the loss
+            d_scores = d_pairs.mul_(L).unflatten(2, (-1, R)).sum(3).to(x.dtype)  # (B, c, G, Q, Q)
             d_carried = _flat(_scaled(d_y, from_start), B_)  # (B, c, G, Q, R P)
             d_entering = (d_carried.transpose(3, 4) @ C_).unflatten(3, (-1, x.shape[3])).flatten(2, 3)
             through = from_start.unflatten(1, (-1, Q))[:, :, -1, :, None, None]
-            g, after = d_h.to(h.dtype), []
+            d_borders = entering.new_empty(entering.shape[0], entering.shape[1] + 1, *entering.shape[2:])
+            d_borders[:, -1] = d_h
             for chunk in range(entering.shape[1] - 1, -1, -1):
-                after.append(g)
-                g = torch.addcmul(d_entering[:, chunk].to(g.dtype), through[:, chunk], g)
-            leaving = torch.stack(after[::-1], 1)  # gradient of the state at the end of each chunk
+                now = d_entering[:, chunk].to(d_borders.dtype)
+                torch.addcmul(now, through[:, chunk], d_borders[:, chunk + 1], out=d_borders[:, chunk])
+            leaving = d_borders[:, 1:]  # gradient of the state at the end of each chunk
             d_states = _state_matrix(leaving, B_)  # (B, c, G, R P, N)
             d_B = d_scores.transpose(3, 4) @ C_ + _flat(_scaled(x, w * to_end), B_) @ d_states
             d_C = d_scores @ B_ + d_carried @ _state_matrix(entering, B_)
-            d_xw = torch.addcmul(
-                d_xw.transpose(2, 3).reshape(x.shape), _natural(B_ @ d_states.transpose(3, 4), x),
-                to_end[..., None].to(x.dtype),
-            )  # fmt: skip
+            d_left = _natural(B_ @ d_states.transpose(3, 4), x)  # of what the chunk leaves behind
+            d_xw = _together(d_xw, d_left, to_end)
             d_w = (d_xw * x).sum(-1, dtype=w.dtype)
-            # In a chunk y_t and the last state hold every log_a up to theirs, x_s w_s is freed of those up to its own:
-            # so the gradient at t is the sum, from t to the chunk's end, of what these three weigh in the loss. (One
-            # sum over the whole sequence would do as well, and cancel worse.)
-            d_D = (d_y * x).sum(-1, dtype=w.dtype)  # D x is in y, but holds no log_a
-            weight = ((d_y * y).sum(-1, dtype=w.dtype) - D * d_D - w * d_w).unflatten(1, (-1, Q))
-            ends = torch.cat([entering[:, 1:], h[:, None]], 1)
-            weight[:, :, -1] += (ends * leaving).sum((3, 4))
-            d_log_a = weight.flip(2).cumsum(2).flip(2).flatten(1, 2)
+            d_D = (d_y * x).sum(-1, dtype=w.dtype)
+            # What the decay at s weighs in the loss is the sum of all that it multiplies: of pairs r < s <= t in the
+            # chunk; of what the chunk's first state gives to t >= s; of what r < s gives to its last state; and of the
+            # first state in the last. Each term has a_s as a factor, so that its rounding stays small beside it, in 16
+            # bits too and where a_s is almost 0. (The difference of what y and x weigh is the same, but cancels.)
+            d_log_a = F.pad(pairs.tril_(-1).sum(-2)[..., :-1], (1, 0)).transpose(2, 3)  # (B, c, Q, H)
+            given = (d_y * carried).sum(-1, dtype=w.dtype) * from_start
+            d_log_a = d_log_a + given.unflatten(1, (-1, Q)).flip(2).cumsum(2).flip(2)
+            left = (d_left * x).sum(-1, dtype=w.dtype) * w * to_end
+            d_log_a = d_log_a + F.pad(left.unflatten(1, (-1, Q)).cumsum(2)[:, :, :-1], (0, 0, 1, 0))
+            d_log_a = d_log_a + (through[..., 0, 0] * (entering * leaving).sum((3, 4)))[:, :, None]
+            d_log_a = d_log_a.flatten(1, 2)
             d_x = _scaled(d_xw, w).addcmul_(d_y, D[..., None].to(x.dtype))
         d_B, d_C = (m.transpose(2, 3).reshape(B.shape) for m in (d_B, d_C))
-        return d_x, d_log_a, d_w, d_B, d_C, d_D.sum_to_size(D.shape).to(D.dtype), g, None
+        return d_x, d_log_a, d_w, d_B, d_C, d_D.sum_to_size(D.shape).to(D.dtype), d_borders[:, 0], None
 
 
 def _decays(log_a: Tensor, sign: Tensor | None, Q: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,6 +181,15 @@ def _by_head(x: Tensor, scale: Tensor | None, Q: int) -> Tensor:
         return turned.contiguous()
     scale = scale.to(x.dtype).unflatten(1, (-1, Q)).transpose(2, 3)[..., None]
     return torch.mul(turned, scale, out=x.new_empty(turned.shape))
+
+
+def _together(within: Tensor, across: Tensor, scale: Tensor) -> Tensor:
+    """within (B, c, H, Q, P) + across (B, T, H, P) scale (B, T, H) -> (B, T, H, P), in one pass."""
+    Q = within.shape[3]
+    out = torch.empty_like(across)
+    parts = (m.unflatten(1, (-1, Q)) for m in (across, scale[..., None].to(across.dtype)))
+    torch.addcmul(within.transpose(2, 3), *parts, out=out.unflatten(1, (-1, Q)))
+    return out
 
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from safetensors import safe_open
 
 from models import checkpoint
 from models.config import ModelConfig
+from models.errors import ConfigError
+from models.feedforward.swiglu import SwiGLUConfig
+from models.language_model import LanguageModel
 from models.mixers.attention import AttentionConfig
 from models.mixers.mamba import MambaConfig
-from models.feedforward.swiglu import SwiGLUConfig
-from models.errors import ConfigError
-from models.language_model import LanguageModel
 
 CONFIGS = {
     "mamba": ModelConfig(vocabulary=29, width=16, layers=2, mixer=MambaConfig(state=4)),

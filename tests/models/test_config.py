@@ -56,7 +56,8 @@ STEP_SIZES = {"dt_min": 0.05, "dt_max": 0.9, "dt_floor": 0.5}
 # field: a value unlike the default; `kind` names the class and has no second value
 OTHER = {
     ModelConfig: {"vocabulary": 33, "width": 40, "layers": 3, "mixer": AttentionConfig(heads=2), "feedforward": None,
-                  "hybrid": HYBRID.hybrid, "norm": "layernorm", "norm_eps": 0.1, "post_norm": True, "positions": 12,
+                  "hybrid": replace(HYBRID.hybrid, pattern="MA"), "norm": "layernorm", "norm_eps": 0.1,
+                  "post_norm": True, "positions": 12,
                   "dropout": 0.5, "tie_embeddings": False, "head_bias": True, "padding_index": 5},
     HybridConfig: {"pattern": "AMM", "blocks": {**HYBRID.hybrid.blocks, "A": BlockConfig(mixer=LSTMConfig())}},
     BlockConfig: {"mixer": AttentionConfig(heads=2), "feedforward": None},
@@ -230,6 +231,7 @@ def hybrid(pattern="MA", *, beside=None, **blocks):
         (hybrid("M", M={"mixer": {"kind": "attention", "heads": 5}}), "not a multiple of attention.heads = 5"),
         ({"mixer": None, "hybrid": "MMA"}, "hybrid must be a table with a pattern and blocks, got 'MMA'"),
         ({"mixer": None, "hybrid": {"pattern": "M"}}, "hybrid must be a table with a pattern and blocks"),
+        (hybrid("MMM", M={"mixer": {"kind": "mamba"}}), "layers = 2 is less than one round of hybrid.pattern 'MMM'"),
     ],
     ids=lambda value: value[:48].replace(" ", "-") if isinstance(value, str) else "",
 )  # fmt: skip
@@ -243,6 +245,11 @@ def test_what_cannot_be_is_refused(values, message):
 def test_neither_a_mixer_nor_a_hybrid():
     with pytest.raises(ConfigError, match="a model has either a mixer or a hybrid"):
         ModelConfig(vocabulary=8, width=8, layers=1)
+
+
+def test_what_a_table_is_cannot_be_overridden():
+    with pytest.raises(ConfigError, match=r"'mixer.kind' is what the table is"):
+        MAMBA.with_overrides({"mixer.kind": "lstm"})
 
 
 def test_a_missing_setting_is_named():

@@ -100,3 +100,13 @@ def test_swiglu_by_hand():
     gate, up = (x @ layer.gate_up_proj.weight.t()).chunk(2, -1)
     expected = (gate / (1 + torch.exp(-gate)) * up) @ layer.down_proj.weight.t()
     torch.testing.assert_close(layer(x)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_router_of_one_expert_per_token_learns_from_the_loss_itself():
+    torch.manual_seed(0)
+    layer = FEEDFORWARDS["moe"](MoEConfig(experts=4, top_k=1, hidden=6, balance=0.0), WIDTH, "reference", CPU)
+    with torch.no_grad():
+        layer.reset_parameters(torch.Generator().manual_seed(0))
+    y, _ = layer(draw(5, 3).float())
+    y.square().sum().backward()
+    assert layer.router.weight.grad.abs().max() > 1e-6

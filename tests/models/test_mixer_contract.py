@@ -340,12 +340,7 @@ def test_gradients_are_those_of_the_reference(name):
         assert deviation < 1e-11, what
 
 
-cancels = pytest.mark.xfail(strict=True, reason="as tests/models/test_ssd.py, test_gradients_of_16_bit_inputs")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=cancels) if name == "mamba2-negative-numba" else name for name in CASES]
-)
+@each_mixer
 def test_under_autocast_forward_and_gradients_resemble_the_full_ones(name):
     mixer, x = build(name), tokens(2, CHUNK + 6).requires_grad_()
     results = []

@@ -255,10 +255,7 @@ def test_16_bit_inputs_keep_a_wide_state(form, negative):
     assert_near(last, expected_last, 0.02, "last_state")
 
 
-cancels = pytest.mark.xfail(strict=True, reason="what a decay weighs is a difference, whose rounding outgrows it")
-
-
-@pytest.mark.parametrize("form", ["reference", *(pytest.param(form, marks=cancels) for form in ("torch", "numba"))])
+@all_forms
 @each_sign
 def test_gradients_of_16_bit_inputs(form, negative):
     """Also where a decay passes zero, and for the decays themselves."""

@@ -1,7 +1,7 @@
 """The short causal convolution with SiLU on a CPU, forward and hand-written backward, compiled by numba.
 
 B batch, T time, E channels, W taps. A task is (batch row, `STEPS` neighbouring steps); every inner loop runs over all
-channels of a step, which lie next to each other, and touches three arrays at most, so that it compiles to vector
+channels of a step, which lie next to each other, and touches few arrays, so that it compiles to vector
 instructions. torch's depthwise convolution wants channels before time, which would cost two transposes each way; this
 one reads (B, T, E) as the projections write it.
 
@@ -19,17 +19,29 @@ STEPS = 64
 
 
 @compiled
+def _input(x, before, b, s, W):
+    """x_s, where s may lie up to W steps before x; `before` (B, W, E) holds those, oldest first."""
+    return row(x, b, s) if s >= 0 else row(before, b, W + s)
+
+
+@compiled
 def _sum_of_taps(x, weight, bias, before, b, t, acc):
-    """acc (E) = bias + sum_w weight[w] x_(t-W+1+w); `before` (B, W, E) holds the inputs before x, oldest first."""
+    """acc (E) = bias + sum_w weight[w] x_(t-W+1+w), two taps at a time: each pass over acc costs as much as a tap."""
     W, E = weight.shape[0], acc.shape[0]
-    for e in range(E):
-        acc[e] = bias[e]
-    for w in range(W):
-        s = t - W + 1 + w
-        source = row(x, b, s) if s >= 0 else row(before, b, W + s)
-        tap = weight[w]
+    first = t - W + 1
+    odd = W % 2
+    if odd:
+        tap, source = weight[0], _input(x, before, b, first, W)
         for e in range(E):
-            acc[e] += tap[e] * source[e]
+            acc[e] = bias[e] + tap[e] * source[e]
+    else:
+        for e in range(E):
+            acc[e] = bias[e]
+    for w in range(odd, W, 2):
+        tap, source = weight[w], _input(x, before, b, first + w, W)
+        tap1, source1 = weight[w + 1], _input(x, before, b, first + w + 1, W)
+        for e in range(E):
+            acc[e] += tap[e] * source[e] + tap1[e] * source1[e]
 
 
 @compiled
@@ -81,20 +93,27 @@ def _backward(x, weight, bias, before, d_out, d_x, d_weight, d_bias, d_before, f
                 for e in range(E):
                     sum_bias[e] += now[e]
                 for w in range(W):
-                    s = t - W + 1 + w
-                    source = row(x, b, s) if s >= 0 else row(before, b, W + s)
+                    source = _input(x, before, b, t - W + 1 + w, W)
                     sums = d_weight[task, w]
                     for e in range(E):
                         sums[e] += now[e] * source[e]
             s = t - W + 1
             if t0 <= s or (t0 == 0 and s < 0):
                 d_s = row(d_x, b, s) if s >= 0 else row(d_before, b, W + s)
-                for e in range(E):
-                    d_s[e] = zero
-                for later in range(max(s, 0), t + 1):
-                    tap, at = weight[s - later + W - 1], g[later % W]
+                start = max(s, 0)
+                odd = (t + 1 - start) % 2
+                if odd:
+                    tap, at = weight[s - start + W - 1], g[start % W]
                     for e in range(E):
-                        d_s[e] += tap[e] * at[e]
+                        d_s[e] = tap[e] * at[e]
+                else:
+                    for e in range(E):
+                        d_s[e] = zero
+                for later in range(start + odd, t + 1, 2):
+                    tap, at = weight[s - later + W - 1], g[later % W]
+                    tap1, at1 = weight[s - later + W - 2], g[(later + 1) % W]
+                    for e in range(E):
+                        d_s[e] += tap[e] * at[e] + tap1[e] * at1[e]
         if t0 == 0:  # the state holds one input more than the sum needs
             oldest = row(d_before, b, 0)
             for e in range(E):
