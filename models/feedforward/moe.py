@@ -20,8 +20,8 @@ from models.settings import numbers, positive
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Each token goes to the `top_k` experts that its router likes best, weighted by their softmax among themselves (for
-    one expert, among all).
+    """Each token goes to the `top_k` experts that its router likes best, weighted by their softmax among themselves, or
+    among all where it goes to one.
 
     balance: weight of the load-balancing loss, X sum_i load_i probability_i, which is 1 where the load is even.
     """
