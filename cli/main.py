@@ -97,12 +97,8 @@ def run(
     """
     from cli.progress import Progress
     from experiments import runner, store
-    from experiments.errors import SpecError
     from experiments.spec import load
-    from models.errors import nearest
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise SpecError(f"unknown device '{device}': {nearest(device, ('auto', 'cpu', 'cuda'))}")
     spec = load(
         experiment, profile=profile, assignments=set_ or (), seeds=seeds, device=runner.resolve_device(device),
         arms=[arm.strip() for arm in arms.split(",")] if arms is not None else (),
@@ -295,9 +291,9 @@ def generate(
     ],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     arm: Annotated[str | None, typer.Option(help="Which arm; every one by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     trained_seed: Annotated[int | None, typer.Option(help="Which trained seed; the first by default.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="How many tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the highest score.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the fewest that reach this probability.")] = None,

@@ -1,5 +1,6 @@
 """The work of one cell, as it runs in its own process: training an arm at a seed, or measuring one phase of it."""
 
+import hashlib
 import json
 import math
 import statistics
@@ -43,12 +44,36 @@ def model_config(arm: Arm, vocabulary: int) -> ModelConfig:
     folder's weights keeps its vocabulary, which may be padded. Raises ConfigError."""
     config, entries = configuration(arm.model), Objective(arm.objective, vocabulary).model_vocabulary
     if arm.start == "scratch":
-        return config.with_overrides({"vocabulary": entries} | arm.overrides)
+        config = config.with_overrides({"vocabulary": entries} | arm.overrides)
+    if arm.objective == "causal" and not config.causal:
+        raise ConfigError(
+            f"{arm.model} sees the token that it is to predict (causal = false), and its bits per byte would mean "
+            f"nothing: set objective = masked, or causal = true"
+        )
+    if arm.start == "scratch":
+        return config
     if arm.overrides:
         raise ConfigError(f"the weights in {arm.model} have their shape already: overrides need start = scratch")
     if config.vocabulary < entries:
         raise ConfigError(f"{arm.model} knows {config.vocabulary} tokens, but the run's tokenizer has {entries}")
     return config
+
+
+def folder_hashes(experiment: Experiment) -> dict[str, str]:
+    """Of each arm whose model is a folder: SHA-256 of its configuration, and of the weights that it starts from."""
+    found = {}
+    for name, arm in experiment.arms.items():
+        folder = Path(arm.model)
+        if not folders.is_model(folder):
+            continue
+        digest = hashlib.sha256()
+        weights = sorted(folder.glob("*.safetensors")) if arm.start == "weights" else []
+        for file in [folder / checkpoint.CONFIG, *weights]:
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        found[name] = digest.hexdigest()
+    return found
 
 
 def first_model(arm: Arm, config: ModelConfig, seed: int, device: torch.device) -> LanguageModel:
@@ -134,13 +159,13 @@ def train_cell(
             initial |= {"test_bits_per_byte": before.bits_per_byte, "loss": before.nats_per_token}
         else:
             initial["loss"] = before.masked_token_loss
-    samples = _samples(model, dataset, experiment, seed) if arm.objective == "causal" and config.causal else []
     checkpoint.save(model, folder / "checkpoint")
+    samples = _samples(model, dataset, experiment, seed) if arm.objective == "causal" else []
     result = {
         "arm": name, "seed": seed, "initial": initial, "splits": splits, "samples": samples,
         "gates": [gate.to_dict() for gate in passed],
         "expert_load": expert_load(
-            model, validation, context=settings.context, sequences=evaluation.curve_sequences
+            model, validation, objective, context=settings.context, sequences=evaluation.curve_sequences
         ),
         "backend": asdict(model.backend),
         "data_sha256": stream.hexdigest(),

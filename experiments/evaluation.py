@@ -112,9 +112,12 @@ def mean_loss(
 
 
 @torch.no_grad()
-def expert_load(model: LanguageModel, split: TokenSplit, *, context: int, sequences: int) -> list[list[float]]:
+def expert_load(
+    model: LanguageModel, split: TokenSplit, objective: Objective, *, context: int, sequences: int
+) -> list[list[float]]:
     """For each layer of experts the share of assignments that goes to each, on the windows of `mean_loss`."""
-    inputs, _ = Batches(split.tokens, context=context, batch=sequences, seed=0).at(0)
+    inputs, targets = Batches(split.tokens, context=context, batch=sequences, seed=0).at(0)
+    inputs, _ = replace(objective, seed=0).batch(inputs, targets, 0)
     model.eval()
     routing = model.hidden(inputs.to(model.device)).routing
     model.train()

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.data.tokenizer import END_OF_TEXT_ID
+from experiments.data import tokenizer
+from experiments.data.tokenizer import end_of_text_id
 from experiments.errors import EnvironmentLacksError, SpecError
 from experiments.inference import trained
 from experiments.store import RunDirectory
@@ -42,10 +43,13 @@ def export(
         if others:
             raise SpecError(f"{directory.path.name} has several arms, choose one: {', '.join((arm, *others))}")
     model = checkpoint.load(trained(directory, arm, trained_seed)[arm])
+    if experiment.cells()[arm].objective == "masked":
+        raise SpecError(f"arm '{arm}' fills in hidden tokens; the format holds models that predict the next one")
+    end = end_of_text_id(tokenizer.load(directory.path / "tokenizer.json"))
     settings = {
         "max_position_embeddings": experiment.training.context,
-        "bos_token_id": END_OF_TEXT_ID,
-        "eos_token_id": END_OF_TEXT_ID,
+        "bos_token_id": end,
+        "eos_token_id": end,
     }
     try:
         architecture = hf.export(model, folder, directory.path / "tokenizer.json", settings=settings)

@@ -18,10 +18,12 @@ from experiments import cells, report, store
 from experiments.data.batches import require_length
 from experiments.data.dataset import Dataset, default_cache, prepare
 from experiments.environment import describe, source_sha256
-from experiments.errors import EnvironmentLacksError, LabError, RunFailedError
+from experiments.errors import EnvironmentLacksError, LabError, RunFailedError, SpecError
 from experiments.measurement.process import CellFailedError, run_fresh
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, build_result, write_json
+from models.config import ModelConfig
+from models.errors import ConfigError, nearest
 from models.mixers import MIXERS
 
 
@@ -52,6 +54,8 @@ class InterruptedRunError(LabError):
 
 def resolve_device(asked: str) -> Literal["cpu", "cuda"]:
     """`auto` is the GPU where there is one. Raises EnvironmentLacksError for a GPU that is not there."""
+    if asked not in ("auto", "cpu", "cuda"):
+        raise SpecError(f"unknown device '{asked}': {nearest(asked, ('auto', 'cpu', 'cuda'))}")
     if asked == "cuda" and not torch.cuda.is_available():
         raise EnvironmentLacksError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
@@ -65,8 +69,22 @@ def check(experiment: Experiment) -> None:
     resolve_device(experiment.device)
     for arm in experiment.arms.values():
         config = cells.model_config(arm, experiment.data.vocabulary)
+        _check_positions(config, experiment)
         for block in config.kinds:
             MIXERS[block.mixer.kind].select(block.mixer, torch.device(experiment.device))
+
+
+def _check_positions(config: ModelConfig, experiment: Experiment) -> None:
+    """Learned positions must reach as far as the run will."""
+    measured, sampled = experiment.measurement, experiment.evaluation
+    needs = {"training.context": experiment.training.context}
+    if measured.enabled and config.causal:
+        needs["measurement.contexts and decode_tokens"] = measured.contexts[-1] + measured.decode_tokens
+    if sampled.samples and config.causal:
+        needs["evaluation.sample_tokens after a prompt of 32"] = 32 + sampled.sample_tokens
+    for what, tokens in needs.items():
+        if config.positions is not None and tokens > config.positions:
+            raise ConfigError(f"the model has {config.positions} learned positions, {what} need {tokens}")
 
 
 def run(
@@ -109,8 +127,9 @@ def run(
 
 
 def run_hash(experiment: Experiment, dataset: Dataset) -> str:
-    """Over every field of the resolved specification, the data and the tokenizer, and the code."""
+    """Over every field of the resolved specification, the data, the tokenizer, model folders, and the code."""
     parts = [experiment.to_toml(), json.dumps(dataset.facts["files"], sort_keys=True), source_sha256()]
+    parts.append(json.dumps(cells.folder_hashes(experiment), sort_keys=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
@@ -129,6 +148,7 @@ def _create(experiment: Experiment, dataset: Dataset, out: Path, command: str, l
         "created": store.now(),
         "command": command,
         "repeat": shlex.join(["lab", "run", f"{path}/spec.toml"]),
+        "folders": cells.folder_hashes(experiment),
     }
     environment |= describe(experiment.device, experiment.threads)
     write_json(path / "environment.json", environment | {"backends": backends, "data": dataset.facts})
@@ -154,6 +174,8 @@ def _check_same_machine(directory: RunDirectory, experiment: Experiment, dataset
                 f"{directory.path} was begun with another {key} ({then[key]}, here {here[key]}): its numbers would "
                 f"not compare with new ones; start a new run in another --out"
             )
+    if then.get("folders", {}) != cells.folder_hashes(experiment):
+        raise RunFailedError(f"{directory.path} was begun with other models in their folders; start a new run")
     if then["data"]["files"] != dataset.facts["files"]:
         raise RunFailedError(f"{directory.path} was begun with other data; start a new run in another --out")
 

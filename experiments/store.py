@@ -21,6 +21,7 @@ import numpy as np
 
 from experiments.cells import model_config
 from experiments.errors import LabError, RunFailedError
+from experiments.objectives import SELECTED
 from experiments.spec import Experiment, load
 from experiments.statistics import Comparison, holm, mean_interval, paired_difference, paired_ratio
 from models import cost
@@ -270,7 +271,7 @@ def _quality_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
             yield _row(cell, "quality", f"{split}_masked_accuracy", accuracy, "share", "higher", **common)
             reason = "a masked model gives no likelihood of a text"
             yield _row(cell, "quality", f"{split}_bits_per_byte", None, "bits/byte", "lower", reason=reason, **common)
-    if "bits_per_byte" not in next(iter(result["splits"].values())):
+    if not any("bits_per_byte" in quality for quality in result["splits"].values()):
         return
     initial = result["initial"]["test_bits_per_byte"]
     if initial is not None:
@@ -314,7 +315,8 @@ def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, r
     )  # fmt: skip
     yield _row(cell, "train", "peak_bytes", train["peak_bytes"], "bytes", "lower", **common)
     config = read_json(run.folder(cell) / "checkpoint" / "config.json")
-    flops = cost.training_flops_per_token(ModelConfig.from_dict(config), settings.context)
+    predicted = SELECTED if experiment.cells()[cell.arm].objective == "masked" else 1.0
+    flops = cost.training_flops_per_token(ModelConfig.from_dict(config), settings.context, predicted)
     yield _row(cell, "train", "flops_per_token", flops, "FLOP/token", "none", **common)
     loads = result.get("expert_load")
     if loads:

@@ -154,8 +154,13 @@ class ModelConfig:
     def with_overrides(self, overrides: Mapping[str, Any]) -> "ModelConfig":
         """A copy with dotted or nested settings changed, e.g. {"mixer.state": 32} or {"mixer": {"state": 32}}."""
         config = self
-        for key, value in _flat(overrides).items():
+        flat = _flat(overrides)
+        for key, value in flat.items():
             config = _changed(config, key, key.split("."), value)
+        for key in flat:
+            parts = key.split(".")
+            if config.hybrid and parts[:2] == ["hybrid", "blocks"] and parts[2] not in config.hybrid.pattern:
+                raise ConfigError(f"'{key}' does nothing: the pattern '{config.hybrid.pattern}' has no '{parts[2]}'")
         return config
 
 

@@ -38,10 +38,10 @@ def parameters(config: ModelConfig) -> Parameters:
     return Parameters(non_embedding + ends, non_embedding, non_embedding + ends - idle)
 
 
-def forward_flops_per_token(config: ModelConfig, context: int) -> float:
-    """Mean over the tokens of a sequence of `context` tokens."""
+def forward_flops_per_token(config: ModelConfig, context: int, predicted: float = 1.0) -> float:
+    """Mean over the tokens of a sequence of `context` tokens; the head is asked for a share `predicted` of them."""
     D = config.width
-    flops = 2.0 * D * config.vocabulary
+    flops = 2.0 * D * config.vocabulary * predicted
     for block in config.blocks:
         flops += block.mixer.flops_per_token(D, context)
         if block.feedforward is not None:
@@ -49,9 +49,9 @@ def forward_flops_per_token(config: ModelConfig, context: int) -> float:
     return flops
 
 
-def training_flops_per_token(config: ModelConfig, context: int) -> float:
+def training_flops_per_token(config: ModelConfig, context: int, predicted: float = 1.0) -> float:
     """Forward and backward."""
-    return 3 * forward_flops_per_token(config, context)
+    return 3 * forward_flops_per_token(config, context, predicted)
 
 
 def state_bytes(config: ModelConfig, batch: int, max_len: int, element_size: int) -> int:

@@ -14,7 +14,7 @@ from models.presets import PRESETS, preset
 
 def is_model(path: str | Path) -> bool:
     """Whether this is a folder that says which model it holds."""
-    return (Path(path) / checkpoint.CONFIG).is_file()
+    return os.path.isfile(Path(path) / checkpoint.CONFIG)  # False, not an error, where nobody may look
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:
@@ -31,7 +31,7 @@ def configuration(name_or_folder: str) -> ModelConfig:
     """Of a preset, or of the model in a folder: anything with a slash, or that is a folder and no preset. Raises
     ConfigError, for a misspelt preset with the nearest name."""
     path = Path(name_or_folder)
-    if name_or_folder not in PRESETS and (os.sep in name_or_folder or path.is_dir()):
+    if name_or_folder not in PRESETS and (os.sep in name_or_folder or os.path.isdir(path)):
         return read_config(path)
     return preset(name_or_folder)
 

@@ -1,5 +1,6 @@
 """Checks that the settings of a model and of its parts share. Each names the setting, its value and the remedy."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -21,7 +22,7 @@ def positive_or_none(settings: Any, *names: str) -> None:
 def numbers(settings: Any, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(f"{settings.kind}.{name} must be a number, got {value!r}")
 
 

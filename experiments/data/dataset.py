@@ -272,7 +272,7 @@ def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]
     if data.tokenizer:
         progress(f"taking the tokenizer of {data.tokenizer}")
         trained = tokenizer.given(Path(data.tokenizer))
-        entries = trained.get_vocab_size()
+        entries = tokenizer.entries(trained)
         if entries != data.vocabulary:
             raise CorpusError(
                 f"data.vocabulary = {data.vocabulary}, but the tokenizer in {data.tokenizer} has {entries} entries: "
@@ -348,7 +348,12 @@ def _encoded(documents: Iterable[tuple[str, str]], trained: Tokenizer, whole: bo
 
     def flush() -> Iterator[tuple[str, list[int]]]:
         encodings = trained.encode_batch_fast(bodies, add_special_tokens=False)
-        for (split, start), encoding in zip(heads, encodings, strict=True):
+        for (split, start), encoding, body in zip(heads, encodings, bodies, strict=True):
+            if whole and trained.decode(encoding.ids, skip_special_tokens=False) != body:
+                raise CorpusError(
+                    "data.tokenizer does not give back the text that it encodes (it changes case or spaces, or has no "
+                    "token for a character), so bits per byte of the text would be wrong; use another"
+                )
             yield split, start + encoding.ids
 
     for split, text in documents:

@@ -10,7 +10,7 @@ from experiments.errors import CorpusError
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
-ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 PIECE = 1 << 18  # characters
 
 # The pre-tokenizer makes a lone line feed between visible characters a word of its own, so a cut right after
@@ -44,8 +44,12 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer saved at `path`, as `train` returned it."""
-    return _literal(Tokenizer.from_file(str(path)))
+    """The tokenizer saved at `path`, as `train` returned it. What another may keep in its file for a model's inputs,
+    a longest text and a padding, is left out: a text is encoded as it is."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return _literal(tokenizer)
 
 
 def given(path: Path) -> Tokenizer:
@@ -57,6 +61,11 @@ def given(path: Path) -> Tokenizer:
         return load(file)
     except Exception as error:  # the library raises nothing narrower
         raise CorpusError(f"data.tokenizer: {file} is no tokenizer: {error}") from None
+
+
+def entries(tokenizer: Tokenizer) -> int:
+    """Token ids are below it; ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

@@ -134,10 +134,13 @@ def _warm_up(folder: Path, device: torch.device) -> ModelConfig:
     """Load, prefill and decode a replica with a small vocabulary and one layer of each kind; returns the model's
     configuration."""
     config = checkpoint.load(folder, "cpu").config
-    small = replace(config, vocabulary=64, layers=len(config.kinds), padding_index=None)
-    if config.hybrid is not None:
-        once = "".join(dict.fromkeys(config.hybrid.pattern))
-        small = replace(small, hybrid=replace(config.hybrid, pattern=once))
+    hybrid = config.hybrid
+    if hybrid is not None:
+        hybrid = replace(hybrid, pattern="".join(dict.fromkeys(hybrid.pattern)))
+    positions = None if config.positions is None else 64
+    small = replace(
+        config, vocabulary=64, layers=len(config.kinds), padding_index=None, hybrid=hybrid, positions=positions
+    )
     replica = LanguageModel(small, seed=0, device=device)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         checkpoint.save(replica, Path(scratch))

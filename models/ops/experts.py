@@ -51,6 +51,13 @@ def grouped(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Te
     return _sorted(x, chosen, weight, gate_up.shape[0], run)
 
 
+def by_device(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`grouped` where a GPU computes in bfloat16 anyway, else `by_expert`."""
+    if x.is_cuda and (x.dtype is torch.bfloat16 or torch.is_autocast_enabled("cuda")):
+        return grouped(x, chosen, weight, gate_up, down)
+    return by_expert(x, chosen, weight, gate_up, down)
+
+
 def _sorted(x: Tensor, chosen: Tensor, weight: Tensor, experts: int, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """`run` on the tokens in the order of their experts; then back, and the sum over each token's K."""
     (M, D), K = x.shape, chosen.shape[1]

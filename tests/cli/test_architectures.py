@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from conftest import InProcess, Lab
 
+from experiments.cells import folder_hashes
+from experiments.spec import load
 from models import cost
 from models.presets import PRESETS
 
@@ -117,6 +119,56 @@ def test_a_folder_may_also_give_its_shape_alone(in_process: InProcess, everythin
     assert f'model = "{folder}"' in stdout
 
 
+def test_a_hybrid_of_several_rounds_is_measured(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
+    settings = ("overrides.layers=4", "overrides.hybrid.pattern=MMT")
+    words = [word for setting in settings for word in ("--set", f"arms.hybrid.{setting}")]
+    quick = ["--seeds", 1, "--set", "measurement.contexts=[8]", "--set", "measurement.repeats=1"]
+    code, stdout, stderr = in_process(
+        "run", *small, "--arms", "hybrid", *quick, *words, "--out", tmp_path / "runs", "--json"
+    )
+    assert code == 0, stderr
+    result = json.loads(stdout)
+    assert {row["phase"] for row in result["rows"]} == {"quality", "train", "load", "prefill", "decode"}
+    config = PRESETS["hybrid-tiny"].with_overrides({"vocabulary": 300, "layers": 4, "hybrid.pattern": "MMT"})
+    (state,) = rows(result, "hybrid", "state_bytes")
+    assert state["value"] == cost.state_bytes(config, 1, 8 + 8, 4)
+
+
+def test_no_split_is_a_result_without_quality(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
+    quick = ["--seeds", 1, "--set", "measurement.enabled=false", "--set", "evaluation.splits=[]"]
+    code, stdout, stderr = in_process("run", *small, "--arms", "mamba", *quick, "--out", tmp_path / "runs", "--json")
+    assert code == 0, stderr
+    assert {row["phase"] for row in json.loads(stdout)["rows"]} == {"train"}
+
+
+def test_a_changed_folder_is_another_run(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"one")
+    settings = [f"arms.mamba.model={folder}", "arms.mamba.start=weights", f"data.tokenizer={folder}"]
+    experiment = load("compare", profile="smoke", assignments=settings)
+    scratch = load("compare", profile="smoke", assignments=settings[:1])
+    first, shape = folder_hashes(experiment), folder_hashes(scratch)
+    assert set(first) == {"mamba"}
+    (folder / "model.safetensors").write_bytes(b"two")
+    assert folder_hashes(experiment) != first
+    assert folder_hashes(scratch) == shape  # its weights are not used
+    (folder / "config.json").write_text("{ }", encoding="utf-8")
+    assert folder_hashes(scratch) != shape
+
+
+def test_a_masked_arm_is_not_exported_as_a_causal_one(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
+    quick = ["--seeds", 1, "--set", "measurement.enabled=false", "--set", "arms.mamba.objective=masked"]
+    code, _, stderr = in_process("run", *small, "--arms", "mamba", *quick, "--out", tmp_path / "runs")
+    assert code == 0, stderr
+    (directory,) = (tmp_path / "runs").iterdir()
+    code, _, stderr = in_process("export", directory, "--to", "hf", tmp_path / "folder")
+    assert code == USAGE
+    assert "arm 'mamba' fills in hidden tokens" in one_line(stderr)
+    assert not (tmp_path / "folder").exists()
+
+
 def test_inspect_takes_the_largest_preset_apart() -> None:
     """In a process of its own, whose memory is counted."""
     program = (
@@ -178,6 +230,15 @@ def test_models_lists_every_preset(in_process: InProcess) -> None:
         (["run", "compare", "--arms", "sliding", "--set", "arms.sliding.overrides.mixer.window=0", "--dry-run"],
          "attention.window must be a positive whole number, got 0"),
         (["run", "compare", "--set", "arms.mamba.objective=maskd", "--dry-run"], "objective"),
+        (["run", "compare", "--set", "arms.transformer.overrides.mixer.causal=false", "--dry-run"],
+         "sees the token that it is to predict (causal = false)"),
+        (["run", "compare", "--arms", "hybrid", "--set", "arms.hybrid.overrides.hybrid.blocks.A.mixer.causal=false",
+          "--dry-run"], "sees the token that it is to predict"),
+        (["run", "compare", "--arms", "hybrid", "--set", "arms.hybrid.overrides.hybrid.blocks.S.mixer.window=8",
+          "--dry-run"], "does nothing: the pattern 'MMMMMMA' has no 'S'"),
+        (["run", "compare", "--set", "arms.transformer.model=gpt1", "--dry-run"],
+         "the model has 100 learned positions, training.context need 256"),
+        (["run", "compare", "--set", "arms.transformer.overrides.norm_eps=inf", "--dry-run"], "norm_eps"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(in_process: InProcess, arguments: list[str], said: str) -> None:

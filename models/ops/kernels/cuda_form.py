@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.ops.attention import rotate
-from models.ops.experts import grouped as experts
+from models.ops.experts import by_device as experts
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.rms_norm import gated_fused as gated_rms_norm
 from models.ops.selective_scan import CHUNK

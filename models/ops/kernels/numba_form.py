@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
-from models.ops.experts import by_expert as experts
+from models.ops.experts import by_device as experts
 from models.ops.kernels import (
     numba_conv,
     numba_gated_norm,

@@ -3,7 +3,7 @@
 from models.ops.attention import rotate
 from models.ops.causal_conv1d import reference as causal_conv1d
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
-from models.ops.experts import by_expert as experts
+from models.ops.experts import by_device as experts
 from models.ops.lstm import fused as lstm
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.rms_norm import gated_fused as gated_rms_norm

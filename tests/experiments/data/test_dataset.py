@@ -242,8 +242,10 @@ def test_an_edited_corpus_is_prepared_anew(data: Data, prepared: Dataset, tmp_pa
     assert any("edited" in text for split in SPLITS for text in split_texts(other, split))
 
 
-def test_the_key_covers_every_setting_and_version(monkeypatch: pytest.MonkeyPatch):
+def test_the_key_covers_every_setting_and_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     base = Data()
+    tokenizer_file = tmp_path / "tokenizer.json"
+    dataset.tokenizer.train(["the cat sat on the mat " * 9], 262).save(str(tokenizer_file))
     changes = {
         "corpus": "text",
         "path": "elsewhere",
@@ -251,6 +253,7 @@ def test_the_key_covers_every_setting_and_version(monkeypatch: pytest.MonkeyPatc
         "validation_fraction": 0.03,
         "test_fraction": 0.03,
         "max_bytes": 1,
+        "tokenizer": str(tokenizer_file),
     }
     assert changes.keys() == Data.model_fields.keys()
     keys = [cache_key(base, "hash"), cache_key(base, "another hash")]
@@ -261,7 +264,7 @@ def test_the_key_covers_every_setting_and_version(monkeypatch: pytest.MonkeyPatc
     keys.append(cache_key(base, "hash"))
     monkeypatch.setattr(dataset.platform, "python_version", lambda: "3.0")
     keys.append(cache_key(base, "hash"))
-    assert len(set(keys)) == len(keys) == 11
+    assert len(set(keys)) == len(keys) == 12
 
 
 def test_each_setting_changes_what_is_prepared(data: Data, prepared: Dataset, tmp_path: Path):
@@ -424,3 +427,31 @@ def test_the_standard_library_end_to_end(tmp_path: Path):
     assert facts["bytes"]["test"] < 0.05 * 600_000
     assert "".join(split_texts(prepared, "test")).encode() == prepared.test_text
     assert 1 < facts["baselines"]["lzma_bits_per_byte"] < facts["baselines"]["unigram_bits_per_byte"] < 5
+
+
+def given_tokenizer(folder: Path, normalizer=None) -> Path:
+    trained = dataset.tokenizer.train(some_texts(), 280)
+    if normalizer is not None:
+        trained.normalizer = normalizer
+    trained.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_a_given_tokenizer_is_used_as_it_is(data: Data, tmp_path: Path):
+    file = given_tokenizer(tmp_path)
+    theirs = data.model_copy(update={"tokenizer": str(file), "vocabulary": 280})
+    made = prepare(theirs, tmp_path / "cache")
+    assert made.tokenizer.to_str() == dataset.tokenizer.load(file).to_str()
+    assert "".join(split_texts(made, "test")).encode() == made.test_text
+    wrong = data.model_copy(update={"tokenizer": str(file), "vocabulary": 300})
+    with pytest.raises(CorpusError, match="has 280 entries: set data.vocabulary=280"):
+        prepare(wrong, tmp_path / "cache")
+
+
+def test_a_tokenizer_that_loses_something_is_refused(data: Data, tmp_path: Path):
+    from tokenizers import normalizers
+
+    file = given_tokenizer(tmp_path, normalizers.Replace("e", "x"))
+    theirs = data.model_copy(update={"tokenizer": str(file), "vocabulary": 280})
+    with pytest.raises(CorpusError, match="does not give back the text that it encodes"):
+        prepare(theirs, tmp_path / "cache")

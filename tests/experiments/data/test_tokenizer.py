@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from experiments.data import tokenizer
 from experiments.errors import CorpusError
@@ -79,3 +79,28 @@ def test_a_vocabulary_too_large_for_the_text_is_answered_with_the_size_it_suppor
     supported = int(str(caught.value).split("supports ")[1].split()[0])
     assert 280 < supported < 400
     assert tokenizer.train(TEXTS, supported).get_vocab_size() == supported
+
+
+def test_what_a_given_file_says_of_a_models_inputs_is_left_out(tmp_path: Path) -> None:
+    trained = tokenizer.train(TEXTS, 280)
+    trained.enable_truncation(3)
+    trained.enable_padding(length=40)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    text = "".join(TEXTS)
+    theirs = tokenizer.given(tmp_path)
+    assert theirs.decode(theirs.encode(text).ids) == text
+    assert tokenizer.entries(theirs) == 280
+
+
+def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="no such file"):
+        tokenizer.given(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CorpusError, match="is no tokenizer"):
+        tokenizer.given(tmp_path)
+
+
+def test_the_end_of_a_text_must_have_a_token() -> None:
+    with pytest.raises(CorpusError, match="no end-of-text token"):
+        tokenizer.end_of_text_id(Tokenizer(models.BPE()))
+    assert tokenizer.end_of_text_id(tokenizer.train(TEXTS, 280)) == 0
