@@ -444,7 +444,7 @@ def test_a_given_tokenizer_is_used_as_it_is(data: Data, tmp_path: Path):
     assert made.tokenizer.to_str() == dataset.tokenizer.load(file).to_str()
     assert "".join(split_texts(made, "test")).encode() == made.test_text
     wrong = data.model_copy(update={"tokenizer": str(file), "vocabulary": 300})
-    with pytest.raises(CorpusError, match="has 280 entries: set data.vocabulary=280"):
+    with pytest.raises(CorpusError, match=r"has 280 entries: set data\.vocabulary=280"):
         prepare(wrong, tmp_path / "cache")
 
 
