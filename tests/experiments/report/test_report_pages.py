@@ -285,7 +285,7 @@ def test_placing_has_every_method_from_worst_to_best(runs: Runs) -> None:
     assert shown["Token"] == "3.412"
     assert shown["lzma"] == "1.914"
     assert f"{TEST_BYTES:,} bytes" in one.caption
-    assert sum("initialisation" in cells[0].text for cells in lines(one)) == 2
+    assert sum("before training" in cells[0].text for cells in lines(one)) == 2
 
 
 def test_residuals(runs: Runs) -> None:
