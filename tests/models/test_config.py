@@ -168,7 +168,7 @@ def hybrid(pattern="MA", *, beside=None, **blocks):
         ({"norm": 3}, "model.norm = 3 is not known: known: rmsnorm, layernorm"),
         ({"norm_eps": 0}, "model.norm_eps must be above 0"),
         ({"norm_eps": "small"}, "model.norm_eps must be a number, got 'small'"),
-        ({"norm_eps": float("nan")}, "model.norm_eps must be above 0, got nan"),
+        ({"norm_eps": float("nan")}, "model.norm_eps must be a number, got nan"),
         ({"post_norm": 1}, "model.post_norm must be true or false, got 1"),
         ({"positions": 0}, "model.positions must be a positive whole number, got 0"),
         ({"dropout": 1.0}, "model.dropout must be at least 0 and below 1, got 1.0"),
@@ -344,11 +344,12 @@ def test_the_pattern_of_a_hybrid_is_repeated():
 def test_one_that_looks_ahead_makes_the_model_one_that_does():
     assert HYBRID.causal
     assert not HYBRID.with_overrides({"hybrid.blocks.A.mixer.causal": False}).causal
-    assert (
-        replace(HYBRID, hybrid=replace(HYBRID.hybrid, pattern="M"))
-        .with_overrides({"hybrid.blocks.A.mixer.causal": False})
-        .causal
-    )  # it does not occur
+    seeing = HYBRID.with_overrides({"hybrid.blocks.A.mixer.causal": False})
+    assert seeing.with_overrides({"hybrid.pattern": "M"}).causal  # there it does not occur
+    with pytest.raises(ConfigError, match="does nothing: the pattern 'M' has no 'A'"):
+        replace(HYBRID, hybrid=replace(HYBRID.hybrid, pattern="M")).with_overrides(
+            {"hybrid.blocks.A.mixer.causal": False}
+        )
     assert TRANSFORMER.causal
     assert not TRANSFORMER.with_overrides({"mixer.causal": False}).causal
 
