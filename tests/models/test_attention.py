@@ -235,3 +235,22 @@ def test_the_compiled_step_with_scores_far_beyond_the_range_of_exp():
     scores = (q @ keys.double().mT / math.sqrt(P)).squeeze()
     assert scores.max() - scores[0] > 1000  # in float32 its exponential is infinite
     torch.testing.assert_close(y.double().view(P), scores.softmax(0) @ values.double()[0, 0], rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_compiled_step_on_two_threads_is_that_on_one(monkeypatch):
+    from models.ops.kernels import numba_step
+
+    g = torch.Generator().manual_seed(0)
+    qkv, keys, values = (torch.randn(*shape, generator=g) for shape in ((2, 12, 8), (2, 4, 50, 8), (2, 4, 50, 8)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        made = []
+        for per_thread in (1, 1 << 30):
+            monkeypatch.setattr(numba_step, "WORK_PER_THREAD", per_thread)
+            made.append(numba_step.attention_step(qkv, 1e4, keys.clone(), values.clone(), 40, 40, 41))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*made)
+    assert made[0].abs().min() > 0

@@ -239,15 +239,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="numba-task")
 
 
-def run_tasks(kernel: Callable[..., None], tasks: int, *arguments: object, work: int | None = None) -> None:
+def run_tasks(
+    kernel: Callable[..., None], tasks: int, *arguments: object, work: int | None = None,
+    per_thread: int = WORK_PER_THREAD,
+) -> None:  # fmt: skip
     """Run `kernel(*arguments, first, last)` so that the ranges [first, last) cover `tasks` tasks.
 
-    As many threads as torch uses, or fewer where `work`, the numbers touched in all, would not repay waking them; the
-    calling thread takes the first range.
+    As many threads as torch uses, or fewer where `work`, the numbers touched in all, would not repay waking them at
+    `per_thread` each; the calling thread takes the first range.
     """
     threads = min(torch.get_num_threads(), tasks)
     if work is not None:
-        threads = min(threads, work // WORK_PER_THREAD)
+        threads = min(threads, work // per_thread)
     if threads <= 1:
         kernel(*arguments, 0, tasks)
         return
