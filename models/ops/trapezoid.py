@@ -17,13 +17,13 @@ The rotation is theirs (`mamba_ssm`): neighbouring entries form a pair, and what
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops import ssd
+from models.ops import ssd, ssd_passes
 
 
 class State(NamedTuple):
@@ -94,7 +94,7 @@ def reference(
 
 def chunked(
     x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    A_floor: float, initial: State | None = None,
+    A_floor: float, initial: State | None = None, passes: Any = ssd_passes,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """By the chunked recurrence of Mamba-2, for g_t = h_t - lambda_t delta_t x_t B'_t^T, what earlier tokens left:
 
@@ -118,7 +118,7 @@ def chunked(
             initial.previous_B[:, 0, None].to(B.dtype),
         )
     before_x, before_B = torch.cat([before_x, x[:, :-1]], 1), torch.cat([before_B, B[:, :-1]], 1)
-    y, g = ssd.chunked_recurrence(before_x, log_alpha, earlier, before_B, C, h)
+    y, g = ssd.chunked_recurrence(before_x, log_alpha, earlier, before_B, C, h, passes=passes)
     y = torch.addcmul(y, (D + own * (C * B).sum(-1))[..., None].to(x.dtype), x)
     h = g + (own[:, -1, :, None] * x[:, -1])[..., None] * B[:, -1, :, None, :]
     return y.to(x.dtype), State(theta[:, -1], h, B[:, -1:], x[:, -1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from models.ops import ssd_passes
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
 from models.ops.experts import by_device as experts
 from models.ops.kernels import (
@@ -14,17 +15,18 @@ from models.ops.kernels import (
     numba_norm,
     numba_rotary,
     numba_scan,
+    numba_ssd,
     numba_step,
     numba_swiglu,
 )
 from models.ops.selective_scan import forward_flops
 from models.ops.selective_scan import step_reference as selective_scan_step
-from models.ops.ssd import chunked as ssd
+from models.ops.ssd import chunked as chunked_ssd
 from models.ops.ssd import step_reference as ssd_step
-from models.ops.trapezoid import chunked as trapezoid
+from models.ops.trapezoid import State as TrapezoidState
+from models.ops.trapezoid import chunked as chunked_trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
-# ssd and trapezoid are matrix products, which torch does best; numba has what surrounds them
 __all__ = [
     "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "mamba_step", "rms_norm",
     "rotate", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
@@ -63,6 +65,26 @@ def selective_scan(
         u.contiguous(), dt.contiguous(), A, B.contiguous(), C.contiguous(), D, z, dt_bias, before, negative, keep
     )  # fmt: skip
     return y.to(dtype), state.transpose(1, 2)
+
+
+def _passes(x: Tensor, dt: Tensor) -> Any:
+    """ssd and trapezoid are matrix products, which torch does best. What surrounds them numba does in the type of the
+    products; 16-bit products, whose decays are float32, have torch's passes."""
+    return numba_ssd if x.dtype == dt.dtype and x.dtype not in _SMALL else ssd_passes
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    initial_state: Tensor | None = None, negative: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return chunked_ssd(x, dt, A, B, C, D, dt_bias, initial_state, negative, _passes(x, dt))
+
+
+def trapezoid(
+    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+    A_floor: float, initial: TrapezoidState | None = None,
+) -> tuple[Tensor, TrapezoidState]:  # fmt: skip
+    return chunked_trapezoid(x, dt, a, trap, angle, B, C, D, dt_bias, A_floor, initial, _passes(x, dt))
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
