@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from experiments.environment import describe
+from experiments.measurement.memory import keep_freed_memory
 from experiments.statistics import paired_ratio
 
 Turn = Callable[[], tuple[int, Any]]  # does some work; the tokens it processed, and what they gave
@@ -33,6 +34,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def _serve(pipe: Connection, side: Side, threads: int) -> None:
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the lab's own cells do; a newcomer's script would not
     turn = side()
     while pipe.recv():
         start = time.perf_counter()

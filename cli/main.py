@@ -96,8 +96,9 @@ def run(
     3 the machine lacks something, 5 some cells failed, 130 interrupted (repeat the command to go on).
     """
     from cli.progress import Progress
-    from experiments import runner, store
+    from experiments import runner
     from experiments.spec import load
+    from experiments.studies import STUDIES
 
     spec = load(
         experiment, profile=profile, assignments=set_ or (), seeds=seeds, device=runner.resolve_device(device),
@@ -105,9 +106,9 @@ def run(
     )  # fmt: skip
     if dry_run:
         runner.check(spec)
-        cells = [cell.name for cell in store.plan(spec)]
+        cells = [cell.name for cell in STUDIES[spec.study].plan(spec)]
         if as_json:
-            print_json({"spec": spec.model_dump(mode="json"), "cells": cells})
+            print_json({"spec": spec.resolved(), "cells": cells})
         else:
             typer.echo(spec.to_toml() + f"\n# {len(cells)} cells: " + ", ".join(cells))
         return

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from experiments import gates
@@ -22,10 +23,11 @@ from experiments.evaluation import (
     expert_load,
     mean_loss,
 )
-from experiments.measurement.memory import PeakMemory, resident_bytes, settle
-from experiments.measurement.phases import measure_decode, measure_load, measure_prefill
+from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, settle
+from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step
+from experiments.measurement.speed import measure_speed
 from experiments.objectives import Objective
-from experiments.spec import Arm, Experiment
+from experiments.spec import Arm, Experiment, Measurement
 from experiments.training import train
 from models import checkpoint, folders
 from models.config import ModelConfig
@@ -84,7 +86,8 @@ def first_model(arm: Arm, config: ModelConfig, seed: int, device: torch.device) 
 
 
 def prepare_process(experiment: Experiment) -> torch.device:
-    """Threads and number formats, the same for every cell."""
+    """Threads and allocator, the same for every cell."""
+    keep_freed_memory()
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     return torch.device(experiment.device)
@@ -124,6 +127,7 @@ def train_cell(
     objective = Objective(arm.objective, dataset.vocabulary, seed)
     validation = dataset.splits["validation"]
 
+    assert arm.learning_rate is not None  # the specification sees to it
     model = first_model(arm, config, seed, device)
     passed = gates.check(model, batches.at(0)[0][:2, :GATE_TOKENS].to(device), untrained=arm.start == "scratch")
     del model
@@ -210,11 +214,61 @@ def measure_cell(
     if phase == "load":
         return measure_load(folder / "checkpoint", settings, device)
     assert context is not None
-    tokens = Dataset.load(dataset_folder).splits["validation"].tokens
-    # the start of the validation text, repeated where the context is longer than that
-    rows = [
-        torch.tensor([int(tokens[(row * context + i) % len(tokens)]) for i in range(context)])
-        for row in range(settings.batch)
-    ]
+    tokens = _text(dataset_folder, settings.batch, context)
     measure = measure_prefill if phase == "prefill" else measure_decode
-    return measure(folder / "checkpoint", settings, context, torch.stack(rows), device)
+    return measure(folder / "checkpoint", settings, context, tokens, device)
+
+
+DTYPES = {"float32": (torch.float32, 4), "bfloat16": (torch.bfloat16, 2)}
+
+
+def build_cell(
+    send: Send, experiment: Experiment, arm: Arm, seed: int, dtype: str, dataset_folder: Path, folder: Path
+) -> dict[str, Any]:
+    """An initialised model, checked and written under `folder`, for studies that do not train."""
+    device = prepare_process(experiment)
+    dataset = Dataset.load(dataset_folder)
+    model = first_model(arm, model_config(arm, dataset.vocabulary), seed, device)
+    tokens = _text(dataset_folder, 2, GATE_TOKENS).to(device)
+    passed = gates.check(model, tokens, untrained=arm.start == "scratch")
+    checkpoint.save(model.to(DTYPES[dtype][0]) if dtype != "float32" else model, folder / "checkpoint")
+    return {"gates": [gate.to_dict() for gate in passed], "backend": asdict(model.backend)}
+
+
+def memory_cell(
+    send: Send, experiment: Experiment, phase: str, context: int | None, batch: int | None, way: str | None,
+    dataset_folder: Path, folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """The memory of one phase of the model in `folder`: load in one of the ways, prefill, decode, a training step."""
+    device, settings = prepare_process(experiment), experiment.memory
+    folder = folder / "checkpoint"
+    once = Measurement(repeats=1, seconds=0, decode_tokens=settings.decode_tokens)
+    if way is not None:
+        return measure_load(folder, Measurement(repeats=LOADS, seconds=0), device, way)
+    assert context is not None
+    assert batch is not None
+    if phase == "step":
+        tokens = _text(dataset_folder, batch, context + 1)
+        return measure_step(folder, tokens, device, settings.dtype)
+    measure = measure_prefill if phase == "prefill" else measure_decode
+    return measure(folder, once, context, _text(dataset_folder, batch, context), device, warm_up=0)
+
+
+def speed_cell(
+    send: Send, experiment: Experiment, phase: str, context: int, batch: int, mode: str, dataset_folder: Path,
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """The speed of one phase of the model in `folder`, in one execution mode."""
+    device = prepare_process(experiment)
+    tokens = _text(dataset_folder, batch, context + 1)
+    return measure_speed(folder / "checkpoint", experiment.speed, phase, mode, tokens, device)
+
+
+LOADS = 3  # timed, per cell of the memory study
+
+
+def _text(dataset_folder: Path, rows: int, length: int) -> torch.Tensor:
+    """(rows, length): the start of the validation text, repeated where that is shorter."""
+    tokens = Dataset.load(dataset_folder).splits["validation"].tokens
+    at = np.arange(rows * length).reshape(rows, length) % len(tokens)
+    return torch.from_numpy(tokens[at].astype(np.int64))

@@ -20,8 +20,10 @@ from experiments.data.dataset import Dataset, default_cache, prepare
 from experiments.environment import describe, source_sha256
 from experiments.errors import EnvironmentLacksError, LabError, RunFailedError, SpecError
 from experiments.measurement.process import CellFailedError, run_fresh
+from experiments.result import build_result
 from experiments.spec import Experiment
-from experiments.store import Cell, RunDirectory, build_result, write_json
+from experiments.store import Cell, RunDirectory, write_json
+from experiments.studies import STUDIES
 from models.config import ModelConfig
 from models.errors import ConfigError, nearest
 from models.mixers import MIXERS
@@ -76,13 +78,7 @@ def check(experiment: Experiment) -> None:
 
 def _check_positions(config: ModelConfig, experiment: Experiment) -> None:
     """Learned positions must reach as far as the run will."""
-    measured, sampled = experiment.measurement, experiment.evaluation
-    needs = {"training.context": experiment.training.context}
-    if measured.enabled and config.causal:
-        needs["measurement.contexts and decode_tokens"] = measured.contexts[-1] + measured.decode_tokens
-    if sampled.samples and config.causal:
-        needs["evaluation.sample_tokens after a prompt of 32"] = 32 + sampled.sample_tokens
-    for what, tokens in needs.items():
+    for what, tokens in STUDIES[experiment.study].lengths(experiment, config.causal).items():
         if config.positions is not None and tokens > config.positions:
             raise ConfigError(f"the model has {config.positions} learned positions, {what} need {tokens}")
 
@@ -109,7 +105,7 @@ def run(
             listener(Event("note", f"continuing {directory.path}"))
         retry = into is not None
         todo = [
-            cell for cell in store.plan(experiment)
+            cell for cell in STUDIES[experiment.study].plan(experiment)
             if directory.result(cell) is None and (retry or directory.failure(cell) is None)
         ]  # fmt: skip
         try:
@@ -121,8 +117,9 @@ def run(
         result = _finish(directory, experiment, dataset)
     for warning in result["warnings"]:
         listener(Event("warning", warning))
-    if not any(directory.result(cell) for cell in store.plan(experiment) if cell.kind == "train"):
-        raise RunFailedError(f"no arm could be trained, see {directory.path}: {result['failures'][0]['message']}")
+    study = STUDIES[experiment.study]
+    if not any(directory.result(cell) for cell in study.plan(experiment) if cell.kind == study.MAKES):
+        raise RunFailedError(f"no model could be made, see {directory.path}: {result['failures'][0]['message']}")
     return directory
 
 
@@ -161,7 +158,8 @@ def _unfinished(experiment: Experiment, dataset: Dataset, out: Path) -> RunDirec
     suffix = f"-{experiment.name}-{run_hash(experiment, dataset)}"
     for candidate in reversed(store.runs(out)):
         if candidate.path.name.endswith(suffix):
-            done = all(candidate.result(c) or candidate.failure(c) for c in store.plan(experiment))
+            planned = STUDIES[experiment.study].plan(experiment)
+            done = all(candidate.result(c) or candidate.failure(c) for c in planned)
             return None if done else candidate
     return None
 
@@ -181,6 +179,8 @@ def _check_same_machine(directory: RunDirectory, experiment: Experiment, dataset
 
 
 def _check_lengths(experiment: Experiment, dataset: Dataset) -> None:
+    if STUDIES[experiment.study].MAKES != "train":
+        return  # its text is repeated where it is short
     for name in {"train", "validation", *experiment.evaluation.splits}:
         require_length(f"{name} split", dataset.splits[name].tokens, experiment.training.context)
 
@@ -188,13 +188,14 @@ def _check_lengths(experiment: Experiment, dataset: Dataset) -> None:
 def _run_cells(
     directory: RunDirectory, experiment: Experiment, dataset: Dataset, todo: list[Cell], listener: Listener
 ) -> None:
-    arms = experiment.cells()
+    study = STUDIES[experiment.study]
     for done, cell in enumerate(todo):
         listener(Event("start", cell=cell.name, done=done, total=len(todo)))
         folder = directory.folder(cell)
-        if cell.kind != "train" and not directory.result(Cell(cell.arm, cell.seed, "train")):
-            directory.fail(cell, "the model was not trained", "")
-            listener(Event("skip", "the model was not trained", cell.name))
+        if cell.kind != study.MAKES and not directory.result(Cell(cell.arm, cell.seed, study.MAKES)):
+            message = "the model was not trained" if study.MAKES == "train" else "the model was not built"
+            directory.fail(cell, message, "")
+            listener(Event("skip", message, cell.name))
             continue
 
         def on_message(message: Any, name: str = cell.name) -> None:
@@ -202,11 +203,11 @@ def _run_cells(
             listener(Event("step", cell=name, done=step, total=steps))
 
         try:
-            if cell.kind == "train":
-                work, details = cells.train_cell, (cell.arm, arms[cell.arm], cell.seed)
-            else:
-                work, details = cells.measure_cell, (cell.kind, cell.context)
-            result = run_fresh(work, experiment, *details, dataset.folder, folder, on_message=on_message)
+            work, details = study.work(cell, experiment)
+            result = run_fresh(
+                work, experiment, *details, dataset.folder, folder, on_message=on_message,
+                timeout_s=experiment.cell_timeout_s,
+            )  # fmt: skip
         except CellFailedError as error:
             directory.fail(cell, str(error), error.detail)
             directory.event("failure", str(error), cell.name)

@@ -9,9 +9,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from experiments.errors import SpecError
 from models.errors import nearest
@@ -26,6 +26,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
+    if min(values) < 1 or list(values) != sorted(set(values)):
+        raise ValueError(f"must be positive, distinct and ascending, got {list(values)}")
+    return values
+
+
+Ascending = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(_ascending)]
+
+
 class Arm(Settings):
     """One side of the comparison."""
 
@@ -33,7 +42,9 @@ class Arm(Settings):
     start: Literal["scratch", "weights"] = Field(
         default="scratch", description="initialise anew, or start from the weights in the model folder"
     )
-    learning_rate: float = Field(gt=0, description="peak learning rate, chosen on validation by a sweep")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="peak learning rate, chosen on validation by a sweep; needed where arms train"
+    )
     objective: Literal["causal", "masked"] = Field(
         default="causal", description="predict the next token, or tokens that were hidden (BERT)"
     )
@@ -92,27 +103,69 @@ class Measurement(Settings):
     """Load, prefill and decode, each cell in a fresh process. See docs/method.md."""
 
     enabled: bool = True
-    contexts: tuple[int, ...] = Field(default=(128, 512, 2048), min_length=1)
+    contexts: Ascending = (128, 512, 2048)
     batch: int = Field(default=1, ge=1)
     repeats: int = Field(default=10, ge=1, description="at least this many timed repeats per cell")
     seconds: float = Field(default=1.0, ge=0, description="and at least this long")
     decode_tokens: int = Field(default=16, ge=1, description="tokens per timed decode repeat")
 
-    @field_validator("contexts")
+
+class Memory(Settings):
+    """What the memory study varies. Models are initialised, not trained: memory does not depend on the weights."""
+
+    contexts: Ascending = Field(default=(128, 512, 2048), description="tokens that prefill reads, or decode stands on")
+    batches: Ascending = Field(default=(1,), description="sequences at once in prefill and decode")
+    train_contexts: Ascending = Field(default=(256,), description="tokens per sequence of a training step")
+    train_batch: int = Field(default=1, ge=1, description="sequences of a training step")
+    decode_tokens: int = Field(default=8, ge=1, description="tokens that a decode cell writes")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of file, weights and state; training keeps float32 weights under autocast"
+    )
+
+
+class Speed(Settings):
+    """What the speed study varies. Models are initialised, not trained: speed does not depend on the weights."""
+
+    contexts: Ascending = Field(default=(128, 512, 2048), description="tokens that prefill reads, or decode stands on")
+    batches: Ascending = Field(default=(1,), description="sequences at once in prefill and decode")
+    train_contexts: Ascending = Field(default=(256,), description="tokens per sequence of a training step")
+    train_tokens: int = Field(default=2048, ge=1, description="tokens of a training step, or one sequence if longer")
+    operator_contexts: Ascending = Field(default=(256,), description="tokens for a mixer's operation by itself")
+    modes: tuple[Literal["eager", "compiled", "graph"], ...] = Field(
+        default=("eager",), min_length=1, description="execution modes, each for every arm: torch.compile, CUDA graphs"
+    )
+    repeats: int = Field(default=10, ge=1, description="at least this many timed repeats per cell")
+    seconds: float = Field(default=1.0, ge=0, description="and at least this long")
+    decode_tokens: int = Field(default=16, ge=1, description="tokens per timed decode repeat")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of weights and state; training keeps float32 weights under autocast"
+    )
+
+    @field_validator("modes")
     @classmethod
-    def _ascending(cls, contexts: tuple[int, ...]) -> tuple[int, ...]:
-        if min(contexts) < 1 or list(contexts) != sorted(set(contexts)):
-            raise ValueError("contexts must be positive, distinct and ascending")
-        return contexts
+    def _once(cls, modes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(modes)) != len(modes):
+            raise ValueError(f"each may appear once, got {list(modes)}")
+        return modes
+
+
+SECTIONS = {  # what each study reads beside names, seeds, device, arms and data
+    "comparison": {"training", "evaluation", "measurement", "learning_rates"},
+    "memory": {"memory"},
+    "speed": {"speed"},
+}
+Study = Literal["comparison", "memory", "speed"]
 
 
 class Experiment(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str
+    study: Study = Field(default="comparison", description="the kind of question: what is done with the arms")
     profile: str = Field(default="", description="the profile it was resolved with")
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: as many as this process may use")
+    cell_timeout_s: int = Field(default=3600, ge=1, description="seconds after which a cell is stopped, as failed")
     arms: dict[str, Arm] = Field(min_length=1)
     learning_rates: tuple[float, ...] = Field(
         default=(), description="a sweep: every arm at each of these rates instead of its own"
@@ -121,6 +174,36 @@ class Experiment(Settings):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     measurement: Measurement = Measurement()
+    memory: Memory = Memory()
+    speed: Speed = Speed()
+
+    @model_validator(mode="after")
+    def _modes_are_possible(self) -> "Experiment":
+        for mode in self.speed.modes if self.study == "speed" else ():
+            if mode == "graph":
+                raise ValueError(
+                    "mode 'graph' is refused for every arm: a cache keeps its position on the host, so a recorded "
+                    "decode step would write one slot again and again"
+                )
+            if mode == "compiled" and self.device == "cpu":
+                raise ValueError(
+                    "mode 'compiled' is refused for every arm on a CPU: torch.compile cannot trace the kernels that "
+                    "run there"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "Experiment":
+        every = {name for sections in SECTIONS.values() for name in sections}
+        for name in sorted(self.model_fields_set & (every - SECTIONS[self.study])):
+            raise ValueError(f"the {self.study} study does not read '{name}'")
+        for name, arm in self.arms.items():
+            if self.study == "comparison" and arm.learning_rate is None and not self.learning_rates:
+                raise ValueError(f"arm '{name}' needs a learning_rate")
+            unread = {"learning_rate", "objective"} if self.study != "comparison" else set()
+            for key in sorted(arm.model_fields_set & unread):
+                raise ValueError(f"the {self.study} study does not read '{key}' of arm '{name}'")
+        return self
 
     @field_validator("seeds", "learning_rates")
     @classmethod
@@ -158,9 +241,17 @@ class Experiment(Settings):
             for rate in self.learning_rates
         }
 
+    def resolved(self) -> dict[str, Any]:
+        """Every field that the study reads, as plain values; validates to this experiment again."""
+        every = {name for sections in SECTIONS.values() for name in sections}
+        unread: dict[str, Any] = dict.fromkeys(every - SECTIONS[self.study], True)
+        if self.study != "comparison":
+            unread["arms"] = {"__all__": {"learning_rate", "objective"}}
+        return self.model_dump(mode="json", exclude=unread, exclude_none=True)
+
     def to_toml(self) -> str:
-        """Every field, resolved; `load` of this text gives this experiment back."""
-        return _toml(self.model_dump(mode="json"))
+        """`resolved`; `load` of this text gives this experiment back."""
+        return _toml(self.resolved())
 
 
 def catalog() -> dict[str, str]:
@@ -292,7 +383,7 @@ def _check_key(parts: list[str], raw: Mapping[str, Any]) -> None:
             schema = annotation
         elif depth + 1 < len(parts):
             raise SpecError(f"'{where}' is a value, it has no '{parts[depth + 1]}'")
-    if parts[-1] in {"data", "training", "evaluation", "measurement"} and len(parts) == 1:
+    if len(parts) == 1 and schema is not Experiment:
         raise SpecError(
             f"'{parts[0]}' is a table; set one of its keys, e.g. {parts[0]}.{next(iter(schema.model_fields))}"
         )

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from models.config import ModelConfig
 from models.norm import NORMS
 
+LONGEST = 1 << 40  # tokens, beyond which a length is no answer
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -57,6 +59,33 @@ def training_flops_per_token(config: ModelConfig, context: int, predicted: float
 def state_bytes(config: ModelConfig, batch: int, max_len: int, element_size: int) -> int:
     """Bytes of `LanguageModel.make_state(batch, max_len)` with elements of `element_size` bytes."""
     return batch * sum(block.mixer.state_bytes(config.width, max_len, element_size) for block in config.blocks)
+
+
+def outgrows(config: ModelConfig, size: int, element_size: int, batch: int = 1) -> int | None:
+    """The fewest tokens whose state takes more than `size` bytes; None where it never grows beyond that."""
+    if state_bytes(config, batch, LONGEST, element_size) <= size:
+        return None
+    low, high = 0, LONGEST  # state_bytes(low) <= size < state_bytes(high); it never shrinks with length
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if state_bytes(config, batch, middle, element_size) > size else (middle, high)
+    return high
+
+
+def decode_bytes(config: ModelConfig, batch: int, context: int, element_size: int) -> float:
+    """Bytes that one decode step of `batch` sequences has to read: the weights that its tokens meet, each once, of an
+    embedding a row per token, and the state that holds `context` tokens. What is written is left out."""
+    D, V = config.width, config.vocabulary
+    whole = weight_bytes(config, element_size)
+    for block in config.blocks:
+        layer = block.feedforward
+        if layer is not None:
+            whole -= (layer.parameters(D) - layer.touched_parameters(D, batch)) * element_size
+    if not config.tie_embeddings:
+        whole -= (V - min(batch, V)) * D * element_size  # the head is read whole, the embedding by rows
+    positions = config.positions or 0
+    whole -= (positions - min(1, positions)) * D * element_size
+    return whole + state_bytes(config, batch, context, element_size)
 
 
 def state_formula(config: ModelConfig) -> str:

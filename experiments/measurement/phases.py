@@ -1,4 +1,4 @@
-"""The phases of inference, measured: load, prefill, decode. Each function is one cell, run in a fresh process.
+"""The phases, measured: load, prefill, decode, a training step. Each function is one cell, run in a fresh process.
 
 Memory. Before its baseline, a cell loads and runs a one-layer replica of the model, so that code, libraries and
 thread pools are in memory already and what is counted belongs to the model. `peak_bytes` is the peak over the
@@ -14,31 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.measurement.loading import load
 from experiments.measurement.memory import PeakMemory, resident_bytes, settle
-from experiments.measurement.timing import timed
+from experiments.measurement.timing import WARM_UP, timed
 from experiments.spec import Measurement
+from experiments.training import autocast, token_loss
 from models import checkpoint, cost
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 
 
-def measure_load(folder: Path, settings: Measurement, device: torch.device) -> dict[str, Any]:
+def measure_load(folder: Path, settings: Measurement, device: torch.device, way: str = "mapped") -> dict[str, Any]:
     """From files to a model that is ready for its first token, every weight having been read."""
     config = _warm_up(folder, device)
     settle()
     baseline, device_baseline = resident_bytes(), _allocated(device)
     with PeakMemory(device) as peak:
-        model = _load(folder, device)
+        model = load(folder, device, way)
     settle()
     resident = resident_bytes() - baseline if device.type == "cpu" else _allocated(device) - device_baseline
+    element = state_element_size(model)
     del model
-    samples = timed(lambda: _load(folder, device), repeats=settings.repeats, seconds=settings.seconds, device=device)
+    samples = timed(
+        lambda: load(folder, device, way), repeats=settings.repeats, seconds=settings.seconds, device=device
+    )
     return {
         "file_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "host_peak_bytes": peak.host_bytes - baseline,
         "device_peak_bytes": None if peak.device_bytes is None else peak.device_bytes - device_baseline,
         "resident_bytes": resident,
-        "resident_bytes_analytic": cost.weight_bytes(config, 4),
+        "resident_bytes_analytic": cost.weight_bytes(config, element),
         "memory_method": peak.method,
         "samples": samples.to_dict(),
         "noisy": samples.noisy,
@@ -46,13 +51,13 @@ def measure_load(folder: Path, settings: Measurement, device: torch.device) -> d
 
 
 def measure_prefill(
-    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device
+    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device, warm_up: int = WARM_UP
 ) -> dict[str, Any]:
     """Read a prompt of `context` tokens (B, context) into an empty state and name the next token."""
     _warm_up(folder, device)
     settle()
     before_load = _baseline(device)
-    model = _load(folder, device)
+    model = load(folder, device)
     prompt = tokens.to(device)
 
     @torch.inference_mode()
@@ -64,14 +69,14 @@ def measure_prefill(
     settle()
     before_phase = _baseline(device)
     with PeakMemory(device) as peak:
-        samples = timed(prefill, repeats=settings.repeats, seconds=settings.seconds, device=device)
+        samples = timed(prefill, repeats=settings.repeats, seconds=settings.seconds, device=device, warm_up=warm_up)
     return _phase(model, peak, before_load, before_phase) | {
         "context": context, "batch": prompt.shape[0], "samples": samples.to_dict(), "noisy": samples.noisy,
     }  # fmt: skip
 
 
 def measure_decode(
-    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device
+    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device, warm_up: int = WARM_UP
 ) -> dict[str, Any]:
     """Decode greedily, token by token, from a state that holds `context` tokens.
 
@@ -81,7 +86,7 @@ def measure_decode(
     config = _warm_up(folder, device)
     settle()
     before_load = _baseline(device)
-    model = _load(folder, device)
+    model = load(folder, device)
     with torch.inference_mode():
         state = model.make_state(tokens.shape[0], context + settings.decode_tokens)
         logits, state = model.prefill(tokens.to(device), state)
@@ -99,7 +104,7 @@ def measure_decode(
     settle()
     before_phase = _baseline(device)
     with PeakMemory(device) as peak:
-        samples = timed(decode, repeats=settings.repeats, seconds=settings.seconds, device=device)
+        samples = timed(decode, repeats=settings.repeats, seconds=settings.seconds, device=device, warm_up=warm_up)
     element = state_element_size(model)
     return _phase(model, peak, before_load, before_phase) | {
         "context": context, "batch": tokens.shape[0], "tokens_per_sample": settings.decode_tokens,
@@ -107,6 +112,67 @@ def measure_decode(
         "state_bytes_analytic": cost.state_bytes(config, tokens.shape[0], context + settings.decode_tokens, element),
         "samples": samples.to_dict(), "noisy": samples.noisy,
     }  # fmt: skip
+
+
+def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: str) -> dict[str, Any]:
+    """The memory of one optimizer step on `tokens` (B, T + 1), the second one, so that the optimizer has its state.
+
+    Weights, gradients and optimizer state are counted from their tensors, activations from what autograd keeps; the
+    peak is measured.
+    """
+    _warm_up(folder, device, trains=True)
+    settle()
+    before_load = _baseline(device)
+    model = load(folder, device, "direct").float().train()
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), fused=True)
+    inputs, targets = (m.contiguous().to(device) for m in (tokens[:, :-1], tokens[:, 1:]))
+    kept = _Kept(model)
+
+    def step() -> None:
+        with autocast(precision, device):
+            loss, balance = token_loss(model, inputs, targets)
+        (loss + balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    with torch.autograd.graph.saved_tensors_hooks(kept.see, lambda tensor: tensor):
+        step()
+    gradients = sum(_bytes(p.grad) for p in model.parameters() if p.grad is not None)
+    optimizer.zero_grad()
+    settle()
+    with PeakMemory(device) as peak:
+        step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    top = peak.host_bytes if peak.device_bytes is None else peak.device_bytes
+    return {
+        "context": inputs.shape[1], "batch": inputs.shape[0],
+        "peak_bytes": top - before_load,
+        "weight_bytes": sum(_bytes(p) for p in model.parameters()),
+        "gradient_bytes": gradients,
+        "optimizer_bytes": sum(_bytes(value) for value in states if isinstance(value, Tensor)),
+        "activation_bytes": kept.bytes,
+        "memory_method": peak.method if peak.device_bytes is None else "torch.cuda allocator",
+        "backend": model.backend.name,
+    }  # fmt: skip
+
+
+class _Kept:
+    """Counts the storages that autograd keeps for the backward pass, each once, without those of parameters."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.bytes = 0
+
+    def see(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def state_element_size(model: LanguageModel) -> int:
@@ -123,17 +189,10 @@ def _phase(model: LanguageModel, peak: PeakMemory, before_load: int, before_phas
     }
 
 
-def _load(folder: Path, device: torch.device) -> LanguageModel:
-    model = checkpoint.load(folder, device)
-    for parameter in model.parameters():
-        parameter.sum()  # a memory-mapped weight is in memory once it has been read
-    return model
-
-
-def _warm_up(folder: Path, device: torch.device) -> ModelConfig:
-    """Load, prefill and decode a replica with a small vocabulary and one layer of each kind; returns the model's
-    configuration."""
-    config = checkpoint.load(folder, "cpu").config
+def _warm_up(folder: Path, device: torch.device, trains: bool = False) -> ModelConfig:
+    """Load, prefill and decode, or train, a replica with a small vocabulary and one layer of each kind; returns the
+    model's configuration."""
+    config = checkpoint.read_config(folder)
     hybrid = config.hybrid
     if hybrid is not None:
         hybrid = replace(hybrid, pattern="".join(dict.fromkeys(hybrid.pattern)))
@@ -142,9 +201,16 @@ def _warm_up(folder: Path, device: torch.device) -> ModelConfig:
         config, vocabulary=64, layers=len(config.kinds), padding_index=None, hybrid=hybrid, positions=positions
     )
     replica = LanguageModel(small, seed=0, device=device)
+    if trains:
+        tokens = torch.arange(48, device=device)[None] % 64
+        optimizer = torch.optim.AdamW(replica.parameters(), fused=True)
+        token_loss(replica, tokens, tokens)[0].backward()
+        torch.nn.utils.clip_grad_norm_(replica.parameters(), 1.0)
+        optimizer.step()
+        return config
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         checkpoint.save(replica, Path(scratch))
-        replica = _load(Path(scratch), device)
+        replica = load(Path(scratch), device)
         tokens = torch.arange(48, device=device)[None] % 64
         if not config.causal:  # it has no state to decode with
             replica(tokens)

@@ -7,6 +7,7 @@ fork they are spawned). The server's import of torch is paid once.
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -37,11 +38,13 @@ def quiet_thread_pools() -> None:
 
 
 def run_fresh(
-    function: Callable[..., Any], *arguments: Any, on_message: Callable[[Any], None] = lambda message: None
-) -> Any:
+    function: Callable[..., Any], *arguments: Any, on_message: Callable[[Any], None] = lambda message: None,
+    timeout_s: float | None = None,
+) -> Any:  # fmt: skip
     """`function(send, *arguments)` in a fresh process; `send` hands messages to `on_message` here.
 
-    Raises CellFailedError when it raises or dies. Function, arguments, messages and result must be picklable.
+    Raises CellFailedError when it raises, dies, or takes more than `timeout_s` seconds. Function, arguments, messages
+    and result must be picklable.
     """
     quiet_thread_pools()
     context = _context()
@@ -49,8 +52,11 @@ def run_fresh(
     process = context.Process(target=_child, args=(theirs, function, arguments), daemon=True)
     process.start()
     theirs.close()
+    end = None if timeout_s is None else time.monotonic() + timeout_s
     try:
         while True:
+            if end is not None and not ours.poll(max(0.0, end - time.monotonic())):
+                raise CellFailedError(f"stopped after {timeout_s:g} s (cell_timeout_s)")
             try:
                 kind, content = ours.recv()
             except EOFError:
@@ -86,8 +92,25 @@ def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple) -> 
         pipe.send(("result", result))
     except _EXPECTED as error:
         pipe.send(("error", (str(error) or type(error).__name__, "")))
+    except RuntimeError as error:
+        lacking = _lacking_memory(error)
+        pipe.send(("error", (lacking, "") if lacking else _unforeseen(error)))
     except Exception as error:
-        pipe.send(("error", (f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc())))
+        pipe.send(("error", _unforeseen(error)))
+
+
+def _unforeseen(error: Exception) -> tuple[str, str]:
+    return f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc()
+
+
+def _lacking_memory(error: RuntimeError) -> str | None:
+    """What torch says of a failed allocation, in a line; None for any other error."""
+    text = str(error)
+    if "can't allocate memory" in text:  # of the CPU's allocator, which has no type of its own
+        return f"out of memory: {text[text.index('you tried') :].splitlines()[0]}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported in this module
+        return f"out of memory: {text.splitlines()[0]}"
+    return None
 
 
 def _death(exit_code: int | None) -> str:

@@ -39,9 +39,11 @@ class Samples:
         return asdict(self)
 
 
-def timed(operation: Callable[[], object], *, repeats: int, seconds: float, device: torch.device) -> Samples:
-    """Run `operation` WARM_UP times unmeasured, then until both `repeats` and `seconds` are reached."""
-    for _ in range(WARM_UP):
+def timed(
+    operation: Callable[[], object], *, repeats: int, seconds: float, device: torch.device, warm_up: int = WARM_UP
+) -> Samples:
+    """Run `operation` `warm_up` times unmeasured, then until both `repeats` and `seconds` are reached."""
+    for _ in range(warm_up):
         operation()
     samples: list[float] = []
     begun = time.perf_counter()

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from experiments.report import curves
+from experiments.report import memory as memory_study
+from experiments.report import speed as speed_study
 from experiments.report.document import Block, Cell, Code, Column, Document, Figure, Notice, Section, Table, Text, Tone
 from experiments.report.numbers import DASH, count, interval, number, plural, scale
 from experiments.report.record import Record
@@ -38,13 +40,17 @@ SPEED = {"tokens_per_s", "time_to_first_token_ms", "ms_per_token"}
 
 
 def document(record: Record) -> Document:
-    sections = [verdict(record)]
-    if record.sweep:
-        sections += [sweep(record), training_curves(record)]
+    studies = {"memory": memory_study.sections, "speed": speed_study.sections}
+    if record.study in studies:
+        sections = [*studies[record.study](record), Section("arms", "What was measured", "", [arms_table(record)])]
+    elif record.sweep:
+        sections = [verdict(record), sweep(record), training_curves(record)]
     else:
-        sections += [results(record), training_curves(record), position(record)]
+        sections = [verdict(record), results(record), training_curves(record), position(record)]
         sections += [throughput(record), memory(record)]
-    sections += [samples(record), settings(record), troubles(record), repeat(record)]
+    if record.study == "comparison":
+        sections.append(samples(record))
+    sections += [settings(record), troubles(record), repeat(record)]
     result, environment = record.result, record.environment
     facts = [("Run", result["run_id"]), ("Experiment", result["experiment"])]
     facts += [("Profile", result["profile"])] if result["profile"] else []

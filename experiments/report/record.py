@@ -52,8 +52,8 @@ class Row:
         return self.value
 
     @property
-    def key(self) -> tuple[str, int | None, str, str, int | None]:
-        return self.arm, self.seed, self.phase, self.metric, self.context
+    def key(self) -> tuple[Any, ...]:
+        return self.arm, self.seed, self.phase, self.metric, self.context, self.batch, self.mode
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -97,6 +97,14 @@ class Record:
         return sorted(found)
 
     @property
+    def study(self) -> str:
+        return self.spec.get("study", "comparison")
+
+    @property
+    def findings(self) -> list[dict[str, Any]]:
+        return self.result["findings"]
+
+    @property
     def sweep(self) -> bool:
         return bool(self.spec.get("learning_rates"))
 
@@ -120,7 +128,18 @@ class Record:
 
     @cached_property
     def _index(self) -> dict[tuple, Row]:
-        return {row.key: row for row in self.rows}
+        found: dict[tuple, Row] = {}
+        for row in self.rows:
+            found.setdefault((row.arm, row.seed, row.phase, row.metric, row.context), row)
+        return found
+
+    def over_seeds(self, phase: str, metric: str, arm: str | None = None, **where: Any) -> list[Row]:
+        """Rows over all seeds with these fields, where a study varies more than the context."""
+        return [
+            row for row in self.rows
+            if (row.seed, row.phase, row.metric) == (None, phase, metric) and arm in (None, row.arm)
+            and all(getattr(row, name) == value for name, value in where.items())
+        ]  # fmt: skip
 
     def row(self, arm: str, phase: str, metric: str, context: int | None = None, seed: int | None = None) -> Row | None:
         return self._index.get((arm, seed, phase, metric, context))
@@ -190,6 +209,7 @@ def read(run: Path) -> Record:
     result = {
         "baselines": None,
         "verdicts": [],
+        "findings": [],
         "rows": [],
         "profile": "",
         "created": "",

@@ -319,7 +319,8 @@ def arms_table(record: Record) -> Table:
         for key in ("parameters", "non_embedding_parameters", "active_parameters"):
             value = arm.get(key)
             cells.append(table.cell(DASH, absent) if value is None else count(value))
-        cells.append(", ".join(f"{rate:g}" for rate in rates))
+        known = [f"{rate:g}" for rate in rates if rate is not None]
+        cells.append(", ".join(known) or table.cell(DASH, "this study does not train"))
         backends = ", ".join(f"{layer}: {used}" for layer, used in (arm.get("backends") or {}).items())
         cells.append(backends or table.cell(DASH, absent))
         table.add(*cells)

@@ -42,6 +42,9 @@ class MLPConfig:
     def active_parameters(self, width: int) -> int:
         return self.parameters(width)
 
+    def touched_parameters(self, width: int, tokens: int) -> float:
+        return self.parameters(width)
+
     def flops_per_token(self, width: int) -> float:
         return 2 * 2 * width * self.size(width)
 

@@ -46,6 +46,10 @@ class MoEConfig:
     def active_parameters(self, width: int) -> int:
         return self.experts * width + self.top_k * 3 * width * self.hidden
 
+    def touched_parameters(self, width: int, tokens: int) -> float:
+        missed = (1 - self.top_k / self.experts) ** tokens  # an expert that no token chose
+        return self.experts * width + self.experts * (1 - missed) * 3 * width * self.hidden
+
     def flops_per_token(self, width: int) -> float:
         return 2 * self.active_parameters(width)
 

@@ -34,6 +34,9 @@ class SwiGLUConfig:
     def active_parameters(self, width: int) -> int:
         return self.parameters(width)
 
+    def touched_parameters(self, width: int, tokens: int) -> float:
+        return self.parameters(width)
+
     def flops_per_token(self, width: int) -> float:
         return 2 * self.parameters(width)
 

@@ -79,6 +79,10 @@ def _rotary_table(positions: int, width: int, base: float, device: torch.device)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
+def forget_tables() -> None:
+    _rotary_table.cache_clear()
+
+
 def rotate(x: Tensor, rotated: int, start: int, base: float) -> Tensor:
     """Rotary positions start..start+T-1 on the first `rotated` heads of x (B, T, heads, P); the others pass through.
     Entry i is paired with i + P/2, as Llama does."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from models.ops.swiglu import reference as swiglu
 
@@ -29,7 +30,7 @@ def by_expert(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: 
     """Tokens sorted by their expert; one product for each expert that was chosen at all."""
 
     def run(rows: Tensor, counts: Tensor) -> Tensor:
-        parts = rows.split(counts.tolist())
+        parts = rows.split(_on_host(counts, len(rows)))
         return torch.cat([
             swiglu(part @ gate_up[expert].t()) @ down[expert].t() if len(part) else part
             for expert, part in enumerate(parts)
@@ -65,6 +66,14 @@ def _sorted(x: Tensor, chosen: Tensor, weight: Tensor, experts: int, run: Callab
     y = run(x[order.div(K, rounding_mode="floor")], load(chosen, experts))
     back = torch.empty_like(order).scatter_(0, order, torch.arange(M * K, device=x.device))
     return (y[back].view(M, K, D) * weight[..., None].to(x.dtype)).sum(1)
+
+
+def _on_host(counts: Tensor, rows: int) -> list[int]:
+    """The numbers themselves; where tensors have shapes only, an even load of as many rows."""
+    if counts.is_meta or is_fake(counts):
+        X = len(counts)
+        return [rows // X + (expert < rows % X) for expert in range(X)]
+    return counts.tolist()
 
 
 def load(chosen: Tensor, experts: int) -> Tensor:

@@ -34,6 +34,14 @@ def _leave(send):
     os._exit(3)
 
 
+def _sleep(send):
+    time.sleep(60)
+
+
+def _ask_for_too_much(send):
+    torch.empty(1 << 55)
+
+
 def _allocate(send, megabytes):
     settle()
     before = resident_bytes()
@@ -72,6 +80,19 @@ def test_killed_and_silent_processes() -> None:
         run_fresh(_die)
     with pytest.raises(CellFailedError, match="ended with exit code 3 and no result"):
         run_fresh(_leave)
+
+
+def test_a_cell_that_takes_too_long_is_stopped() -> None:
+    begun = time.monotonic()
+    with pytest.raises(CellFailedError, match=r"stopped after 0.5 s \(cell_timeout_s\)"):
+        run_fresh(_sleep, timeout_s=0.5)
+    assert time.monotonic() - begun < 20
+
+
+def test_a_lack_of_memory_is_said_in_a_line() -> None:
+    with pytest.raises(CellFailedError, match="out of memory: you tried to allocate") as caught:
+        run_fresh(_ask_for_too_much)
+    assert caught.value.detail == ""
 
 
 def test_peak_sees_memory_that_was_given_back() -> None:

@@ -10,9 +10,11 @@ import pytest
 
 from experiments.cells import model_config
 from experiments.errors import RunFailedError
+from experiments.result import build_result
 from experiments.runner import run_hash
 from experiments.spec import Experiment, load
-from experiments.store import RunDirectory, build_result, plan, write_json
+from experiments.store import RunDirectory, write_json
+from experiments.studies.comparison import plan
 
 VOCABULARY = 512
 STEP_MS = [4.0, 5.0, 6.0, 7.0, 40.0]
@@ -221,7 +223,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
     special = {
         "splits": ["validation"], "precision": "bfloat16", "device": "cuda", "contexts": [3, 5], "seeds": [7],
         "learning_rates": [0.5], "overrides": {"layers": 3}, "validation_fraction": 0.3, "test_fraction": 0.3,
-        "objective": "masked", "start": "weights",
+        "objective": "masked", "start": "weights", "train_contexts": [7], "batches": [2, 3], "dtype": "bfloat16",
     }  # fmt: skip
     if path[-1] in special:
         return special[path[-1]]
@@ -230,12 +232,18 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
     return value + "x" if isinstance(value, str) else value + 1 if isinstance(value, int) else value * 0.5
 
 
-@pytest.mark.parametrize("path", [path for path, _ in _leaves(EXPERIMENT.model_dump(mode="json"))], ids=".".join)
-def test_every_field_is_in_the_hash_of_a_run(path: tuple[str, ...]) -> None:
-    base = EXPERIMENT
+EXPERIMENTS = {"comparison": EXPERIMENT, "memory": load("memory", profile="smoke")}
+FIELDS = [
+    (study, path) for study, one in EXPERIMENTS.items() for path, _ in _leaves(one.resolved()) if path != ("study",)
+]
+
+
+@pytest.mark.parametrize(("study", "path"), FIELDS, ids=lambda part: part if isinstance(part, str) else ".".join(part))
+def test_every_field_is_in_the_hash_of_a_run(study: str, path: tuple[str, ...]) -> None:
+    base = EXPERIMENTS[study]
     if path[-1] == "start":  # weights need their tokenizer
-        base = EXPERIMENT.model_copy(update={"data": EXPERIMENT.data.model_copy(update={"tokenizer": "x"})})
-    changed = base.model_dump(mode="json")
+        base = base.model_copy(update={"data": base.data.model_copy(update={"tokenizer": "x"})})
+    changed = base.resolved()
     table = changed
     for key in path[:-1]:
         table = table[key]

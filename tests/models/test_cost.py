@@ -217,6 +217,28 @@ def test_the_cache_of_a_window_stops_growing():
     assert at[1] == cost.state_bytes(PRESETS["transformer-1m"], 1, 63, 2)
 
 
+def test_crossover_lengths_at_130m():
+    """A cache of 16-bit keys and values weighs as much as the state of Mamba-1 at 40 tokens, of Mamba-2 at 265."""
+    transformer = PRESETS["transformer-130m"]
+    for name, tokens, megabytes in (("mamba-130m", 40, 1.47), ("mamba2-130m", 265, 9.8)):
+        state = cost.state_bytes(PRESETS[name], 1, 1, 2)
+        assert state / 1e6 == pytest.approx(megabytes, rel=0.01)
+        assert cost.outgrows(transformer, state, 2) == tokens + 1
+        assert cost.state_bytes(transformer, 1, tokens, 2) <= state < cost.state_bytes(transformer, 1, tokens + 1, 2)
+
+
+@pytest.mark.parametrize("name", ["transformer-4m", "window", "hybrid", "mamba-4m"])
+@pytest.mark.parametrize("size", [0, 1, 10_000, 123_457, 10**12])
+def test_outgrows_is_the_first_length_that_does(name, size):
+    config = CONFIGS[name]
+    at = cost.outgrows(config, size, 4, batch=3)
+    if at is None:
+        assert cost.state_bytes(config, 3, cost.LONGEST, 4) <= size
+    else:
+        assert cost.state_bytes(config, 3, at, 4) > size
+        assert at == 1 or cost.state_bytes(config, 3, at - 1, 4) <= size
+
+
 def counted_flops(config: ModelConfig, backend: str, context: int, *, batch: int = 2) -> tuple[int, int]:
     """Of a forward, and of a forward with its backward, on the meta device."""
     model = LanguageModel(config.with_backend(backend), seed=None)

@@ -1,0 +1,159 @@
+"""The sections of a speed study's report."""
+
+from typing import Any
+
+from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Verdict
+from experiments.report.numbers import DASH, count, number, percent, plural
+from experiments.report.record import Record, Row
+
+SPREAD = "median of the timed repeats; in parentheses their 5th to 95th percentile"
+
+
+def sections(record: Record) -> list[Section]:
+    return [verdict(record), training(record), inference(record), operators(record)]
+
+
+def settings_of(record: Record, phase: str) -> list[dict[str, Any]]:
+    """The (batch, mode) pairs of a phase; of training the mode alone, since its batch goes with the context."""
+    found = {
+        (None if phase == "train" else row.batch, row.mode) for row in record.rows if row.phase == phase
+    }  # fmt: skip
+    ordered = sorted(found, key=lambda pair: (str(pair[1]), pair[0] or 0))
+    return [{"mode": mode} | ({} if phase == "train" else {"batch": batch}) for batch, mode in ordered]
+
+
+def lines(record: Record, phase: str, metric: str, arm: str, **where: Any) -> list[Row]:
+    """Rows of one seed (its percentiles are the spread of the repeats), by context."""
+    seed = record.seeds[0] if record.seeds else None
+    found = [
+        row for row in record.rows
+        if (row.seed, row.arm, row.phase, row.metric) == (seed, arm, phase, metric) and row.value is not None
+        and all(getattr(row, name) == value for name, value in where.items())
+    ]  # fmt: skip
+    return sorted(found, key=lambda row: row.context or 0)
+
+
+def verdict(record: Record) -> Section:
+    intro = (
+        "Every cell ran in a fresh process; the arms of one measurement directly followed each other. Between measured "
+        "lengths the ratio of the speeds is taken as straight in logarithms."
+    )
+    blocks: list[Block] = []
+    for one in record.findings:
+        sure = one["ci_low"] == one["ci_high"] or None not in (one["ci_low"], one["ci_high"])
+        standing = "measured" if sure else "open at the longest measured length"
+        blocks.append(Verdict("resolved" if sure else "open", one["sentence"], standing, ""))
+    if not blocks:
+        blocks.append(Text("No two arms were measured at two lengths, so no crossover can be told."))
+    blocks.append(Text(
+        "What this run does not show: quality, larger models, other machines. The models are initialised, not trained; "
+        f"{plural(len(record.seeds), 'seed')}. The intervals cover the spread of repeated timings in this run only: a "
+        "machine that is shared with others moves between runs by more than that."
+    ))  # fmt: skip
+    return Section("verdict", "From which length on is which faster?", intro, blocks)
+
+
+def training(record: Record) -> Section:
+    intro = (
+        "A whole optimizer step: forward, loss, backward, clipping, AdamW, the same number of tokens at every context "
+        "where it fits. Utilisation is the arithmetic of the formula over the time taken, as a share of what a large "
+        "matrix product reached in the same process just before and after."
+    )
+    table = _table(record, "Training step", "train", "step_ms", "ms per step", flops=True)
+    if table.empty:
+        return Section("training", "Training", intro, [Text("No training step was measured.")])
+    alt = _alt(record, "train", "tokens_per_s")
+    caption = f"Training tokens per second against context, both axes logarithmic; {SPREAD}."
+    return Section("training", "Training", intro, [Figure("speed-training", alt, caption), table])
+
+
+def inference(record: Record) -> Section:
+    intro = (
+        "Prefill reads a prompt in one pass; decode writes one token after another behind it. The roofline is the "
+        "tokens/s that the measured bandwidth would allow if every weight that a step meets, and the cache or state, "
+        "were read once from memory; a model that fits into the processor's caches can pass it."
+    )
+    prefill = _table(record, "Prefill", "prefill", "time_to_first_token_ms", "ms to the first token", flops=True)
+    decode = _table(record, "Decode", "decode", "ms_per_token", "ms per token", flops=False)
+    blocks: list[Block] = [table for table in (prefill, decode) if not table.empty]
+    if not blocks:
+        return Section("inference", "Prefill and decode", intro, [Text("Nothing was measured.")])
+    caption = f"Tokens per second against context, both axes logarithmic; {SPREAD}."
+    blocks.insert(0, Figure("speed-inference", _alt(record, "decode", "tokens_per_s"), caption))
+    caption = f"Milliseconds per decoded token against the tokens before it, both axes logarithmic; {SPREAD}."
+    blocks.insert(1, Figure("speed-decode", _alt(record, "decode", "ms_per_token"), caption))
+    return Section("inference", "Prefill and decode", intro, blocks)
+
+
+def operators(record: Record) -> Section:
+    intro = (
+        "The operation that mixes the sequence by itself, on random inputs of the shapes that the first layer gives "
+        "it: attention, the selective scan, the chunked scan of Mamba-2. Batch 1, tokens per second; backward includes "
+        "the forward pass."
+    )
+    table = Table(f"Operations alone: {SPREAD}", [
+        Column("Arm", key=True), Column("Context", numeric=True, key=True), Column("Forward, tokens/s", numeric=True),
+        Column("Forward and backward, tokens/s", numeric=True), Column("Backend"),
+    ])  # fmt: skip
+    for arm in record.arms:
+        backward = {row.context: row for row in lines(record, "operator", "backward_tokens_per_s", arm)}
+        for row in lines(record, "operator", "forward_tokens_per_s", arm):
+            other = backward.get(row.context)
+            absent = record.absence(arm, "operator", "backward_tokens_per_s")
+            both = table.cell(DASH, absent) if other is None else _spread(other)
+            table.add(arm, count(row.context or 0), _spread(row), both, row.backend or DASH)
+    if table.empty:
+        return Section("operators", "Operations alone", intro, [Text("None was measured.")])
+    caption = f"Forward pass of the operation alone, tokens per second against context; {SPREAD}."
+    figure = Figure("speed-operators", _alt(record, "operator", "forward_tokens_per_s"), caption)
+    return Section("operators", "Operations alone", intro, [figure, table])
+
+
+def _table(record: Record, title: str, phase: str, latency: str, heading: str, flops: bool) -> Table:
+    columns = [Column("Arm", key=True), Column("Mode", key=True), Column("Batch", numeric=True, key=True)]
+    columns += [Column("Context", numeric=True, key=True), Column("Tokens/s", numeric=True)]
+    columns.append(Column(heading, numeric=True))
+    if flops:
+        columns += [Column("GFLOP/s", numeric=True), Column("ceiling", numeric=True), Column("share", numeric=True)]
+    else:
+        columns += [Column("GB/s read", numeric=True), Column("ceiling", numeric=True), Column("share", numeric=True)]
+        columns.append(Column("roofline, tokens/s", numeric=True))
+    columns.append(Column("first call, ms", numeric=True))
+    table = Table(f"{title}: {SPREAD}", columns)
+    kind = "flops" if flops else "bytes"
+    share = "flops_utilisation" if flops else "bandwidth_utilisation"
+    for where in settings_of(record, phase):
+        for arm in record.arms:
+            for row in lines(record, phase, "tokens_per_s", arm, **where):
+                at = where | {"context": row.context, "batch": row.batch}
+                one = {
+                    name: lines(record, phase, name, arm, **at)[0]
+                    for name in (latency, f"{kind}_per_s", f"ceiling_{kind}_per_s", share, "first_call_ms")
+                }
+                cells: list[Cell | str] = [arm, row.mode or DASH, str(row.batch), count(row.context or 0), _spread(row)]
+                cells.append(_spread(one[latency]))
+                cells += [number(one[name].known / 1e9) for name in (f"{kind}_per_s", f"ceiling_{kind}_per_s")]
+                cells.append(percent(one[share].known).lstrip("+"))
+                if not flops:
+                    cells.append(number(lines(record, phase, "roofline_tokens_per_s", arm, **at)[0].known))
+                table.add(*cells, number(one["first_call_ms"].known))
+    return table
+
+
+def _spread(row: Row) -> str:
+    if row.p5 is None or row.p95 is None:
+        return number(row.known)
+    return f"{number(row.known)} ({number(row.p5)} to {number(row.p95)})"
+
+
+def _alt(record: Record, phase: str, metric: str) -> str:
+    told = []
+    for where in settings_of(record, phase):
+        for arm in record.arms:
+            found = lines(record, phase, metric, arm, **where)
+            if found:
+                ends = [
+                    f"{number(row.known)} at {count(row.context or 0)}" for row in dict.fromkeys((found[0], found[-1]))
+                ]
+                told.append(f"{arm}, {where['mode']}: {' and '.join(ends)}")
+    return f"{metric.replace('_', ' ')} of {phase} against context. " + "; ".join(told) + "."

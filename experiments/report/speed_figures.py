@@ -1,0 +1,55 @@
+"""Figures of the speed study."""
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.report.drawing import ARMS, LINES, MARKERS, PAPER, Layout, legend, loglog, panels
+from experiments.report.record import Record
+from experiments.report.speed import lines, settings_of
+
+
+def training(record: Record, layout: Layout) -> Figure:
+    return _drawn(record, layout, [("train", "tokens_per_s", "tokens per second", "Training")])
+
+
+def inference(record: Record, layout: Layout) -> Figure:
+    wanted = [("prefill", "tokens_per_s", "tokens per second", "Prefill")]
+    wanted.append(("decode", "tokens_per_s", "tokens per second", "Decode"))
+    return _drawn(record, layout, wanted)
+
+
+def decode(record: Record, layout: Layout) -> Figure:
+    return _drawn(record, layout, [("decode", "ms_per_token", "ms per token", "Decode")])
+
+
+def operators(record: Record, layout: Layout) -> Figure:
+    return _drawn(record, layout, [("operator", "forward_tokens_per_s", "tokens per second", "Operation alone")])
+
+
+def _drawn(record: Record, layout: Layout, wanted: list[tuple[str, str, str, str]]) -> Figure:
+    """A panel per quantity and per (batch, mode)."""
+    each = [(one, where) for one in wanted for where in settings_of(record, one[0])]
+    figure, every = panels(layout, len(each), 3.0)
+    for axes, ((phase, metric, unit, title), where) in zip(every, each, strict=True):
+        contexts: set[int] = set()
+        for at, arm in enumerate(record.arms):
+            contexts |= _line(axes, record, phase, metric, arm, at, where)
+        batch = f", batch {where['batch']}" if where.get("batch") and phase != "operator" else ""
+        axes.set_title(f"{title}{batch}, {where['mode']}" if len(settings_of(record, phase)) > 1 else f"{title}{batch}")
+        axes.set_ylabel(unit)
+        loglog(axes, sorted(contexts))
+    legend(figure, record.arms, layout)
+    return figure
+
+
+def _line(axes: Axes, record: Record, phase: str, metric: str, arm: str, at: int, where: dict) -> set[int]:
+    found = lines(record, phase, metric, arm, **where)
+    contexts = [row.context or 0 for row in found]
+    for row in found:
+        if row.p5 and row.p95:
+            axes.plot([row.context or 0] * 2, [row.p5, row.p95], color=ARMS[at % 8], linewidth=1.2)
+    axes.plot(
+        contexts, [row.known for row in found], color=ARMS[at % 8], linestyle=LINES[at % 8],
+        linewidth=1.7, marker=MARKERS[at % 8], markersize=5.2, markeredgecolor=PAPER, markeredgewidth=0.6,
+    )  # fmt: skip
+    return set(contexts)

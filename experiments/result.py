@@ -1,0 +1,131 @@
+"""`result.json`: what the cells' files of a run say, brought together."""
+
+from typing import Any
+
+from experiments.cells import model_config
+from experiments.errors import RunFailedError
+from experiments.spec import Experiment
+from experiments.statistics import mean_interval
+from experiments.store import Cell, RunDirectory, now
+from experiments.studies import STUDIES
+from models import cost
+
+SCHEMA_VERSION = 1
+UNTOUCHED = {"file_bytes", "state_bytes", "flops_per_token"}  # metrics that do not depend on the form that ran
+Results = dict[Cell, dict[str, Any]]
+
+
+def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any]) -> dict[str, Any]:
+    """`result.json` from the cells' files. `facts`: of the dataset.
+
+    Raises RunFailedError when paired arms consumed different tokens: nothing in such a run compares.
+    """
+    study = STUDIES[experiment.study]
+    cells = study.plan(experiment)
+    environment = run.environment()
+    made = {cell: result for cell in cells if cell.kind == study.MAKES and (result := run.result(cell))}
+    _check_same_data(made)
+    rows = [row for cell in cells if (result := run.result(cell)) for row in study.rows(cell, result, experiment, run)]
+    for row in rows:
+        reason = _taint(row, made.get(Cell(row["arm"], row["seed"], study.MAKES)))
+        row["comparable"], row["reason"] = reason is None, row["reason"] or reason
+    rows += _over_seeds(rows)
+    failures = [{"cell": f["cell"], "message": f["message"]} for cell in cells if (f := run.failure(cell))]
+    missing = [cell.name for cell in cells if not run.result(cell) and not run.failure(cell)]
+    tested = experiment.study == "comparison" and "test" in experiment.evaluation.splits
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run.path.name,
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "profile": experiment.profile,
+        "created": environment["created"],
+        "finished": now(),
+        "status": "partial" if missing or failures else "complete",
+        "missing": missing,
+        "failures": failures,
+        "warnings": _warnings(run, cells, environment, made),
+        "baselines": facts["baselines"] if tested else None,
+        "arms": _arms(experiment, facts["vocabulary"], environment, made),
+        "verdicts": study.verdicts(rows, experiment),
+        "findings": study.findings(rows, experiment, facts["vocabulary"], run),
+        "rows": rows,
+    }
+
+
+def _check_same_data(made: Results) -> None:
+    by_seed: dict[int, dict[str, str]] = {}
+    for cell, result in made.items():
+        if "data_sha256" in result:
+            by_seed.setdefault(cell.seed, {})[cell.arm] = result["data_sha256"]
+    for seed, hashes in by_seed.items():
+        if len(set(hashes.values())) > 1:
+            raise RunFailedError(f"the arms of seed {seed} were trained on different tokens: {hashes}")
+
+
+def _arms(experiment: Experiment, vocabulary: int, environment: dict[str, Any], made: Results) -> dict[str, Any]:
+    arms = {}
+    for name, arm in experiment.cells().items():
+        config = model_config(arm, vocabulary)
+        count = cost.parameters(config)
+        base = name if name in environment["backends"] else name.rpartition("-lr")[0]
+        hashes = {str(c.seed): r["data_sha256"] for c, r in made.items() if c.arm == name and "data_sha256" in r}
+        arms[name] = {
+            "model": arm.model,
+            "learning_rate": arm.learning_rate,
+            "config": config.to_dict(),
+            "parameters": count.total,
+            "non_embedding_parameters": count.non_embedding,
+            "active_parameters": count.active,
+            "data_sha256": hashes,
+            "backends": {"mixer": environment["backends"][base]["name"]},
+            "state_bytes_formula": cost.state_formula(config),
+        }
+    return arms
+
+
+def _taint(row: dict, made: dict[str, Any] | None) -> str | None:
+    """Why a number may not be compared: a failed gate taints all of its model's, a fallback speed and memory."""
+    failed = [gate["name"] for gate in made["gates"] if not gate["passed"]] if made else []
+    if failed:
+        return f"failed before timing: {', '.join(failed)}"
+    fallback = made["backend"]["fallback"] if made else None
+    if fallback and row["phase"] != "quality" and row["metric"] not in UNTOUCHED:
+        return f"runs a fallback form ({fallback})"
+    return None
+
+
+def _over_seeds(rows: list[dict]) -> list[dict]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("arm", "phase", "metric", "context", "batch", "mode"))
+        groups.setdefault(key, []).append(row)
+    summary = []
+    for group in groups.values():
+        values = [row["value"] for row in group if row["value"] is not None]
+        one = dict(group[0]) | {"seed": None, "p5": None, "p95": None, "n": len(values)}
+        one["comparable"] = all(row["comparable"] for row in group)
+        one["reason"] = next((row["reason"] for row in group if row["reason"]), None)
+        if values:
+            interval = mean_interval(values)
+            one |= {"value": interval.estimate, "ci_low": interval.low, "ci_high": interval.high}
+        summary.append(one)
+    return summary
+
+
+def _warnings(run: RunDirectory, cells: list[Cell], environment: dict[str, Any], made: Results) -> list[str]:
+    warnings = []
+    for arm, backend in environment["backends"].items():
+        if backend["fallback"]:
+            warnings.append(f"{arm}: speed and memory are not comparable, {backend['fallback']}")
+    noisy = [cell.name for cell in cells if (result := run.result(cell)) and result.get("noisy")]
+    if noisy:
+        share = f"{len(noisy)} of {sum(cell.kind != 'train' for cell in cells)} timed cells"
+        warnings.append(f"noisy timing (95th percentile over 1.5 times the median) in {share}: {', '.join(noisy)}")
+    warnings += [
+        f"{cell.group}: gate '{gate['name']}' failed: {gate['value']:.3g} > {gate['limit']:g}"
+        for cell, result in made.items()
+        for gate in result["gates"]
+        if not gate["passed"]
+    ]
+    return warnings

@@ -1,0 +1,27 @@
+"""The rows of `result.json`: one number each, with all that is needed to read it (docs/result-schema.md)."""
+
+from typing import Any
+
+import numpy as np
+
+from experiments.store import Cell
+
+
+def row(cell: Cell, phase: str, metric: str, value: float | None, unit: str, direction: str, **rest: Any) -> dict:
+    return {
+        "arm": cell.arm, "seed": cell.seed, "phase": phase, "metric": metric, "value": value, "unit": unit,
+        "n": 1, "ci_low": None, "ci_high": None, "p5": None, "p95": None, "direction": direction,
+        "backend": None, "comparable": True, "reason": None, "context": cell.context, "batch": cell.batch,
+        "mode": cell.mode,
+    } | rest  # fmt: skip
+
+
+def percentiles(samples: list[float]) -> dict[str, Any]:
+    p5, median, p95 = np.percentile(samples, [5, 50, 95])
+    return {"value": float(median), "p5": float(p5), "p95": float(p95), "n": len(samples)}
+
+
+def rate(times_ms: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Tokens per second from milliseconds: the elapsed time, and its percentiles change places."""
+    value, p95, p5 = (1e3 * tokens / times_ms[key] for key in ("value", "p5", "p95"))
+    return {"value": value, "p5": p5, "p95": p95, "n": times_ms["n"]}

@@ -1,0 +1,18 @@
+"""What an experiment does, by the kind of question that it asks.
+
+Each study is a module with
+
+    MAKES                                  the kind of cell that makes an arm's model: train, or build
+    plan(experiment) -> [Cell]             every cell, in the order in which it runs
+    lengths(experiment, causal)            the longest sequences that a run makes, by the setting that says so
+    work(cell, experiment)                 the function that does a cell in a fresh process, and its arguments
+    rows(cell, result, experiment, run)    the rows of result.json that a finished cell gives
+    verdicts(rows, experiment)             the paired comparisons that were planned
+    findings(rows, experiment, vocabulary, run)   what else the study says, a sentence each
+"""
+
+from types import ModuleType
+
+from experiments.studies import comparison, memory, speed
+
+STUDIES: dict[str, ModuleType] = {"comparison": comparison, "memory": memory, "speed": speed}

@@ -1,0 +1,291 @@
+"""The comparison: arms are trained and evaluated, paired by seed, and the trained models measured."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experiments import cells
+from experiments.objectives import SELECTED
+from experiments.rows import percentiles, rate, row
+from experiments.spec import Experiment
+from experiments.statistics import Comparison, holm, paired_difference, paired_ratio
+from experiments.store import Cell, RunDirectory, read_json
+from models import cost
+from models.config import ModelConfig
+
+MAKES = "train"
+RESOLVED = 0.05  # Holm-corrected p below which a difference counts as resolved
+
+
+def plan(experiment: Experiment) -> list[Cell]:
+    """Every cell in the order in which it runs. Arms alternate, and swap places from seed to seed, so that a
+    machine that slows down in time does not slow down one arm."""
+    arms = list(experiment.cells())
+    turns = [(seed, arms if i % 2 == 0 else arms[::-1]) for i, seed in enumerate(experiment.seeds)]
+    planned = [Cell(arm, seed, "train") for seed, order in turns for arm in order]
+    if not experiment.measurement.enabled:
+        return planned
+    phases: list[tuple[str, int | None]] = [("load", None)]
+    phases += [(kind, context) for kind in ("prefill", "decode") for context in experiment.measurement.contexts]
+    vocabulary = experiment.data.vocabulary
+    decodes = {name: cells.model_config(arm, vocabulary).causal for name, arm in experiment.cells().items()}
+    planned += [
+        Cell(arm, seed, kind, context)
+        for seed, order in turns for kind, context in phases for arm in order
+        if kind == "load" or decodes[arm]
+    ]  # fmt: skip
+    return planned
+
+
+def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
+    """The longest sequences that the run makes, by the settings that say so."""
+    measured, sampled = experiment.measurement, experiment.evaluation
+    needs = {"training.context": experiment.training.context}
+    if measured.enabled and causal:
+        needs["measurement.contexts and decode_tokens"] = measured.contexts[-1] + measured.decode_tokens
+    if sampled.samples and causal:
+        needs["evaluation.sample_tokens after a prompt of 32"] = 32 + sampled.sample_tokens
+    return needs
+
+
+def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., dict[str, Any]], tuple]:
+    """The function that does it in a fresh process, and its arguments after the experiment."""
+    if cell.kind == "train":
+        return cells.train_cell, (cell.arm, experiment.cells()[cell.arm], cell.seed)
+    return cells.measure_cell, (cell.kind, cell.context)
+
+
+def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:
+    if cell.kind == "train":
+        yield from _quality_rows(cell, result)
+        yield from _training_rows(cell, result, experiment, run)
+    elif cell.kind == "load":
+        yield from _load_rows(cell, result, experiment)
+    else:
+        yield from _phase_rows(cell, result)
+
+
+def _quality_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
+    common = {"backend": result["backend"]["name"]}
+    for split, quality in result["splits"].items():
+        if "masked_token_loss" in quality:
+            common["n"] = quality["tokens"]
+            loss, accuracy = quality["masked_token_loss"], quality["masked_accuracy"]
+            yield row(cell, "quality", f"{split}_masked_token_loss", loss, "nats/token", "lower", **common)
+            yield row(cell, "quality", f"{split}_masked_accuracy", accuracy, "share", "higher", **common)
+            reason = "a masked model gives no likelihood of a text"
+            yield row(cell, "quality", f"{split}_bits_per_byte", None, "bits/byte", "lower", reason=reason, **common)
+    if not any("bits_per_byte" in quality for quality in result["splits"].values()):
+        return
+    initial = result["initial"]["test_bits_per_byte"]
+    if initial is not None:
+        yield row(cell, "quality", "initial_test_bits_per_byte", initial, "bits/byte", "none", **common)
+    for split, quality in result["splits"].items():
+        common["n"] = quality["tokens"]
+        yield row(
+            cell,
+            "quality",
+            f"{split}_bits_per_byte",
+            quality["bits_per_byte"],
+            "bits/byte",
+            "lower",
+            **common,
+        )
+        if split == "test":
+            perplexity = quality["token_perplexity"]
+            yield row(cell, "quality", "test_token_perplexity", perplexity, "perplexity", "lower", **common)
+            losses = quality["loss_at_position"]
+            positions = sorted(
+                {2**i for i in range(len(losses).bit_length())} & {*range(1, len(losses) + 1)} | {len(losses)}
+            )
+            for position in positions:
+                yield row(
+                    cell, "quality", "test_loss_at_position", losses[position - 1], "nats/token", "lower",
+                    **common | {"context": position, "n": quality["windows"]},
+                )  # fmt: skip
+
+
+def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:
+    train, settings = result["train"], experiment.training
+    common = {
+        "backend": result["backend"]["name"], "context": settings.context,
+        "batch": settings.batch * settings.accumulate, "mode": "eager",
+    }  # fmt: skip
+    times = percentiles(train["step_ms"])
+    yield row(cell, "train", "step_ms", unit="ms", direction="lower", **times, **common)
+    yield row(
+        cell, "train", "tokens_per_s", unit="tokens/s", direction="higher",
+        **rate(times, train["tokens_per_step"]), **common,
+    )  # fmt: skip
+    yield row(cell, "train", "peak_bytes", train["peak_bytes"], "bytes", "lower", **common)
+    config = read_json(run.folder(cell) / "checkpoint" / "config.json")
+    predicted = SELECTED if experiment.cells()[cell.arm].objective == "masked" else 1.0
+    flops = cost.training_flops_per_token(ModelConfig.from_dict(config), settings.context, predicted)
+    yield row(cell, "train", "flops_per_token", flops, "FLOP/token", "none", **common)
+    loads = result.get("expert_load")
+    if loads:
+        busiest = max(max(load) * len(load) for load in loads)
+        yield row(cell, "train", "busiest_expert_load", busiest, "x", "lower", **common)
+
+
+def _load_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> Iterator[dict]:
+    common = {"batch": None, "mode": "eager"}
+    for metric in (
+        "file_bytes",
+        "host_peak_bytes",
+        "device_peak_bytes",
+        "resident_bytes",
+        "resident_bytes_analytic",
+    ):
+        reason = "no GPU in this run" if result[metric] is None else None
+        direction = "none" if metric.endswith("analytic") else "lower"
+        yield row(cell, "load", metric, result[metric], "bytes", direction, reason=reason, **common)
+    yield row(
+        cell,
+        "load",
+        "load_ms",
+        unit="ms",
+        direction="lower",
+        **percentiles(result["samples"]["ms"]),
+        **common,
+    )
+
+
+def _phase_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
+    common = {"batch": result["batch"], "mode": "eager", "backend": result["backend"]}
+    times = percentiles(result["samples"]["ms"])
+    if cell.kind == "prefill":
+        per_sample, latency = result["batch"] * result["context"], "time_to_first_token_ms"
+    else:
+        per_sample, latency = result["batch"] * result["tokens_per_sample"], "ms_per_token"
+    yield row(
+        cell,
+        cell.kind,
+        "tokens_per_s",
+        unit="tokens/s",
+        direction="higher",
+        **rate(times, per_sample),
+        **common,
+    )
+    steps = result.get("tokens_per_sample", 1)
+    latencies = {key: value / steps if key != "n" else value for key, value in times.items()}
+    yield row(cell, cell.kind, latency, unit="ms", direction="lower", **latencies, **common)
+    metrics = ["peak_bytes", "working_bytes"]
+    if cell.kind == "decode":
+        metrics += ["state_bytes", "state_bytes_analytic"]
+    for metric in metrics:
+        direction = "none" if metric.endswith("analytic") else "lower"
+        yield row(cell, cell.kind, metric, result[metric], "bytes", direction, **common)
+
+
+# what the verdict speaks about: phase, metric, kind, noun for a sentence, which context
+_QUESTIONS = (
+    ("quality", "test_bits_per_byte", "difference", None),
+    ("quality", "test_masked_token_loss", "difference", None),
+    ("train", "tokens_per_s", "ratio", None),
+    ("prefill", "tokens_per_s", "ratio", "longest"),
+    ("decode", "tokens_per_s", "ratio", "longest"),
+    ("load", "resident_bytes", "ratio", None),
+    ("decode", "peak_bytes", "ratio", "longest"),
+    ("decode", "state_bytes", "ratio", "longest"),
+)
+
+_QUALIFIED = {"peak_bytes", "state_bytes", "test_masked_token_loss"}  # a second question about their phase
+
+
+def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
+    """Every arm against the first, on every question; Holm's correction over all of them. A sweep has none."""
+    if experiment.learning_rates:
+        return []
+    first, *others = experiment.arms
+    longest = experiment.measurement.contexts[-1]
+    drafts: list[tuple[dict, Comparison]] = []
+    for other in others:
+        for phase, metric, kind, where in _QUESTIONS:
+            context = longest if where else None
+            a, b = (_by_seed(rows, arm, phase, metric, context) for arm in (first, other))
+            seeds = [seed for seed in a if seed in b]
+            values = [[side[seed]["value"] for seed in seeds] for side in (a, b)]
+            if not seeds or any(v is None for side in values for v in side):
+                continue
+            if kind == "ratio" and any(v <= 0 for side in values for v in side):
+                continue
+            compare = paired_difference if kind == "difference" else paired_ratio
+            pairs = [side[seed] for side in (a, b) for seed in seeds]
+            head = {
+                "id": phase if metric not in _QUALIFIED else f"{phase}-{metric}",
+                "phase": phase, "metric": metric, "context": context, "a": first, "b": other, "kind": kind,
+                "unit": pairs[0]["unit"] if kind == "difference" else "x", "direction": pairs[0]["direction"],
+                "comparable": all(row["comparable"] for row in pairs),
+                "reason": next((row["reason"] for row in pairs if not row["comparable"]), None),
+            }  # fmt: skip
+            drafts.append((head, compare(*values)))
+    corrected = holm([comparison.p for _, comparison in drafts])
+    tested = sum(p is not None for p in corrected)
+    return [_verdict(head, comparison, p, tested) for (head, comparison), p in zip(drafts, corrected, strict=True)]
+
+
+def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+    """None: the verdicts say it all."""
+    return []
+
+
+def _by_seed(rows: list[dict], arm: str, phase: str, metric: str, context: int | None) -> dict[int, dict]:
+    return {
+        row["seed"]: row for row in rows
+        if (row["arm"], row["phase"], row["metric"]) == (arm, phase, metric) and row["seed"] is not None
+        and (context is None or row["context"] == context)
+    }  # fmt: skip
+
+
+def _verdict(head: dict, comparison: Comparison, p_holm: float | None, tested: int) -> dict:
+    interval = comparison.interval
+    resolved = head["comparable"] and (comparison.exact or (p_holm is not None and p_holm < RESOLVED))
+    neutral = 0.0 if head["kind"] == "difference" else 1.0
+    better = None
+    if resolved and head["direction"] != "none":
+        b_is_lower = interval.estimate < neutral
+        better = head["b"] if b_is_lower == (head["direction"] == "lower") else head["a"]
+    verdict = head | {
+        "estimate": interval.estimate, "ci_low": interval.low, "ci_high": interval.high, "n": interval.n,
+        "p": comparison.p, "p_holm": p_holm, "resolved": resolved, "better": better,
+        "exact": comparison.exact, "tested": tested,
+        "more_seeds": None if resolved else comparison.more_seeds(tested),
+    }  # fmt: skip
+    return verdict | {"sentence": _sentence(verdict)}
+
+
+def _sentence(v: dict) -> str:
+    """One honest sentence; the same words for every arm."""
+    at = f" at {v['context']} tokens of context" if v["context"] else ""
+    what = {
+        "test_bits_per_byte": "test bits per byte",
+        "test_masked_token_loss": "the loss of hidden test tokens",
+        "resident_bytes": "memory after loading",
+        "peak_bytes": f"peak memory in {v['phase']}{at}",
+        "state_bytes": f"cache or state in {v['phase']}{at}",
+        "tokens_per_s": f"{v['phase']} tokens/s{at}",
+    }[v["metric"]]
+    seeds = f"{v['n']} paired seed{'s' if v['n'] > 1 else ''}"
+    if v["kind"] == "difference":
+        size = f"{v['b']} differs from {v['a']} in {what} by {v['estimate']:+.4f}"
+        interval = f"95% interval {v['ci_low']:+.4f} to {v['ci_high']:+.4f}, {seeds}" if v["n"] > 1 else seeds
+    else:
+        size = f"{v['b']} has {v['estimate']:.3g} times {v['a']}'s {what}"
+        interval = f"95% interval {v['ci_low']:.3g} to {v['ci_high']:.3g}, {seeds}" if v["n"] > 1 else seeds
+    if not v["comparable"]:
+        return f"{v['a']} and {v['b']} do not compare in {what}: {v['reason']}. For the record: {size} ({interval})."
+    if v["n"] < 2:
+        return f"{size} ({interval}): not resolved, one seed says nothing about the spread over seeds."
+    if v["exact"]:
+        interval = "the same for every seed"
+    if v["resolved"] and v["better"]:
+        slight = ", by less than 5%" if v["kind"] != "difference" and abs(v["estimate"] - 1) < 0.05 else ""
+        return f"{size} ({interval}): {v['better']} is better here{slight}."
+    if v["resolved"]:
+        return f"{size} ({interval})."
+    if v["p"] is None:
+        return f"{size}: no difference at any seed."
+    after = f" after correcting for {v['tested']} comparisons" if v["p"] < RESOLVED else ""
+    seeds_word = "seed" if v["more_seeds"] == 1 else "seeds"
+    more = f"about {v['more_seeds']} more {seeds_word} would" if v["more_seeds"] else "more seeds might"
+    return f"{size} ({interval}): not resolved{after}; {more} resolve it if the difference is real."

@@ -1,0 +1,190 @@
+"""Memory for loading against memory for inference and training: models are initialised, written, and each phase is
+measured in a fresh process, beside what the shapes alone predict."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experiments import cells
+from experiments.measurement.loading import WAYS
+from experiments.report.numbers import number, scale
+from experiments.rows import percentiles, row
+from experiments.spec import Experiment
+from experiments.store import Cell, RunDirectory, read_json
+from models import cost, replay
+from models.config import ModelConfig
+
+MAKES = "build"
+
+
+def plan(experiment: Experiment) -> list[Cell]:
+    """Arm by arm within each phase."""
+    settings, arms, seeds = experiment.memory, list(experiment.arms), experiment.seeds
+    configs = {name: cells.model_config(arm, experiment.data.vocabulary) for name, arm in experiment.arms.items()}
+    planned = [Cell(arm, seed, "build") for seed in seeds for arm in arms]
+    planned += [Cell(arm, seed, "load", mode=way) for seed in seeds for way in WAYS for arm in arms]
+    planned += [
+        Cell(arm, seed, phase, context, batch)
+        for seed in seeds for phase in ("prefill", "decode") for batch in settings.batches
+        for context in settings.contexts for arm in arms if configs[arm].causal
+    ]  # fmt: skip
+    planned += [
+        Cell(arm, seed, "step", context, settings.train_batch)
+        for seed in seeds for context in settings.train_contexts for arm in arms
+    ]  # fmt: skip
+    return planned
+
+
+def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
+    settings = experiment.memory
+    needs = {"memory.train_contexts": settings.train_contexts[-1]}
+    return needs | (
+        {"memory.contexts and decode_tokens": settings.contexts[-1] + settings.decode_tokens} if causal else {}
+    )
+
+
+def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., dict[str, Any]], tuple]:
+    if cell.kind == "build":
+        return cells.build_cell, (experiment.arms[cell.arm], cell.seed, experiment.memory.dtype)
+    return cells.memory_cell, (cell.kind, cell.context, cell.batch, cell.mode)
+
+
+def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:
+    if cell.kind == "build":
+        return
+    config = ModelConfig.from_dict(read_json(run.folder(cell) / "checkpoint" / "config.json"))
+    if cell.kind == "load":
+        yield from _load_rows(cell, result)
+        return
+    common = {"backend": result["backend"]}
+    phase = "train" if cell.kind == "step" else cell.kind
+    found = _step(config, cell, result) if cell.kind == "step" else _inference(config, cell, result, experiment)
+    for metric, value in found.items():
+        direction = "none" if metric.endswith("analytic") else "lower"
+        reason = replay.unpredictable(config) if value is None else None
+        yield row(cell, phase, metric, value, "bytes", direction, reason=reason, **common)
+
+
+def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
+    """None: memory has no spread over seeds worth testing, and what the study says are lengths, not differences."""
+    return []
+
+
+def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+    """When loading costs more than inference, per arm; from which length on a cache outweighs another arm's state, and
+    its own weights."""
+    configs = {name: cells.model_config(arm, vocabulary) for name, arm in experiment.arms.items()}
+    table = {
+        (r["arm"], r["phase"], r["metric"], r["context"], r["batch"], r["mode"]): r["value"]
+        for r in rows if r["seed"] is None and r["value"] is not None
+    }  # fmt: skip
+    found = [one for arm in configs if (one := _loading_against_inference(arm, table, experiment))]
+    _, element = cells.DTYPES[experiment.memory.dtype]
+    growing = {name for name, config in configs.items() if config.causal and _grows(config)}
+    for arm in (name for name in configs if name in growing):
+        config = configs[arm]
+        for other in configs:
+            if configs[other].causal and other not in growing:
+                size = cost.state_bytes(configs[other], 1, 1, element)
+                at = cost.outgrows(config, size, element)
+                text = f"{arm}'s cache outweighs {other}'s state ({_shown(size)} a sequence) from {at:,} tokens on"
+                found.append({"kind": "cache-outweighs-state", "arm": arm, "against": other, "tokens": at,
+                              "sentence": f"{text}, whatever the batch."})  # fmt: skip
+        weights = cost.weight_bytes(config, element)
+        for batch in experiment.memory.batches:
+            at = cost.outgrows(config, weights, element, batch)
+            text = (
+                f"At batch {batch} {arm}'s cache outweighs its own weights ({_shown(weights)}) from {at:,} tokens on."
+            )
+            found.append({"kind": "cache-outweighs-weights", "arm": arm, "batch": batch, "tokens": at,
+                          "sentence": text})  # fmt: skip
+    return found
+
+
+def _grows(config: ModelConfig) -> bool:
+    return cost.outgrows(config, cost.state_bytes(config, 1, 1, 2) * 1000, 2) is not None
+
+
+def _loading_against_inference(arm: str, table: dict[tuple, float], experiment: Experiment) -> dict | None:
+    """At the smallest batch; host memory on a CPU, the GPU's on a GPU, where loading also takes host memory."""
+    settings, batch = experiment.memory, experiment.memory.batches[0]
+    metric = "host_peak_bytes" if experiment.device == "cpu" else "device_peak_bytes"
+    loads = {way: table.get((arm, "load", metric, None, None, way)) for way in WAYS}
+    loads = {way: size for way, size in loads.items() if size}
+    peaks = {
+        phase: {c: v for c in settings.contexts if (v := table.get((arm, phase, "peak_bytes", c, batch, None)))}
+        for phase in ("prefill", "decode")
+    }
+    measured = sorted(peaks["prefill"].keys() & peaks["decode"].keys())
+    if not loads or not measured:
+        return None
+    told = [f"loading takes {', '.join(f'{_shown(size)} ({way})' for way, size in loads.items())}"]
+    for phase, found in peaks.items():
+        ends = [f"{_shown(found[at])} at {at:,}" for at in dict.fromkeys((measured[0], measured[-1]))]
+        told.append(f"{phase} {' to '.join(ends)} tokens")
+    inference = {at: max(found[at] for found in peaks.values()) for at in measured}
+    exceeds = {way: next((at for at in measured if inference[at] > size), None) for way, size in loads.items()}
+    alike: dict[int | None, list[str]] = {}
+    for way, at in exceeds.items():
+        alike.setdefault(at, []).append(way)
+    parts = [f"{' or '.join(ways)} loading costs {_against(at, measured)}" for at, ways in alike.items()]
+    return {
+        "kind": "loading-against-inference", "arm": arm, "batch": batch, "inference_exceeds_load_at": exceeds,
+        "sentence": f"{arm}, batch {batch}: {'; '.join(told)}. So {'; '.join(parts)}.",
+    }  # fmt: skip
+
+
+def _against(at: int | None, measured: list[int]) -> str:
+    """at: the first measured length at which inference takes more than loading."""
+    if at is None:
+        return "more than inference at every measured length"
+    if at == measured[0]:
+        return "less than inference at every measured length"
+    before = measured[measured.index(at) - 1]
+    return f"more than inference up to {before:,} tokens and less from {at:,} on"
+
+
+def _shown(size: float) -> str:
+    factor, unit = scale([size], "bytes")
+    return f"{number(size * factor)} {unit}"
+
+
+def _load_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
+    metrics = ["file_bytes", "host_peak_bytes", "device_peak_bytes", "resident_bytes", "resident_bytes_analytic"]
+    for metric in metrics:
+        reason = "no GPU in this run" if result[metric] is None else None
+        direction = "none" if metric.endswith("analytic") else "lower"
+        yield row(cell, "load", metric, result[metric], "bytes", direction, reason=reason)
+    yield row(cell, "load", "load_ms", unit="ms", direction="lower", **percentiles(result["samples"]["ms"]))
+
+
+def _inference(
+    config: ModelConfig, cell: Cell, result: dict[str, Any], experiment: Experiment
+) -> dict[str, int | None]:
+    assert cell.context is not None
+    assert cell.batch is not None
+    dtype, element = cells.DTYPES[experiment.memory.dtype]
+    weights = cost.weight_bytes(config, element)
+    found = {"peak_bytes": result["peak_bytes"], "working_bytes": result["working_bytes"]}
+    if cell.kind == "prefill":
+        known = replay.unpredictable(config) is None
+        working = replay.prefill(config, cell.batch, cell.context, dtype) if known else None
+    else:
+        length = cell.context + experiment.memory.decode_tokens
+        found["state_bytes"] = result["state_bytes"]
+        found["state_bytes_analytic"] = cost.state_bytes(config, cell.batch, length, element)
+        working = found["state_bytes_analytic"] + cell.batch * config.vocabulary * element  # and the logits
+    return found | {"peak_bytes_analytic": None if working is None else weights + working}
+
+
+def _step(config: ModelConfig, cell: Cell, result: dict[str, Any]) -> dict[str, int | None]:
+    assert cell.context is not None
+    assert cell.batch is not None
+    parts = ("peak_bytes", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
+    if replay.unpredictable(config):
+        return {part: result[part] for part in parts} | {"activation_bytes_analytic": None, "peak_bytes_analytic": None}
+    predicted = replay.training(config, cell.batch, cell.context)
+    weights = cost.weight_bytes(config, 4)
+    return {part: result[part] for part in parts} | {
+        "activation_bytes_analytic": predicted.activations,
+        "peak_bytes_analytic": 3 * weights + predicted.peak,  # the optimizer keeps two numbers per parameter
+    }

@@ -1,0 +1,153 @@
+"""The memory study from the command to its report, on small models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import InProcess, Lab
+
+from models import cost
+from models.config import ModelConfig
+
+ARMS, CONTEXTS = ("transformer", "mamba"), (8, 48)
+SETTINGS = (
+    "data.corpus=text", "data.vocabulary=300", "data.test_fraction=0.1", "data.validation_fraction=0.1",
+    "arms.transformer.model=transformer-tiny", "arms.mamba.model=mamba-tiny", f"memory.contexts={list(CONTEXTS)}",
+    "memory.batches=[1, 2]", "memory.train_contexts=[16]",
+)  # fmt: skip
+
+
+def settings(corpus: Path, *more: str) -> list[str]:
+    return [word for one in (f"data.path={corpus}", *SETTINGS, *more) for word in ("--set", one)]
+
+
+@pytest.fixture(scope="module")
+def run(lab: Lab, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("memory")
+    arms = ["--arms", ",".join(ARMS), "--profile", "smoke", "--out", out, "--json"]
+    process = lab("run", "memory", *arms, *settings(corpus))
+    assert process.returncode == 0, process.stderr
+    (directory,) = out.iterdir()
+    assert json.loads(process.stdout) == json.loads((directory / "result.json").read_text())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def result(run: Path) -> dict[str, Any]:
+    return json.loads((run / "result.json").read_text(encoding="utf-8"))
+
+
+def value(result: dict[str, Any], **wanted: Any) -> Any:
+    (row,) = [row for row in result["rows"] if all(row[key] == want for key, want in (wanted | {"seed": 0}).items())]
+    return row["value"]
+
+
+def test_every_cell_gave_its_rows(result: dict[str, Any]) -> None:
+    assert (result["status"], result["failures"], result["verdicts"]) == ("complete", [], [])
+    for arm in ARMS:
+        for way in ("read", "mapped", "direct"):
+            of_load = {row["metric"] for row in result["rows"] if (row["arm"], row["mode"]) == (arm, way)}
+            assert of_load == {"file_bytes", "host_peak_bytes", "device_peak_bytes", "resident_bytes",
+                               "resident_bytes_analytic", "load_ms"}  # fmt: skip
+        for context in CONTEXTS:
+            for batch in (1, 2):
+                for phase in ("prefill", "decode"):
+                    where = {"arm": arm, "phase": phase, "context": context, "batch": batch}
+                    assert value(result, metric="peak_bytes", **where) > 0
+                    assert value(result, metric="peak_bytes_analytic", **where) > 0
+
+
+def test_bytes_that_are_exact(result: dict[str, Any]) -> None:
+    for arm in ARMS:
+        config = ModelConfig.from_dict(result["arms"][arm]["config"])
+        for context in CONTEXTS:
+            for batch in (1, 2):
+                where = {"arm": arm, "phase": "decode", "context": context, "batch": batch}
+                expected = cost.state_bytes(config, batch, context + 2, 4)
+                assert value(result, metric="state_bytes", **where) == expected
+                assert value(result, metric="state_bytes_analytic", **where) == expected
+        train = {"arm": arm, "phase": "train", "context": 16}
+        weights = 4 * result["arms"][arm]["parameters"]
+        assert value(result, metric="weight_bytes", **train) == weights
+        assert value(result, metric="gradient_bytes", **train) == weights
+        assert value(result, metric="optimizer_bytes", **train) == pytest.approx(2 * weights, rel=1e-3)
+        counted, predicted = (
+            value(result, metric=m, **train) for m in ("activation_bytes", "activation_bytes_analytic")
+        )
+        assert counted == pytest.approx(predicted, rel=0.02)
+
+
+def test_findings_follow_from_the_rows(result: dict[str, Any]) -> None:
+    configs = {arm: ModelConfig.from_dict(one["config"]) for arm, one in result["arms"].items()}
+    (crossing,) = [one for one in result["findings"] if one["kind"] == "cache-outweighs-state"]
+    state = cost.state_bytes(configs["mamba"], 1, 1, 4)
+    at = crossing["tokens"]
+    assert cost.state_bytes(configs["transformer"], 1, at - 1, 4) <= state
+    assert cost.state_bytes(configs["transformer"], 1, at, 4) > state
+    assert f"from {at:,} tokens on" in crossing["sentence"]
+    for arm in ARMS:
+        (one,) = [f for f in result["findings"] if f["kind"] == "loading-against-inference" and f["arm"] == arm]
+        for way, exceeds in one["inference_exceeds_load_at"].items():
+            load = value(result, arm=arm, phase="load", metric="host_peak_bytes", mode=way)
+            for context in CONTEXTS:
+                peaks = [value(result, arm=arm, phase=phase, metric="peak_bytes", context=context, batch=1)
+                         for phase in ("prefill", "decode")]  # fmt: skip
+                assert (max(peaks) > load) == (exceeds is not None and context >= exceeds), (arm, way, context)
+
+
+def test_the_report_shows_it(run: Path, result: dict[str, Any], in_process: InProcess) -> None:
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for name in ("memory-waterfall", "memory-context", "memory-training"):
+        assert (run / "figures" / f"{name}.svg").stat().st_size > 2000
+    for one in result["findings"]:
+        assert one["sentence"].split(";")[0][:60].replace("'", "&#39;") in page
+    code, table, _ = in_process("report", run.name, "--out", run.parent)
+    assert code == 0
+    assert "Does loading cost more than inference?".upper() in table
+
+
+def test_a_cell_that_fails_is_recorded_and_its_neighbours_run(in_process: InProcess, corpus: Path, tmp_path: Path):
+    """A context whose cache no machine can hold."""
+    absurd = settings(corpus, "memory.contexts=[8, 1099511627776]", "memory.batches=[1]", "memory.train_contexts=[8]")
+    code, _, stderr = in_process(
+        "run", "memory", "--profile", "smoke", "--arms", "transformer,mamba", "--out", tmp_path, *absurd
+    )
+    assert code == 5
+    assert "4 cells failed, first transformer/seed0/prefill-1099511627776-b1" in stderr
+    (directory,) = tmp_path.iterdir()
+    result = json.loads((directory / "result.json").read_text())
+    assert result["status"] == "partial"
+    assert {one["cell"].rsplit("/", 1)[1] for one in result["failures"]} == {
+        "prefill-1099511627776-b1", "decode-1099511627776-b1",
+    }  # fmt: skip
+    assert all("emory" in one["message"] or "allocate" in one["message"] for one in result["failures"])
+    assert value(result, arm="transformer", phase="prefill", metric="peak_bytes", context=8) > 0
+    assert value(result, arm="transformer", phase="train", metric="peak_bytes") > 0
+    assert "4 planned cells gave no result" in (directory / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["training.batch=3"], "the memory study does not read 'training'"),
+        (["arms.mamba.learning_rate=0.1"], "the memory study does not read 'learning_rate' of arm 'mamba'"),
+        (["memory.contexts=[64, 32]"], "must be positive, distinct and ascending, got [64, 32]"),
+        (["memory.batches=[]"], "memory.batches"),
+        (["memory.dtyp=float32"], "unknown key 'memory.dtyp': did you mean 'dtype'?"),
+        (["cell_timeout_s=0"], "cell_timeout_s"),
+        (["arms.mamba.model=gpt1"], "the model has 100 learned positions, memory.contexts and decode_tokens need"),
+    ],
+)
+def test_mistakes(in_process: InProcess, tmp_path: Path, arguments: list[str], said: str) -> None:
+    assignments = [word for one in arguments for word in ("--set", one)]
+    code, _, stderr = in_process("run", "memory", "--profile", "smoke", *assignments, "--out", tmp_path / "runs")
+    assert code == 2
+    assert said in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+def test_a_comparison_does_not_read_memory(in_process: InProcess, tmp_path: Path) -> None:
+    code, _, stderr = in_process("run", "compare", "--set", "memory.batches=[1]", "--out", tmp_path / "runs")
+    assert code == 2
+    assert "the comparison study does not read 'memory'" in stderr

@@ -1,0 +1,99 @@
+"""The speed study from the command to its report, on small models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import InProcess, Lab
+
+from models import cost
+from models.config import ModelConfig
+
+ARMS, CONTEXTS = ("transformer", "mamba"), (8, 32)
+SETTINGS = (
+    "data.corpus=text", "data.vocabulary=300", "data.test_fraction=0.1", "data.validation_fraction=0.1",
+    f"speed.contexts={list(CONTEXTS)}", "speed.train_contexts=[8, 16]", "speed.train_tokens=16",
+    "speed.operator_contexts=[16]", "speed.seconds=0", "speed.repeats=3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(lab: Lab, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("speed")
+    assignments = [word for one in (f"data.path={corpus}", *SETTINGS) for word in ("--set", one)]
+    process = lab("run", "speed", "--arms", ",".join(ARMS), "--profile", "smoke", "--out", out, "--json", *assignments)
+    assert process.returncode == 0, process.stderr
+    (directory,) = out.iterdir()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def result(run: Path) -> dict[str, Any]:
+    return json.loads((run / "result.json").read_text(encoding="utf-8"))
+
+
+def value(result: dict[str, Any], **wanted: Any) -> Any:
+    (row,) = [row for row in result["rows"] if all(row[key] == want for key, want in (wanted | {"seed": 0}).items())]
+    return row["value"]
+
+
+def test_rates_times_and_shares_agree(run: Path, result: dict[str, Any]) -> None:
+    assert (result["status"], result["failures"]) == ("complete", [])
+    for arm in ARMS:
+        config = ModelConfig.from_dict(result["arms"][arm]["config"])
+        train = {"arm": arm, "phase": "train", "context": 8, "batch": 2}
+        rate = value(result, metric="tokens_per_s", **train)
+        assert rate == pytest.approx(16 / value(result, metric="step_ms", **train) * 1e3)
+        done = value(result, metric="flops_per_s", **train)
+        assert done == pytest.approx(rate * cost.training_flops_per_token(config, 8))
+        ceiling = value(result, metric="ceiling_flops_per_s", **train)
+        assert value(result, metric="flops_utilisation", **train) == pytest.approx(done / ceiling)
+        for context in CONTEXTS:
+            decode = {"arm": arm, "phase": "decode", "context": context, "batch": 1}
+            rate = value(result, metric="tokens_per_s", **decode)
+            assert rate == pytest.approx(1e3 / value(result, metric="ms_per_token", **decode))
+            size, ceiling = (
+                cost.decode_bytes(config, 1, context, 4),
+                value(result, metric="ceiling_bytes_per_s", **decode),
+            )
+            assert value(result, metric="bytes_per_s", **decode) == pytest.approx(rate * size)
+            assert value(result, metric="roofline_tokens_per_s", **decode) == pytest.approx(ceiling / size)
+            prefill = {"arm": arm, "phase": "prefill", "context": context, "batch": 1}
+            told = value(result, metric="time_to_first_token_ms", **prefill)
+            assert value(result, metric="tokens_per_s", **prefill) == pytest.approx(1e3 * context / told)
+        assert value(result, arm=arm, phase="operator", metric="forward_tokens_per_s") > 0
+        file = run / "cells" / arm / "seed0" / "measure" / "decode-8-b1-eager.json"
+        samples = json.loads(file.read_text())["samples"]["ms"]
+        assert len(samples) == 3
+        row = value(result, arm=arm, phase="decode", metric="ms_per_token", context=8)
+        assert row == pytest.approx(sorted(samples)[1] / 4)  # the median, 4 tokens a sample
+
+
+def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
+    found = {(one["phase"], one["arm"]) for one in result["findings"]}
+    assert found == {(phase, "mamba") for phase in ("step", "prefill", "decode")}
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for one in result["findings"]:
+        assert one["sentence"].split(" (")[0] in page
+    for name in ("speed-training", "speed-inference", "speed-decode", "speed-operators"):
+        assert (run / "figures" / f"{name}.svg").stat().st_size > 2000
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ('speed.modes=["graph"]', "mode 'graph' is refused for every arm: a cache keeps its position on the host"),
+        ('speed.modes=["eager", "compiled"]', "mode 'compiled' is refused for every arm on a CPU"),
+        ('speed.modes=["eager", "eager"]', "each may appear once"),
+        ('speed.modes=["fast"]', "speed.modes"),
+        ("speed.contexts=[]", "speed.contexts"),
+        ("measurement.repeats=3", "the speed study does not read 'measurement'"),
+        ("speed.repeat=3", "unknown key 'speed.repeat': did you mean 'repeats'?"),
+    ],
+)
+def test_mistakes(in_process: InProcess, tmp_path: Path, assignment: str, said: str) -> None:
+    code, _, stderr = in_process("run", "speed", "--profile", "smoke", "--set", assignment, "--out", tmp_path / "runs")
+    assert code == 2
+    assert said in stderr
+    assert len(stderr.splitlines()) == 1

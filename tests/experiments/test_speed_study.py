@@ -1,0 +1,95 @@
+"""Crossover lengths from samples whose answer is known, and what a speed cell says of its own work."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.measurement.ceilings import CeilingsMeter
+from experiments.measurement.speed import OPERATIONS, OPERATORS
+from experiments.spec import Speed
+from experiments.studies.speed import crossover
+from models import cost
+from models.language_model import LanguageModel
+from models.mixers import MIXERS
+from models.presets import preset
+
+
+def speeds(a: dict[int, float], b: dict[int, float], noise: float = 0.0, n: int = 9) -> dict:
+    g = np.random.default_rng(1)
+    return {at: tuple(side[at] * np.exp(noise * g.standard_normal(n)) for side in (a, b)) for at in a}
+
+
+@settings(deadline=None, max_examples=30)
+@given(crossing=st.floats(65, 16000), slope=st.floats(0.1, 2))
+def test_a_crossing_of_power_laws_is_found(crossing: float, slope: float):
+    contexts = (64, 256, 1024, 4096, 16384)
+    found = crossover(speeds(dict.fromkeys(contexts, 1000.0), {c: 1000 * (c / crossing) ** slope for c in contexts}))
+    assert found["tokens"] == pytest.approx(crossing, rel=1e-6)
+    assert found["ci_low"] == found["ci_high"] == found["tokens"]
+
+
+def test_faster_or_slower_everywhere():
+    one, two = {64: 10.0, 128: 10.0}, {64: 20.0, 128: 11.0}
+    assert crossover(speeds(one, two)) == {"tokens": 0, "ci_low": 0, "ci_high": 0}
+    assert crossover(speeds(two, one)) == {"tokens": None, "ci_low": None, "ci_high": None}
+    # ahead at first only: not faster from any length on
+    assert crossover(speeds(one, {64: 20.0, 128: 9.0}))["tokens"] is None
+    # of two crossings the last one counts
+    found = crossover(speeds({64: 10.0, 128: 10.0, 256: 10.0}, {64: 20.0, 128: 5.0, 256: 20.0}))
+    assert found["tokens"] == pytest.approx(math.sqrt(128 * 256), rel=1e-9)
+
+
+def test_noise_widens_the_interval_around_the_truth():
+    contexts = (64, 256, 1024, 4096)
+    a, b = dict.fromkeys(contexts, 1000.0), {c: 1000 * (c / 500) ** 0.5 for c in contexts}
+    quiet, noisy = (crossover(speeds(a, b, noise, n=15)) for noise in (0.02, 0.2))
+    assert quiet["ci_low"] < 500 < quiet["ci_high"] < 700
+    assert noisy["ci_high"] / noisy["ci_low"] > 3 * (quiet["ci_high"] / quiet["ci_low"] - 1) + 1
+
+
+def test_ceilings_are_rates_of_what_they_count():
+    meter = CeilingsMeter(torch.device("cpu"), torch.float32)
+    meter.measure()
+    meter.measure()
+    assert 1e8 < meter.result.flops_per_s < 1e14
+    assert 1e8 < meter.result.bytes_per_s < 1e13
+
+
+@pytest.mark.parametrize("phase", OPERATIONS)
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny", "mamba2-tiny"])
+def test_an_operation_processes_the_tokens_that_it_counts(name: str, phase: str, monkeypatch: pytest.MonkeyPatch):
+    model = LanguageModel(preset(name), seed=0).eval()
+    tokens = torch.zeros(2, 17, dtype=torch.int64)
+    operation, counted = OPERATIONS[phase](model, Speed(decode_tokens=5), tokens)
+    assert counted == (2 * 5 if phase == "decode" else 2 * 16)
+    steps = []
+    inner = model.step
+    monkeypatch.setattr(model, "step", lambda token, state: steps.append(len(token)) or inner(token, state))
+    operation()
+    operation()  # from the same state again
+    assert sum(steps) == (2 * counted if phase == "decode" else 0)
+
+
+def test_operators_are_of_known_mixers():
+    assert set(OPERATORS) <= set(MIXERS)
+    assert set(OPERATORS) >= {"attention", "mamba", "mamba2"}
+
+
+def test_bytes_of_a_decode_step():
+    """Weights once, one row of an embedding, experts that were chosen, and the state."""
+    tied = preset("transformer-tiny")
+    assert cost.decode_bytes(tied, 1, 100, 4) == cost.weight_bytes(tied, 4) + cost.state_bytes(tied, 1, 100, 4)
+    untied = preset("gpt1")
+    unread = (untied.vocabulary - 3 + untied.positions - 1) * untied.width
+    assert cost.decode_bytes(untied, 3, 50, 2) == (
+        cost.weight_bytes(untied, 2) - 2 * unread + cost.state_bytes(untied, 3, 50, 2)
+    )
+    moe = preset("moe-tiny")
+    counted = cost.parameters(moe)
+    assert cost.decode_bytes(moe, 1, 10, 4) == 4 * counted.active + cost.state_bytes(moe, 1, 10, 4)
+    many = cost.decode_bytes(moe, 1000, 10, 4) - cost.state_bytes(moe, 1000, 10, 4)
+    assert many == pytest.approx(cost.weight_bytes(moe, 4), rel=1e-6)
