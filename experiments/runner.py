@@ -69,6 +69,10 @@ def check(experiment: Experiment) -> None:
     Raises EnvironmentLacksError, ConfigError, BackendUnavailableError.
     """
     resolve_device(experiment.device)
+    if experiment.study == "speed" and experiment.device == "cpu" and "compiled" in experiment.speed.modes:
+        raise ConfigError(
+            "mode 'compiled' is refused for every arm on a CPU: torch.compile cannot trace the kernels that run there"
+        )
     for arm in experiment.arms.values():
         config = cells.model_config(arm, experiment.data.vocabulary)
         _check_positions(config, experiment)

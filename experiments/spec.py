@@ -185,11 +185,6 @@ class Experiment(Settings):
                     "mode 'graph' is refused for every arm: a cache keeps its position on the host, so a recorded "
                     "decode step would write one slot again and again"
                 )
-            if mode == "compiled" and self.device == "cpu":
-                raise ValueError(
-                    "mode 'compiled' is refused for every arm on a CPU: torch.compile cannot trace the kernels that "
-                    "run there"
-                )
         return self
 
     @model_validator(mode="after")
