@@ -16,7 +16,7 @@ from models.errors import ConfigError
 from models.feedforward import Routing
 from models.initialisation import FINAL_NORM, reset_bias, reset_embedding
 from models.norm import NORMS, Norm, dropout
-from models.ops.kernels import Selection
+from models.ops.kernels import Selection, load_beside
 from models.state import ModelState
 
 
@@ -49,6 +49,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         device = torch.device(device)
         self.config = config
+        self.ops = load_beside(config.blocks[-1].mixer.backend, device)
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -156,7 +157,7 @@ class LanguageModel(nn.Module):
             x, block_state = block.step(x, before)
             after.append(block_state)
         x = x if self.norm is None else self.norm(x)
-        return self.head(x), ModelState(tuple(after))
+        return self.ops.linear_step(x, self.head.weight, self.head.bias), ModelState(tuple(after))
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype | None = None) -> ModelState:
         """An empty state for sequences of up to `max_len` tokens; dtype defaults to the parameters'."""

@@ -55,4 +55,6 @@ class SwiGLU(FeedForward):
         reset_linear(self.down_proj, generator)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        if x.ndim == 2:  # (B, D): a decode step
+            return self.ops.swiglu_step(x, self.gate_up_proj.weight, self.down_proj.weight), None
         return self.down_proj(self.ops.swiglu(self.gate_up_proj(x))), None

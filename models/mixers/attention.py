@@ -169,10 +169,10 @@ class Attention(Mixer):
             return y[:, 0], after
         position, slot = state.length, state.slot
         after = state.grow(1)
-        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_width)
+        qkv = self.ops.linear_step(x, self.qkv_proj.weight, self.qkv_proj.bias).view(x.shape[0], -1, self.head_width)
         places = (position, slot, after.filled)
         y = self.ops.attention_step(qkv, self.config.rotary_base, state.keys, state.values, *places)
-        return self.o_proj(y), after
+        return self.ops.linear_step(y, self.o_proj.weight, self.o_proj.bias), after
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         if not self.config.causal:

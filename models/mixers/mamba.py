@@ -143,7 +143,7 @@ class Mamba(Mixer):
         return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        uz = self.in_proj(x)
+        uz = self.ops.linear_step(x, self.in_proj.weight)
         after = RecurrentState(state.conv, state.ssm, state.length + 1)
         # the compiled step is for one type throughout, and not a 16-bit one
         if self.backend.name == "numba" and x.dtype == state.conv.dtype == self.A_log.dtype:
@@ -151,7 +151,7 @@ class Mamba(Mixer):
                 uz, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
                 self.A_log, self.D, state.conv, state.ssm, self.config.negative_eigenvalues,
             )  # fmt: skip
-            return self.out_proj(y), after
+            return self.ops.linear_step(y, self.out_proj.weight), after
         u, z = uz.chunk(2, -1)
         u = self.ops.causal_conv1d_step(u, self.conv_weight, self.conv_bias, state.conv)
         dt, B, C = self.x_proj(u).split(self.split_sizes, -1)

@@ -148,7 +148,7 @@ class Mamba2(Mixer):
         y, h = self.ops.ssd(
             u, dt, self.A, B, C, self.D, self.dt_bias, initial, self.config.negative_eigenvalues
         )  # fmt: skip
-        y = self._out(y.flatten(-2), z)
+        y = self.out_proj(self._normed(y.flatten(-2), z))
         if state is None or conv is None:
             return y, None
         state.conv.copy_(conv)
@@ -156,12 +156,14 @@ class Mamba2(Mixer):
         return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        z, xBC, dt = self.in_proj(x).split(self.split_sizes, -1)
+        z, xBC, dt = self.ops.linear_step(x, self.in_proj.weight).split(self.split_sizes, -1)
         u, B, C = self._heads(self.ops.causal_conv1d_step(xBC, self.conv_weight, self.conv_bias, state.conv))
         y = self.ops.ssd_step(
             u, dt, self.A, B, C, self.D, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
-        return self._out(y.flatten(-2), z), RecurrentState(state.conv, state.ssm, state.length + 1)
+        y = self._normed(y.flatten(-2), z)
+        after = RecurrentState(state.conv, state.ssm, state.length + 1)
+        return self.ops.linear_step(y, self.out_proj.weight), after
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., channels) -> x (..., H, P), B and C (..., G, N)."""
@@ -170,8 +172,8 @@ class Mamba2(Mixer):
         B, C = (m.unflatten(-1, (self.config.groups, self.config.state)) for m in (B, C))
         return u, B, C
 
-    def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(self.ops.gated_rms_norm(y, z, self.norm_weight, self.config.norm_eps, self.norm_groups))
+    def _normed(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.ops.gated_rms_norm(y, z, self.norm_weight, self.config.norm_eps, self.norm_groups)
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
         """Of the same size for every `max_len`."""

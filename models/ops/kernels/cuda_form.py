@@ -13,6 +13,7 @@ from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.functional import linear as linear_step
 
 from models.ops.attention import rotate
 from models.ops.experts import by_device as experts
@@ -20,12 +21,13 @@ from models.ops.rms_norm import fused as rms_norm
 from models.ops.rms_norm import gated_fused as gated_rms_norm
 from models.ops.selective_scan import CHUNK
 from models.ops.swiglu import reference as swiglu
+from models.ops.swiglu import step_reference as swiglu_step
 from models.ops.trapezoid import State, log_alpha_and_delta
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "rms_norm", "rotate", "selective_scan",
-    "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
+    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_step", "rms_norm", "rotate",
+    "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses

@@ -12,6 +12,7 @@ from models.ops.experts import by_device as experts
 from models.ops.kernels import (
     numba_conv,
     numba_gated_norm,
+    numba_linear,
     numba_norm,
     numba_rotary,
     numba_scan,
@@ -28,8 +29,9 @@ from models.ops.trapezoid import chunked as chunked_trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "mamba_step", "rms_norm",
-    "rotate", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
+    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_step", "mamba_step",
+    "rms_norm", "rotate", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "swiglu_step",
+    "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 
@@ -101,6 +103,16 @@ def mamba_step(uz: Tensor, *parameters_and_state: Any) -> Tensor:
 def attention_step(qkv: Tensor, base: float, keys: Tensor, values: Tensor, *places: int) -> Tensor:
     _refuse_gradients(qkv)
     return numba_step.attention_step(qkv, base, keys, values, *places)
+
+
+def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return numba_linear.linear_step(x, weight, bias)
+
+
+def swiglu_step(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    if x.dtype in _SMALL:
+        return torch.nn.functional.linear(swiglu(torch.nn.functional.linear(x, gate_up)), down)
+    return numba_linear.swiglu_step(x, gate_up, down)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,5 +1,7 @@
 """Form `torch`: plain torch on any device; scans in chunks, the rest as defined."""
 
+from torch.nn.functional import linear as linear_step
+
 from models.ops.attention import rotate
 from models.ops.causal_conv1d import reference as causal_conv1d
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
@@ -12,10 +14,11 @@ from models.ops.selective_scan import step_reference as selective_scan_step
 from models.ops.ssd import chunked as ssd
 from models.ops.ssd import step_reference as ssd_step
 from models.ops.swiglu import reference as swiglu
+from models.ops.swiglu import step_reference as swiglu_step
 from models.ops.trapezoid import chunked as trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "lstm", "rms_norm", "rotate", "selective_scan",
-    "selective_scan_step", "ssd", "ssd_step", "swiglu", "trapezoid", "trapezoid_step",
+    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_step", "lstm", "rms_norm", "rotate",
+    "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
