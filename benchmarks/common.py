@@ -98,10 +98,13 @@ def publish(name: str, settings: dict[str, Any], found: dict[str, list[float]], 
             "environment": describe("cpu", torch.get_num_threads()),
         }, indent=1))  # fmt: skip
         return
-    print(f"{name}: {', '.join(f'{key} {value}' for key, value in settings.items())}\n")
-    print("| side | tokens/s (median) |\n|---|---|")
+    plain = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    print(f"{name}: {', '.join(f'{key} {value}' for key, value in plain.items())}\n")
+    print("| side | per second (median) |\n|---|---|")
     for side, value in medians.items():
         print(f"| {side} | {value:,.0f} |")
+    for side, peak in settings.get("memory", {}).items():
+        print(f"\n{side}: peak {peak['peak_bytes'] / 1e6:.1f} MB, {peak['peak_over_weights']:.2f} of the weights")
     print("\n| ratio | value | 95% interval | aimed at |\n|---|---|---|---|")
     for what, one in ratios.items():
         aim = "-" if one["at_least"] is None else f"{one['at_least']:g}"

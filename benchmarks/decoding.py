@@ -63,8 +63,8 @@ def main() -> None:
         if made[a] != made[b]:
             raise SystemExit(f"{a} and {b} decoded different tokens: the speeds do not compare")
     ratios = {
-        "our transformer / generate": common.ratio(found["our transformer"], found["Hugging Face Llama"], 3),
-        "our Mamba / generate": common.ratio(found["our Mamba"], found["Hugging Face Mamba"], 3),
+        "our transformer / generate": common.ratio(found["our transformer"], found["Hugging Face Llama"], 4),
+        "our Mamba / generate": common.ratio(found["our Mamba"], found["Hugging Face Mamba"], 4),
     }
     settings = {"prompt": PROMPT, "new tokens": NEW, "threads": torch.get_num_threads()}
     common.publish("decoding", settings, found, ratios, options.json)

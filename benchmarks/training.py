@@ -108,11 +108,11 @@ def main() -> None:
             {f"{NAMES[arm]}, T={context}": partial(ours, arm, 1, context) for arm in arms}, options.rounds
         )[0]
     aims = [
-        ("our transformer", "Hugging Face Llama", 1.1),
-        ("our Mamba", "Hugging Face Mamba, mambapy", 5),
+        ("our transformer", "Hugging Face Llama", 1.2),
+        ("our Mamba", "Hugging Face Mamba, mambapy", 7),
         ("our Mamba", "Hugging Face Mamba, torch path", 100),
-        ("our Mamba", "our transformer", 0.5),
-        ("our Mamba-2", "Hugging Face Mamba-2, torch path", 1.25),
+        ("our Mamba", "our transformer", 0.65),
+        ("our Mamba-2", "Hugging Face Mamba-2, torch path", 1.6),
         ("our Mamba-2", "our transformer", None),
         ("our Mamba-3", "our Mamba-2", 0.5),
     ]

@@ -91,7 +91,8 @@ def run(
 ) -> None:
     """Run an experiment: train, evaluate, measure, report.
 
-    Built in: compare (transformer or Mamba?), learning-rate (which rate, by validation?).
+    Built in: compare (transformer or Mamba?), learning-rate (which rate, by validation?), memory (loading against
+    inference), speed (from which length on is which faster?).
     The same specification continues an unfinished run in --out. Exit codes: 0 complete, 1 failed, 2 bad usage,
     3 the machine lacks something, 5 some cells failed, 130 interrupted (repeat the command to go on).
     """

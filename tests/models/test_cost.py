@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from models import cost
 from models.config import BlockConfig, HybridConfig, ModelConfig
@@ -397,3 +398,48 @@ def test_the_formula_in_words_holds_the_numbers(name):
         expected = 4 * count(wide) + 2 * count(narrow) if narrow else 2 * count(wide)
         expected += 2 * count(conv) if conv else 0
         assert expected == block.mixer.state_bytes(config.width, 1, 2), formula
+
+
+# operations that cost no matrix arithmetic: elementwise, copies, sums, choices; everything else must have a formula
+WITHOUT_FLOPS = {
+    "aten._safe_softmax", "aten._softmax_backward_data", "aten._to_copy", "aten._unsafe_view", "aten.arange",
+    "aten.cat", "aten.constant_pad_nd", "aten.copy_", "aten.cumsum", "aten.embedding",
+    "aten.embedding_dense_backward", "aten.flip", "aten.new_empty_strided", "aten.new_zeros", "aten.ones",
+    "aten.ones_like", "aten.promote_types", "aten.scalar_tensor", "aten.select_backward", "aten.slice_backward",
+    "aten.softplus_backward", "aten.stack", "aten.sum", "aten.tril", "aten.triu", "aten.unfold_backward",
+    "aten.zeros", "aten.zeros_like", "lab.gated_rms_norm_cpu", "lab.gated_rms_norm_cpu_backward", "lab.rms_norm_cpu",
+    "lab.rms_norm_cpu_backward", "lab.rotate_cpu", "lab.ssd_carry_cpu", "lab.ssd_carry_gradient_cpu",
+    "lab.ssd_gather_cpu", "lab.ssd_gather_gradient_cpu", "lab.ssd_masked_cpu", "lab.ssd_masked_gradient_cpu",
+    "lab.ssd_spread_cpu", "lab.swiglu_cpu", "lab.swiglu_cpu_backward",
+}  # fmt: skip
+
+
+class Recognised(TorchDispatchMode):
+    """Raises on an operation that has neither a FLOP formula nor a place above."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        packet = function.overloadpacket
+        free = torch.Tag.pointwise in function.tags or function.is_view or str(packet) in WITHOUT_FLOPS
+        if packet not in flop_registry and not free:
+            raise AssertionError(f"nobody has said what {function} costs")
+        return function(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "sliding-tiny", "mamba-tiny", "mamba2-tiny", "mamba3-tiny"])
+def test_every_operation_is_recognised(name):
+    model = LanguageModel(CONFIGS[name].with_backend("numba"), seed=None)
+    with Recognised():
+        model(torch.zeros(2, 70, dtype=torch.int64, device="meta")).sum().backward()
+
+
+def test_an_unrecognised_operation_fails():
+    @torch.library.custom_op("lab_test::mystery", mutates_args=())
+    def mystery(x: torch.Tensor) -> torch.Tensor:
+        return x @ x
+
+    @mystery.register_fake
+    def _(x):
+        return torch.empty_like(x)
+
+    with pytest.raises(AssertionError, match=r"nobody has said what lab_test\.mystery\.default costs"), Recognised():
+        mystery(torch.zeros(3, 3, device="meta"))
