@@ -2,7 +2,7 @@
 
     python -m benchmarks.loading [--json]
 
-About 33M parameters in float32, from a file that the system has in memory; every weight is read once. A load counts as
+About 39M parameters in float32, from a file that the system has in memory; every weight is read once. A load counts as
 one, so the rates are loads per second. Memory is the peak over the process before it, in a fresh process.
 """
 
