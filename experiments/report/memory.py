@@ -6,8 +6,8 @@ from experiments.report.record import Record, Row
 from experiments.report.tables import RESIDUAL_LIMIT
 
 UNEXPLAINED = (
-    f"beyond {RESIDUAL_LIMIT:.0%}: the processes of this size also hold packed matrices, thread stacks and allocator "
-    "slack, a few megabytes that no shape predicts"
+    f"beyond {RESIDUAL_LIMIT:.0%}: more than tensors account for. What the allocator keeps, buffers of libraries and, "
+    "of experts, a load that is not even are not predicted"
 )
 
 WAYS = ("read", "mapped", "direct")

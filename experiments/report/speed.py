@@ -40,6 +40,9 @@ def verdict(record: Record) -> Section:
     )
     blocks: list[Block] = []
     for one in record.findings:
+        if one["kind"] == "drift":
+            blocks.append(Verdict("open", one["sentence"], "a limit to what the lengths above say", ""))
+            continue
         sure = one["ci_low"] == one["ci_high"] or None not in (one["ci_low"], one["ci_high"])
         standing = "measured" if sure else "open at the longest measured length"
         blocks.append(Verdict("resolved" if sure else "open", one["sentence"], standing, ""))

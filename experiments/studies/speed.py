@@ -139,7 +139,26 @@ def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: Run
                     "against": first,
                 }
                 found.append(head | crossing | {"sentence": _sentence(head, crossing, sorted(both))})
-    return found
+    return found + _drift(rows)
+
+
+def _drift(rows: list[dict]) -> list[dict]:
+    """How far the machine's own ceilings, which each cell measures, moved in the course of the run."""
+    told, moved = [], {}
+    for metric, unit, what in (("flops_per_s", "GFLOP/s", "matrix products"), ("bytes_per_s", "GB/s", "copies")):
+        values = [r["value"] / 1e9 for r in rows if r["metric"] == f"ceiling_{metric}" and r["seed"] is not None]
+        if len(values) > 1:
+            low, high = min(values), max(values)
+            told.append(f"{what} from {low:.3g} to {high:.3g} {unit}")
+            moved[metric] = high / low
+    if not told:
+        return []
+    worst = max(moved.values())
+    text = (
+        f"From cell to cell the machine's own ceilings moved: {' and '.join(told)}. Cells are measured one after "
+        f"another, so differences of speed up to {worst:.2f} times may be the machine's."
+    )
+    return [{"kind": "drift", "ratios": moved, "sentence": text}]
 
 
 def crossover(speeds: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:

@@ -71,11 +71,14 @@ def test_rates_times_and_shares_agree(run: Path, result: dict[str, Any]) -> None
 
 
 def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
-    found = {(one["phase"], one["arm"]) for one in result["findings"]}
+    *crossings, drift = result["findings"]
+    found = {(one["phase"], one["arm"]) for one in crossings}
     assert found == {(phase, "mamba") for phase in ("step", "prefill", "decode")}
+    ceilings = [row["value"] for row in result["rows"] if row["metric"] == "ceiling_bytes_per_s" and row["seed"] == 0]
+    assert drift["ratios"]["bytes_per_s"] == pytest.approx(max(ceilings) / min(ceilings))
     page = (run / "report.html").read_text(encoding="utf-8")
     for one in result["findings"]:
-        assert one["sentence"].split(" (")[0] in page
+        assert one["sentence"].split(" (")[0].replace("'", "&#39;") in page
     for name in ("speed-training", "speed-inference", "speed-decode", "speed-operators"):
         assert (run / "figures" / f"{name}.svg").stat().st_size > 2000
 
