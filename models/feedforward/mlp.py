@@ -65,4 +65,5 @@ class MLP(FeedForward):
             reset_bias(linear.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.down_proj(self.activation(self.up_proj(x))), None
+        hidden = self.activation(self.ops.linear_step(x, self.up_proj.weight, self.up_proj.bias))
+        return self.ops.linear_step(hidden, self.down_proj.weight, self.down_proj.bias), None

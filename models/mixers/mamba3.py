@@ -171,7 +171,7 @@ class Mamba3(Mixer):
     def _inputs(self, x: Tensor) -> list[Tensor]:
         """x (..., D) -> z and x (..., [R,] H, P); dt, a, trap (..., H); angle (..., S); B, C (..., R, H, N)."""
         config = self.config
-        z, u, B, C, dt, a, trap, angle = self.in_proj(x).split(self.split_sizes, -1)
+        z, u, B, C, dt, a, trap, angle = self.ops.linear_step(x, self.in_proj.weight).split(self.split_sizes, -1)
         z, u = (m.unflatten(-1, (self.heads, config.head_width)) for m in (z, u))
         if self.map_x is not None and self.map_z is not None:
             z, u = (m[..., None, :, :] * w.transpose(0, 1) for m, w in ((z, self.map_z), (u, self.map_x)))
@@ -187,7 +187,7 @@ class Mamba3(Mixer):
         y = y * F.silu(z)
         if self.map_y is not None:
             y = (y * self.map_y.transpose(0, 1)).sum(-3)
-        return self.out_proj(y.flatten(-2).to(self.out_proj.weight.dtype))
+        return self.ops.linear_step(y.flatten(-2).to(self.out_proj.weight.dtype), self.out_proj.weight)
 
     def _read(self, state: RotatingState, dtype: torch.dtype) -> State:
         wide = self.D.dtype

@@ -4,7 +4,6 @@ Every test plants the mistake: in the data, in the clock, in a mixer's configura
 """
 
 import random
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,7 +236,3 @@ class TestFlopCounterThatCountsNothing:
         one, many = (cost.forward_flops_per_token(config, context) for context in (1, 256))
         # a token at position t meets t + 1 keys, (T + 1) / 2 on average; two products of the width each
         assert many - one == pytest.approx(config.layers * 2 * 2 * config.width * (256 + 1 - 2) / 2)
-
-
-def test_the_clock_of_the_lab_is_monotonic():
-    assert time.get_clock_info("perf_counter").monotonic

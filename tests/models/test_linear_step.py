@@ -46,6 +46,8 @@ def test_what_the_kernels_do_not_take_goes_to_torch():
     with torch.no_grad():
         wide = torch.randn(1, 16)[:, ::2]
         assert torch.equal(form.linear_step(wide, gate_up), F.linear(wide, gate_up))
+        text = torch.randn(1, 3, 8)
+        assert torch.equal(form.linear_step(text, gate_up), F.linear(text, gate_up))
         many = torch.randn(numba_linear.FEW_ROWS + 1, 8)
         assert torch.equal(form.linear_step(many, gate_up), F.linear(many, gate_up))
         small = [m.bfloat16() for m in (x, gate_up, down)]
