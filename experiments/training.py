@@ -16,7 +16,6 @@ from experiments.data.batches import Batches, StreamHash
 from experiments.objectives import IGNORED, Objective
 from experiments.spec import Training
 from models.language_model import LanguageModel
-from models.ops.cross_entropy import linear_cross_entropy
 
 DROPOUT_STREAM = 1 << 40  # beyond every seed that initialises a model
 
@@ -61,7 +60,7 @@ def token_loss(
     x, targets = hidden.x.flatten(0, 1), targets.flatten()
     if some:
         x, targets = x[targets != IGNORED], targets[targets != IGNORED]
-    loss = linear_cross_entropy(x, model.head.weight, targets, model.head.bias)
+    loss = model.ops.linear_cross_entropy(x, model.head.weight, targets, model.head.bias)
     return loss, sum(used.balance for used in hidden.routing)
 
 

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 from models.ops.attention import forget_tables
-from models.ops.cross_entropy import linear_cross_entropy
 
 
 class Allocations(TorchDispatchMode):
@@ -79,7 +78,7 @@ def training(config: ModelConfig, batch: int, context: int) -> TrainingBytes:
         with Allocations() as seen:
             hidden = model.hidden(tokens)
             x = hidden.x.flatten(0, 1)
-            loss = linear_cross_entropy(x, model.head.weight, tokens.flatten(), model.head.bias)
+            loss = model.ops.linear_cross_entropy(x, model.head.weight, tokens.flatten(), model.head.bias)
             loss = loss + sum(used.balance for used in hidden.routing)
             del x, hidden
             activations = seen.live

@@ -153,8 +153,9 @@ class Attention(Mixer):
                 state.conv.copy_(last_inputs(projected, self.conv_weight.shape[1], before))
         qkv = qkv.view(B, T, H + 2 * K, self.head_width)
         if self.config.rotary:
-            qkv = self.ops.rotate(qkv, H + K, start, self.config.rotary_base)
-        q, k, v = qkv.transpose(1, 2).split([H, K, K], 1)
+            q, k, v = self.ops.rotary_qkv(qkv, K, start, self.config.rotary_base)
+        else:
+            q, k, v = qkv.transpose(1, 2).split([H, K, K], 1)
         if state is not None:
             state, k, v = state.extend(k, v)
         y = self.attend(q, k, v, causal=self.config.causal, window=self.config.window)

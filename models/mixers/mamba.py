@@ -94,7 +94,7 @@ class Mamba(Mixer):
     def __init__(self, config: MambaConfig, width: int, device: torch.device) -> None:
         super().__init__(config, width, device)
         D, (E, N, R) = width, config.sizes(width)
-        self.split_sizes = (R, N, N)
+        self.gate_sizes, self.split_sizes = (E, E), (R, N, N)
         self.in_proj = nn.Linear(D, 2 * E, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(E, config.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(E))
@@ -125,7 +125,7 @@ class Mamba(Mixer):
         return -torch.exp(self.A_log)
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState | None]:
-        u, z = self.in_proj(x).chunk(2, -1)
+        u, z = self.ops.projections(x, self.in_proj.weight, self.gate_sizes)
         before = initial = None
         if state is not None and state.length > 0:
             before, initial = state.conv.to(u.dtype), state.ssm.to(self.A_log.dtype)

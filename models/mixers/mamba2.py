@@ -139,7 +139,7 @@ class Mamba2(Mixer):
         return -torch.exp(self.A_log)
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState | None]:
-        z, xBC, dt = self.in_proj(x).split(self.split_sizes, -1)
+        z, xBC, dt = self.ops.projections(x, self.in_proj.weight, self.split_sizes)
         before = initial = None
         if state is not None and state.length > 0:
             before, initial = state.conv.to(xBC.dtype), state.ssm.to(self.A_log.dtype)
@@ -156,13 +156,21 @@ class Mamba2(Mixer):
         return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        z, xBC, dt = self.ops.linear_step(x, self.in_proj.weight).split(self.split_sizes, -1)
+        projected = self.ops.linear_step(x, self.in_proj.weight)
+        after = RecurrentState(state.conv, state.ssm, state.length + 1)
+        # the compiled step is for one type throughout, and not a 16-bit one
+        if self.backend.name == "numba" and x.dtype == state.conv.dtype == self.A_log.dtype:
+            y = self.ops.mamba2_step(
+                projected, self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.norm_weight,
+                state.conv, state.ssm, self.config.negative_eigenvalues, self.config.norm_eps, self.norm_groups,
+            )  # fmt: skip
+            return self.ops.linear_step(y, self.out_proj.weight), after
+        z, xBC, dt = projected.split(self.split_sizes, -1)
         u, B, C = self._heads(self.ops.causal_conv1d_step(xBC, self.conv_weight, self.conv_bias, state.conv))
         y = self.ops.ssd_step(
             u, dt, self.A, B, C, self.D, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
         y = self._normed(y.flatten(-2), z)
-        after = RecurrentState(state.conv, state.ssm, state.length + 1)
         return self.ops.linear_step(y, self.out_proj.weight), after
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,3 +91,11 @@ def rotate(x: Tensor, rotated: int, start: int, base: float) -> Tensor:
     cos, sin = tables if x.dtype is torch.float64 else (table.to(x.dtype) for table in tables)
     a, b = x[:, :, :rotated].chunk(2, -1)
     return torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin], -1), x[:, :, rotated:]], 2)
+
+
+def rotary_qkv(qkv: Tensor, kv_heads: int, start: int, base: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One projection's heads (B, T, H + 2 K, P) as q (B, H, T, P), k and v (B, K, T, P), with rotary positions
+    start..start+T-1 on q and k."""
+    rotated = rotate(qkv, qkv.shape[2] - kv_heads, start, base).transpose(1, 2)
+    q, k, v = rotated.split([qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    return q, k, v

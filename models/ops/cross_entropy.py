@@ -6,36 +6,54 @@ The fast form walks the rows in chunks and computes a chunk's gradient together 
 (CHUNK_BYTES / 4) logits exist at a time and nothing (M, V) is kept for the backward pass.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SoftmaxGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK_BYTES = 8 * 2**20
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
     """Mean over rows of -log softmax(hidden weight^T + bias)[target], in nats. hidden (M, D), weight (V, D), bias (V)
     or None."""
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets)
+    logits = F.linear(hidden, weight, bias)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `reference`, in chunks. Under autocast the products run in the autocast type, the rest in float32."""
+def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits (m, V), which may be overwritten, and targets (m): the sum of the losses in nats, and its gradient,
+    softmax minus one-hot; both in float32 at least."""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    target = targets[:, None]
+    loss = -log_p.gather(1, target).sum()
+    return loss, log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=log_p.dtype))
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None,
+    softmax_gradient: SoftmaxGradient = softmax_gradient,
+) -> Tensor:  # fmt: skip
+    """As `reference`, in chunks. Under autocast the products run in the autocast type, the rest in float32.
+    softmax_gradient: who does what lies between the products, with the signature of the one above."""
     if bias is not None:  # one more input that is always 1
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
         weight = torch.cat([weight, bias[:, None]], 1)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, softmax_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax_gradient: SoftmaxGradient
+    ) -> Tensor:
         M, V = hidden.shape[0], weight.shape[0]
         rows = max(1, CHUNK_BYTES // (4 * V))
-        accumulate = torch.promote_types(dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=accumulate)
+        total = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         wanted = any(ctx.needs_input_grad[:2])
         h, w = hidden.to(dtype), weight.to(dtype)
         d_hidden = torch.empty_like(hidden) if wanted else None
@@ -44,12 +62,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, M, rows):
                 now = slice(start, min(start + rows, M))
-                log_p = torch.mm(h[now], w.t(), out=logits[: now.stop - start]).to(accumulate).log_softmax(1)
-                target = targets[now, None]
-                total -= log_p.gather(1, target).sum()
+                chunk = torch.mm(h[now], w.t(), out=logits[: now.stop - start])
+                loss, d_logits = softmax_gradient(chunk, targets[now])  # the mean's 1 / M comes in `backward`
+                total += loss
                 if d_hidden is not None and d_weight is not None:
-                    # softmax minus one-hot, in place of the logarithms; the mean's 1 / M comes in `backward`
-                    d_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=log_p.dtype))
                     d_logits = d_logits.to(dtype)
                     d_hidden[now] = d_logits @ w
                     if d_weight.dtype == dtype:
@@ -65,4 +81,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_loss / ctx.rows
-        return d_hidden * scale, d_weight * scale, None, None
+        return d_hidden * scale, d_weight * scale, None, None, None

@@ -408,9 +408,9 @@ WITHOUT_FLOPS = {
     "aten.ones_like", "aten.promote_types", "aten.scalar_tensor", "aten.select_backward", "aten.slice_backward",
     "aten.softplus_backward", "aten.stack", "aten.sum", "aten.tril", "aten.triu", "aten.unfold_backward",
     "aten.zeros", "aten.zeros_like", "lab.gated_rms_norm_cpu", "lab.gated_rms_norm_cpu_backward", "lab.rms_norm_cpu",
-    "lab.rms_norm_cpu_backward", "lab.rotate_cpu", "lab.ssd_carry_cpu", "lab.ssd_carry_gradient_cpu",
-    "lab.ssd_gather_cpu", "lab.ssd_gather_gradient_cpu", "lab.ssd_masked_cpu", "lab.ssd_masked_gradient_cpu",
-    "lab.ssd_spread_cpu", "lab.swiglu_cpu", "lab.swiglu_cpu_backward",
+    "lab.rms_norm_cpu_backward", "lab.rotary_qkv_cpu", "lab.rotary_qkv_cpu_backward", "lab.ssd_carry_cpu",
+    "lab.ssd_carry_gradient_cpu", "lab.ssd_gather_cpu", "lab.ssd_gather_gradient_cpu", "lab.ssd_masked_cpu",
+    "lab.ssd_masked_gradient_cpu", "lab.ssd_spread_cpu", "lab.swiglu_cpu", "lab.swiglu_cpu_backward",
 }  # fmt: skip
 
 

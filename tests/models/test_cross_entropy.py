@@ -4,10 +4,15 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.ops import cross_entropy as ops
+from models.ops.kernels import load, numba_cross_entropy
 
 M, D, V = 23, 6, 50
+FORMS = {"torch": ops.linear_cross_entropy, "numba": load("numba").linear_cross_entropy}
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def draw(dtype):
@@ -22,12 +27,13 @@ def exact(hidden, weight, targets):
     return (logits.exp().sum(1).log() - logits[torch.arange(len(targets)), targets]).mean()
 
 
+@each_form
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 22, 23, 1000])
-def test_value_and_gradients(monkeypatch, dtype, tolerance, rows):
+def test_value_and_gradients(monkeypatch, form, dtype, tolerance, rows):
     monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * V * rows)
     hidden, weight, targets = draw(dtype)
-    loss = ops.linear_cross_entropy(hidden, weight, targets)
+    loss = form(hidden, weight, targets)
     (3 * loss).backward()
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     expected = exact(h, w, targets)
@@ -45,36 +51,41 @@ def test_the_reference_is_the_definition():
     )
 
 
-def test_gradients_are_those_of_finite_differences(monkeypatch):
+@each_form
+def test_gradients_are_those_of_finite_differences(monkeypatch, form):
     monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * 5 * 2)
     hidden, weight = (torch.randn(n, 2, dtype=torch.float64, requires_grad=True) for n in (3, 5))
     targets = torch.tensor([4, 0, 2])
-    assert torch.autograd.gradcheck(lambda h, w: ops.linear_cross_entropy(h, w, targets), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: form(h, w, targets), (hidden, weight))
 
 
-def test_without_gradients_the_value_is_the_same():
+@each_form
+def test_without_gradients_the_value_is_the_same(form):
     hidden, weight, targets = draw(torch.float32)
     with torch.no_grad():
-        assert ops.linear_cross_entropy(hidden, weight, targets) == ops.linear_cross_entropy(hidden, weight, targets)
-        plain = ops.linear_cross_entropy(hidden, weight, targets)
-    assert plain == ops.linear_cross_entropy(hidden, weight, targets).detach()
+        assert form(hidden, weight, targets) == form(hidden, weight, targets)
+        plain = form(hidden, weight, targets)
+    assert plain == form(hidden, weight, targets).detach()
 
 
-def test_huge_logits_do_not_overflow():
+@each_form
+def test_huge_logits_do_not_overflow(form):
     hidden, weight = torch.full((2, 1), 100.0), torch.tensor([[1.0], [-1.0]])
-    loss = ops.linear_cross_entropy(hidden, weight, torch.tensor([0, 1]))
+    loss = form(hidden, weight, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx(100.0)
 
 
-def test_equal_logits_cost_ln_v():
-    loss = ops.linear_cross_entropy(torch.zeros(3, D), torch.randn(V, D), torch.tensor([0, 1, 2]))
+@each_form
+def test_equal_logits_cost_ln_v(form):
+    loss = form(torch.zeros(3, D), torch.randn(V, D), torch.tensor([0, 1, 2]))
     assert loss.item() == pytest.approx(math.log(V))
 
 
-def test_under_autocast_the_loss_stays_in_float32():
+@each_form
+def test_under_autocast_the_loss_stays_in_float32(form):
     hidden, weight, targets = draw(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = ops.linear_cross_entropy(hidden, weight, targets)
+        loss = form(hidden, weight, targets)
     loss.backward()
     assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
     assert loss.item() == pytest.approx(exact(hidden, weight, targets).item(), rel=1e-2)
@@ -83,7 +94,8 @@ def test_under_autocast_the_loss_stays_in_float32():
         assert (actual - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
-def test_no_chunk_holds_more_than_it_may(monkeypatch):
+@each_form
+def test_no_chunk_holds_more_than_it_may(monkeypatch, form):
     monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * V * 4)
     largest = 0
 
@@ -97,17 +109,52 @@ def test_no_chunk_holds_more_than_it_may(monkeypatch):
 
     hidden, weight, targets = draw(torch.float32)
     with Watch():
-        ops.linear_cross_entropy(hidden, weight, targets).backward()
+        form(hidden, weight, targets).backward()
     assert largest <= max(4 * V, V * D, M * D)
 
 
+@each_form
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_a_target_outside_the_vocabulary_is_refused(form, wrong):
+    hidden, weight, targets = draw(torch.float32)
+    targets[3] = wrong
+    with pytest.raises((IndexError, RuntimeError), match=r"whole numbers from 0 to 49|out of bounds"):
+        form(hidden, weight, targets)
+
+
+@each_form
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_shows_in_the_loss(form, bad):
+    hidden, weight, targets = draw(torch.float32)
+    with torch.no_grad():
+        hidden[5, 2] = bad
+    assert math.isnan(form(hidden, weight, targets).item())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 5), entries=st.integers(1, 70), scale=st.floats(0, 300), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_the_compiled_pass_over_logits_is_the_plain_one(rows, entries, scale, seed, dtype):
+    g = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(rows, entries, generator=g, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(entries, (rows,), generator=g)
+    loss, gradient = numba_cross_entropy.softmax_gradient(logits.clone(), targets)
+    expected_loss, expected = ops.softmax_gradient(logits.double(), targets)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-12
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance, abs=tolerance)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=tolerance)
+
+
+@each_form
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("rows", [2, 1000])
-def test_with_the_bias_of_a_head(monkeypatch, dtype, tolerance, rows):
+def test_with_the_bias_of_a_head(monkeypatch, form, dtype, tolerance, rows):
     monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * V * rows)
     hidden, weight, targets = draw(dtype)
     bias = torch.randn(V, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype).requires_grad_()
-    loss = ops.linear_cross_entropy(hidden, weight, targets, bias)
+    loss = form(hidden, weight, targets, bias)
     gradients = torch.autograd.grad(3 * loss, (hidden, weight, bias))
     h, w, b = (x.detach().double().requires_grad_() for x in (hidden, weight, bias))
     logits = h @ w.t() + b

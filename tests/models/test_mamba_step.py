@@ -1,10 +1,10 @@
-"""The compiled decode step of Mamba against the operations it is made of."""
+"""The compiled decode steps of Mamba and Mamba-2 against the operations they are made of."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.ops import causal_conv1d, selective_scan
+from models.ops import causal_conv1d, rms_norm, selective_scan, ssd
 from models.ops.kernels import load
 
 step = load("numba").mamba_step
@@ -63,3 +63,56 @@ def test_refuses_what_it_would_misread(which):
         given[which] = spoil(given[which])
         with pytest.raises(ValueError, match="contiguous tensors, all float32 or all float64"):
             step(*given, False)
+
+
+step2 = load("numba").mamba2_step
+H, P, N2 = 6, 7, 5
+
+
+def draw2(dtype, G):
+    g, E = torch.Generator().manual_seed(5), H * P
+    channels = E + 2 * G * N2
+    shapes = [
+        (B, E + channels + H), (channels, W), (channels,), (H,), (H,), (H,), (E,), (B, channels, W), (B, H, P, N2)
+    ]  # fmt: skip
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def composed2(projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv, state, negative, eps, groups):
+    E, channels = H * P, len(conv_bias)
+    z, xBC, dt = projected.split([E, channels, H], -1)
+    GN = (channels - E) // 2
+    x, b, c = causal_conv1d.step_reference(xBC, conv_weight, conv_bias, conv).split([E, GN, GN], -1)
+    x, (b, c) = x.unflatten(-1, (H, P)), (m.unflatten(-1, (-1, N2)) for m in (b, c))
+    y = ssd.step_reference(x, dt, -A_log.exp(), b, c, D, dt_bias, state, negative)
+    return rms_norm.gated(y.flatten(-2), z, norm_weight, eps, groups)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize(("G", "norm_groups"), [(1, 1), (3, 3), (2, 1)])
+def test_of_mamba2_is_its_operations_one_after_the_other(dtype, negative, G, norm_groups):
+    given, exact = draw2(dtype, G), [x.double() for x in draw2(dtype, G)]
+    for _ in range(3):  # through the state
+        actual, expected = (f(*all_, negative, 0.01, norm_groups) for f, all_ in ((step2, given), (composed2, exact)))
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=10 * tolerance, atol=tolerance * expected.abs().max().item()
+        )
+        assert torch.equal(given[7].double(), exact[7])
+        torch.testing.assert_close(given[8].double(), exact[8], rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("which", range(9))
+def test_of_mamba2_refuses_gradients_and_what_it_would_misread(which):
+    given = draw2(torch.float32, 1)
+    before = given[8].clone()
+    given[which].requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        step2(*given, False, 1e-5, 1)
+    assert torch.equal(given[8], before)
+    for spoil in (torch.Tensor.double, torch.Tensor.bfloat16, lambda x: x.repeat_interleave(2, -1)[..., ::2]):
+        given = draw2(torch.float32, 1)
+        given[which] = spoil(given[which])
+        with pytest.raises(ValueError, match="contiguous tensors, all float32 or all float64"):
+            step2(*given, False, 1e-5, 1)

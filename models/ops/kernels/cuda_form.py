@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import linear as linear_step
 
-from models.ops.attention import rotate
+from models.ops.attention import rotary_qkv
+from models.ops.cross_entropy import linear_cross_entropy
 from models.ops.experts import by_device as experts
+from models.ops.projections import together as projections
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.rms_norm import gated_fused as gated_rms_norm
 from models.ops.selective_scan import CHUNK
@@ -26,8 +28,9 @@ from models.ops.trapezoid import State, log_alpha_and_delta
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_step", "rms_norm", "rotate",
-    "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
+    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_cross_entropy", "linear_step",
+    "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu",
+    "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses

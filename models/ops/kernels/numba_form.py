@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from models.ops import ssd_passes
+from models.ops import cross_entropy, ssd_passes
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
 from models.ops.experts import by_device as experts
 from models.ops.kernels import (
     numba_conv,
+    numba_cross_entropy,
     numba_gated_norm,
     numba_linear,
     numba_norm,
@@ -20,6 +21,7 @@ from models.ops.kernels import (
     numba_step,
     numba_swiglu,
 )
+from models.ops.projections import apart as projections
 from models.ops.selective_scan import forward_flops
 from models.ops.selective_scan import step_reference as selective_scan_step
 from models.ops.ssd import chunked as chunked_ssd
@@ -29,9 +31,9 @@ from models.ops.trapezoid import chunked as chunked_trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_step", "mamba_step",
-    "rms_norm", "rotate", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "swiglu_step",
-    "trapezoid", "trapezoid_step",
+    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_cross_entropy",
+    "linear_step", "mamba2_step", "mamba_step", "projections", "rms_norm", "rotary_qkv", "selective_scan",
+    "selective_scan_step", "ssd", "ssd_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 
@@ -100,6 +102,11 @@ def mamba_step(uz: Tensor, *parameters_and_state: Any) -> Tensor:
     return numba_step.mamba_step(uz, *parameters_and_state)
 
 
+def mamba2_step(projected: Tensor, *parameters_and_state: Any) -> Tensor:
+    _refuse_gradients(projected, *parameters_and_state[:-3])
+    return numba_step.mamba2_step(projected, *parameters_and_state)
+
+
 def attention_step(qkv: Tensor, base: float, keys: Tensor, values: Tensor, *places: int) -> Tensor:
     _refuse_gradients(qkv)
     return numba_step.attention_step(qkv, base, keys, values, *places)
@@ -134,10 +141,19 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return numba_swiglu.swiglu(gate_up)
 
 
-def rotate(x: Tensor, rotated: int, start: int, base: float) -> Tensor:
-    if x.dtype in _SMALL:
-        return numba_rotary.rotate(x.float(), rotated, start, base).to(x.dtype)
-    return numba_rotary.rotate(x, rotated, start, base)
+def rotary_qkv(qkv: Tensor, kv_heads: int, start: int, base: float) -> tuple[Tensor, Tensor, Tensor]:
+    if qkv.dtype in _SMALL:
+        q, k, v = (x.to(qkv.dtype) for x in numba_rotary.rotary_qkv(qkv.float(), kv_heads, start, base))
+        return q, k, v
+    return numba_rotary.rotary_qkv(qkv, kv_heads, start, base)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What lies between the products is compiled, except for logits of 16 bits."""
+    small = hidden.dtype in _SMALL or torch.is_autocast_enabled("cpu")
+    if small:
+        return cross_entropy.linear_cross_entropy(hidden, weight, targets, bias)
+    return cross_entropy.linear_cross_entropy(hidden, weight, targets, bias, numba_cross_entropy.softmax_gradient)
 
 
 @register_flop_formula(torch.ops.lab.selective_scan_cpu)

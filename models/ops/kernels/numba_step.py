@@ -1,9 +1,10 @@
-"""One decode step of Mamba and of attention on a CPU, between their projections in and out, without autograd.
+"""One decode step of Mamba, Mamba-2 and attention on a CPU, between their projections in and out, without autograd.
 
 A step touches a few kilobytes, so the cost that matters is that of calling: one compiled call each, on addresses.
 Attention splits its heads over threads once the cache is long enough to be worth waking them.
 
 B: batch   E: expanded width   N: state size   R: dt rank   W: taps   H: heads   K: key-value heads   P: head width
+G: groups   channels: those of Mamba-2's convolution, x, B and C, E + 2 G N
 """
 
 import math
@@ -90,6 +91,80 @@ def mamba_step(
     out = uz.new_empty(rows, E)
     arrays = addresses(uz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, conv, state, out)
     _mamba_step(*arrays, negative, rows, E, N, R, W)
+    return out
+
+
+@compiled
+def _mamba2_step(
+    kind, projected_at, conv_weight_at, conv_bias_at, dt_bias_at, A_log_at, D_at, norm_weight_at, conv_at, state_at,
+    out_at, negative, eps, rows, H, P, G, N, W, norm_groups,
+):  # fmt: skip
+    E, GN = H * P, G * N
+    channels = E + 2 * GN
+    projected, out = at(projected_at, kind, (rows, E + channels + H)), at(out_at, kind, (rows, E))
+    conv_weight, conv_bias = at(conv_weight_at, kind, (channels, W)), at(conv_bias_at, kind, (channels,))
+    dt_bias, A_log, D = at(dt_bias_at, kind, (H,)), at(A_log_at, kind, (H,)), at(D_at, kind, (H,))
+    norm_weight = at(norm_weight_at, kind, (E,))
+    conv, state = at(conv_at, kind, (rows, channels, W)), at(state_at, kind, (rows, H, P, N))
+    log2_e = projected.dtype.type(LOG2_E)
+    shift = projected.dtype.type(1 if negative else 0)
+    scale = projected.dtype.type(1) + shift
+    u = np.empty(channels, projected.dtype)
+    for b in range(rows):
+        for e in range(channels):
+            now = projected[b, E + e]
+            acc = conv_bias[e]
+            for w in range(W - 1):
+                conv[b, e, w] = conv[b, e, w + 1]
+                acc += conv[b, e, w] * conv_weight[e, w]
+            conv[b, e, W - 1] = now
+            u[e] = acc + now * conv_weight[e, W - 1]
+        for e in range(channels):
+            u[e] *= sigmoid(u[e])
+        for h in range(H):
+            delta = softplus(projected[b, E + channels + h] + dt_bias[h])
+            # A = -exp(A_log)
+            decay = scale * exp2(-delta * log2_e * exp2(A_log[h] * log2_e)) - shift
+            g = h // (H // G)
+            B, C = u[E + g * N : E + (g + 1) * N], u[E + GN + g * N : E + GN + (g + 1) * N]
+            for p in range(P):
+                x, of_head = u[h * P + p], state[b, h, p]
+                written, acc = delta * x, kind
+                for n in range(N):
+                    of_head[n] = decay * of_head[n] + written * B[n]
+                    acc += of_head[n] * C[n]
+                out[b, h * P + p] = acc + D[h] * x
+        for e in range(E):
+            z = projected[b, e]
+            out[b, e] *= z * sigmoid(z)
+        width = E // norm_groups
+        for g in range(norm_groups):
+            total = kind
+            for e in range(g * width, (g + 1) * width):
+                total += out[b, e] * out[b, e]
+            along = projected.dtype.type(1.0 / math.sqrt(total / width + eps))
+            for e in range(g * width, (g + 1) * width):
+                out[b, e] *= along * norm_weight[e]
+
+
+def mamba2_step(
+    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+    norm_weight: Tensor, conv: Tensor, state: Tensor, negative: bool, eps: float, norm_groups: int,
+) -> Tensor:  # fmt: skip
+    """One token of `models.mixers.mamba2`, what lies between its projections in and out.
+
+    projected (B, E + channels + H): the gate; x, B and C; dt. conv_weight (channels, W), conv_bias (channels), dt_bias,
+    A_log, D (H), norm_weight (E): its parameters. conv (B, channels, W), state (B, H, P, N): advanced in place.
+    eps, norm_groups: of the gated norm. Returns (B, E). Every tensor float32, or every one float64, and contiguous.
+    """
+    rows, H, P, N = state.shape
+    channels, W = conv_weight.shape
+    out = projected.new_empty(rows, H * P)
+    arrays = addresses(
+        projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv, state, out
+    )  # fmt: skip
+    G = (channels - H * P) // (2 * N)
+    _mamba2_step(*arrays, negative, eps, rows, H, P, G, N, W, norm_groups)
     return out
 
 

@@ -2,11 +2,13 @@
 
 from torch.nn.functional import linear as linear_step
 
-from models.ops.attention import rotate
+from models.ops.attention import rotary_qkv
 from models.ops.causal_conv1d import reference as causal_conv1d
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
+from models.ops.cross_entropy import linear_cross_entropy
 from models.ops.experts import by_device as experts
 from models.ops.lstm import fused as lstm
+from models.ops.projections import together as projections
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.rms_norm import gated_fused as gated_rms_norm
 from models.ops.selective_scan import chunked as selective_scan
@@ -19,6 +21,7 @@ from models.ops.trapezoid import chunked as trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_step", "lstm", "rms_norm", "rotate",
-    "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
+    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_cross_entropy", "linear_step", "lstm",
+    "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu",
+    "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip

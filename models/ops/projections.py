@@ -1,0 +1,20 @@
+"""Several linear maps of one input, whose weights are rows of one matrix, in forms that agree.
+
+x (..., D)   weight (sum of sizes, D)   sizes   ->  one (..., size) for each of them
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def together(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """One product, taken apart: one launch on a GPU, and parts that are columns of one matrix."""
+    return linear(x, weight).split(tuple(sizes), -1)
+
+
+def apart(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """A product for each part, so that each is a matrix of its own: its gradient need not be copied into one matrix
+    with the others' before the products of the backward pass."""
+    return tuple(linear(x, part) for part in weight.split(tuple(sizes)))
