@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -257,8 +257,8 @@ def memory_cell(
 def speed_cell(
     send: Send, experiment: Experiment, phase: str, context: int, batch: int, mode: str, dataset_folder: Path,
     folder: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """The speed of one phase of the model in `folder`, in one execution mode."""
+) -> Generator[None, None, dict[str, Any]]:  # fmt: skip
+    """The speed of one phase of the model in `folder`, in one execution mode, turn by turn."""
     device = prepare_process(experiment)
     tokens = _text(dataset_folder, batch, context + 1)
     return measure_speed(folder / "checkpoint", experiment.speed, phase, mode, tokens, device)

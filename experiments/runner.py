@@ -6,9 +6,10 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from experiments.data.batches import require_length
 from experiments.data.dataset import Dataset, default_cache, prepare
 from experiments.environment import describe, source_sha256
 from experiments.errors import EnvironmentLacksError, LabError, RunFailedError, SpecError
-from experiments.measurement.process import CellFailedError, run_fresh
+from experiments.measurement.process import CellFailedError, Job, run_fresh, take_turns
 from experiments.result import build_result
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, write_json
@@ -193,33 +194,44 @@ def _run_cells(
     directory: RunDirectory, experiment: Experiment, dataset: Dataset, todo: list[Cell], listener: Listener
 ) -> None:
     study = STUDIES[experiment.study]
-    for done, cell in enumerate(todo):
-        listener(Event("start", cell=cell.name, done=done, total=len(todo)))
-        folder = directory.folder(cell)
-        if cell.kind != study.MAKES and not directory.result(Cell(cell.arm, cell.seed, study.MAKES)):
-            message = "the model was not trained" if study.MAKES == "train" else "the model was not built"
-            directory.fail(cell, message, "")
-            listener(Event("skip", message, cell.name))
-            continue
-
-        def on_message(message: Any, name: str = cell.name) -> None:
-            _, step, steps = message
-            listener(Event("step", cell=name, done=step, total=steps))
-
-        try:
+    ended = 0
+    for group in _groups(todo, study.turns):
+        jobs: dict[Cell, Job] = {}
+        for cell in group:
+            if cell.kind != study.MAKES and not directory.result(Cell(cell.arm, cell.seed, study.MAKES)):
+                message = "the model was not trained" if study.MAKES == "train" else "the model was not built"
+                directory.fail(cell, message, "")
+                listener(Event("skip", message, cell.name))
+                ended += 1
+                continue
             work, details = study.work(cell, experiment)
-            result = run_fresh(
-                work, experiment, *details, dataset.folder, folder, on_message=on_message,
-                timeout_s=experiment.cell_timeout_s,
-            )  # fmt: skip
-        except CellFailedError as error:
-            directory.fail(cell, str(error), error.detail)
-            directory.event("failure", str(error), cell.name)
-            listener(Event("failure", str(error), cell.name))
-            continue
-        directory.finish(cell, result)
-        directory.event("progress", "finished", cell.name)
-        listener(Event("finish", cell=cell.name, done=done + 1, total=len(todo)))
+            jobs[cell] = (work, (experiment, *details, dataset.folder, directory.folder(cell)))
+        names = [cell.name for cell in jobs]
+        turns = f", taking turns with {len(names) - 1} more" if len(names) > 1 else ""
+        listener(Event("start", cell=f"{names[0]}{turns}" if names else None, done=ended, total=len(todo)))
+
+        def on_message(cell: Cell, message: Any) -> None:
+            _, step, steps = message
+            listener(Event("step", cell=cell.name, done=step, total=steps))
+
+        with closing(take_turns(jobs, on_message=on_message, timeout_s=experiment.cell_timeout_s)) as outcomes:
+            for cell, outcome in outcomes:
+                ended += 1
+                if isinstance(outcome, CellFailedError):
+                    directory.fail(cell, str(outcome), outcome.detail)
+                    directory.event("failure", str(outcome), cell.name)
+                    listener(Event("failure", str(outcome), cell.name))
+                else:
+                    directory.finish(cell, outcome)
+                    directory.event("progress", "finished", cell.name)
+                    listener(Event("finish", cell=cell.name, done=ended, total=len(todo)))
+
+
+def _groups(todo: list[Cell], turns: Callable[[Cell], Any]) -> Iterator[list[Cell]]:
+    """Neighbours that take turns together; every other cell by itself."""
+    for key, cells_of_key in groupby(todo, turns):
+        group = list(cells_of_key)
+        yield from [group] if key is not None else ([cell] for cell in group)
 
 
 def _finish(directory: RunDirectory, experiment: Experiment, dataset: Dataset) -> dict[str, Any]:

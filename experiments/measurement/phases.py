@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.measurement import operations
 from experiments.measurement.loading import load
 from experiments.measurement.memory import PeakMemory, resident_bytes, settle
 from experiments.measurement.timing import WARM_UP, timed
 from experiments.spec import Measurement
-from experiments.training import autocast, token_loss
+from experiments.training import token_loss
 from models import checkpoint, cost
 from models.config import ModelConfig
 from models.language_model import LanguageModel
@@ -58,20 +59,13 @@ def measure_prefill(
     settle()
     before_load = _baseline(device)
     model = load(folder, device)
-    prompt = tokens.to(device)
-
-    @torch.inference_mode()
-    def prefill() -> Tensor:
-        state = model.make_state(prompt.shape[0], context)
-        logits, _ = model.prefill(prompt, state)
-        return logits.argmax(1)
-
+    read = operations.prefill(model, tokens.to(device))
     settle()
     before_phase = _baseline(device)
     with PeakMemory(device) as peak:
-        samples = timed(prefill, repeats=settings.repeats, seconds=settings.seconds, device=device, warm_up=warm_up)
+        samples = timed(read, repeats=settings.repeats, seconds=settings.seconds, device=device, warm_up=warm_up)
     return _phase(model, peak, before_load, before_phase) | {
-        "context": context, "batch": prompt.shape[0], "samples": samples.to_dict(), "noisy": samples.noisy,
+        "context": context, "batch": tokens.shape[0], "samples": samples.to_dict(), "noisy": samples.noisy,
     }  # fmt: skip
 
 
@@ -80,31 +74,17 @@ def measure_decode(
 ) -> dict[str, Any]:
     """Decode greedily, token by token, from a state that holds `context` tokens.
 
-    A sample is `settings.decode_tokens` tokens. Every sample starts from the same position: a cache is written
-    over beyond `context`; a recurrent state just goes on, which costs the same.
+    A sample is `settings.decode_tokens` tokens.
     """
     config = _warm_up(folder, device)
     settle()
     before_load = _baseline(device)
     model = load(folder, device)
-    with torch.inference_mode():
-        state = model.make_state(tokens.shape[0], context + settings.decode_tokens)
-        logits, state = model.prefill(tokens.to(device), state)
-        first = logits.argmax(1)
-
-    @torch.inference_mode()
-    def decode() -> Tensor:
-        token, now = first, state
-        for _ in range(settings.decode_tokens):
-            logits, now = model.step(token, now)
-            token = logits.argmax(1)
-        return token
-
-    del logits
+    write, state = operations.decode(model, tokens.to(device), settings.decode_tokens)
     settle()
     before_phase = _baseline(device)
     with PeakMemory(device) as peak:
-        samples = timed(decode, repeats=settings.repeats, seconds=settings.seconds, device=device, warm_up=warm_up)
+        samples = timed(write, repeats=settings.repeats, seconds=settings.seconds, device=device, warm_up=warm_up)
     element = state_element_size(model)
     return _phase(model, peak, before_load, before_phase) | {
         "context": context, "batch": tokens.shape[0], "tokens_per_sample": settings.decode_tokens,
@@ -124,17 +104,9 @@ def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: 
     settle()
     before_load = _baseline(device)
     model = load(folder, device, "direct").float().train()
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), fused=True)
     inputs, targets = (m.contiguous().to(device) for m in (tokens[:, :-1], tokens[:, 1:]))
+    step, optimizer = operations.training_step(model, inputs, targets, precision)
     kept = _Kept(model)
-
-    def step() -> None:
-        with autocast(precision, device):
-            loss, balance = token_loss(model, inputs, targets)
-        (loss + balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
     with torch.autograd.graph.saved_tensors_hooks(kept.see, lambda tensor: tensor):
         step()
     gradients = sum(_bytes(p.grad) for p in model.parameters() if p.grad is not None)

@@ -2,6 +2,9 @@
 
 Processes are forked from a server that has imported what cells need and done nothing else (on systems without
 fork they are spawned). The server's import of torch is paid once.
+
+A cell's function may be a generator: each `yield` ends a turn, and cells that are compared run their turns one at a
+time, round after round, so that a machine that grows slower in between grows slower for all of them.
 """
 
 import multiprocessing
@@ -9,9 +12,10 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.errors import LabError
 from experiments.training import NonFiniteLossError
@@ -37,44 +41,109 @@ def quiet_thread_pools() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+Key = TypeVar("Key")
+Job = tuple[Callable[..., Any], tuple]  # a cell's function and its arguments after `send`
+
+
 def run_fresh(
     function: Callable[..., Any], *arguments: Any, on_message: Callable[[Any], None] = lambda message: None,
     timeout_s: float | None = None,
 ) -> Any:  # fmt: skip
-    """`function(send, *arguments)` in a fresh process; `send` hands messages to `on_message` here.
+    """`function(send, *arguments)` in a fresh process; `send` hands messages to `on_message` here. A generator has all
+    its turns, and gives what it returns.
 
     Raises CellFailedError when it raises, dies, or takes more than `timeout_s` seconds. Function, arguments, messages
     and result must be picklable.
     """
-    quiet_thread_pools()
-    context = _context()
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, function, arguments), daemon=True)
-    process.start()
-    theirs.close()
-    end = None if timeout_s is None else time.monotonic() + timeout_s
+    jobs = {None: (function, arguments)}
+    ((_, outcome),) = take_turns(jobs, on_message=lambda _, message: on_message(message), timeout_s=timeout_s)
+    if isinstance(outcome, CellFailedError):
+        raise outcome
+    return outcome
+
+
+def take_turns(
+    jobs: Mapping[Key, Job], *, on_message: Callable[[Key, Any], None] = lambda key, message: None,
+    timeout_s: float | None = None,
+) -> Generator[tuple[Key, Any], None, None]:  # fmt: skip
+    """Each job in a fresh process of its own, all alive until they end, one running at a time: first each to the end of
+    its first turn, in which it makes ready, then turn by turn, every other round in reverse order. Yields each job's
+    key with its result, or with the CellFailedError of a job that failed, as soon as it has ended.
+
+    timeout_s: for the turns of one job together.
+    """
+    alive: dict[Key, _Worker] = {}
     try:
+        for key, (function, arguments) in jobs.items():
+            alive[key] = _Worker(function, arguments, timeout_s)
+            yield from _turn(alive, key, on_message)
+        backwards = False
+        while alive:
+            for key in list(alive)[:: -1 if backwards else 1]:
+                alive[key].go_on()
+                yield from _turn(alive, key, on_message)
+            backwards = not backwards
+    finally:
+        for worker in alive.values():
+            worker.close()
+
+
+def _turn(alive: "dict[Key, _Worker]", key: Key, on_message: Callable[[Key, Any], None]) -> Iterator[tuple[Key, Any]]:
+    """Wait for the end of the turn that `key` is in; where that is its last, yield what came of it."""
+    try:
+        ended, outcome = alive[key].wait(lambda message: on_message(key, message))
+    except CellFailedError as error:
+        ended, outcome = True, error
+    if ended:
+        alive.pop(key).close()
+        yield key, outcome
+
+
+class _Worker:
+    """A job's process, seen from here."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple, timeout_s: float | None) -> None:
+        quiet_thread_pools()
+        context = _context()
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_child, args=(theirs, function, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._timeout_s, self._spent = timeout_s, 0.0
+
+    def go_on(self) -> None:
+        with suppress(OSError):  # it died while it waited: `wait` says how
+            self._pipe.send(None)
+
+    def wait(self, on_message: Callable[[Any], None]) -> tuple[bool, Any]:
+        """Until a turn ends: whether it was the last one, and its result. Raises CellFailedError."""
+        begun = time.monotonic()
         while True:
-            if end is not None and not ours.poll(max(0.0, end - time.monotonic())):
-                raise CellFailedError(f"stopped after {timeout_s:g} s (cell_timeout_s)")
+            if self._timeout_s is not None:
+                left = self._timeout_s - self._spent - (time.monotonic() - begun)
+                if not self._pipe.poll(max(0.0, left)):
+                    raise CellFailedError(f"stopped after {self._timeout_s:g} s (cell_timeout_s)")
             try:
-                kind, content = ours.recv()
-            except EOFError:
-                process.join()
-                raise CellFailedError(_death(process.exitcode)) from None
+                kind, content = self._pipe.recv()
+            except (EOFError, ConnectionResetError):
+                self._process.join()
+                raise CellFailedError(_death(self._process.exitcode)) from None
             if kind == "message":
                 on_message(content)
-            elif kind == "result":
-                process.join()
-                return content
+            elif kind == "turn":
+                self._spent += time.monotonic() - begun
+                return False, None
             else:
-                process.join()
-                raise CellFailedError(*content)
-    finally:
-        if process.is_alive():
-            process.terminate()
-            process.join()
-        ours.close()  # after that: a child that finds its pipe closed would complain
+                self._process.join()
+                if kind == "error":
+                    raise CellFailedError(*content)
+                return True, content
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+        self._pipe.close()  # after that: a child that finds its pipe closed would complain
 
 
 def _context() -> Any:
@@ -89,6 +158,8 @@ def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple) -> 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
     try:
         result = function(lambda message: pipe.send(("message", message)), *arguments)
+        if isinstance(result, Generator):
+            result = _turn_by_turn(result, pipe)
         pipe.send(("result", result))
     except _EXPECTED as error:
         pipe.send(("error", (str(error) or type(error).__name__, "")))
@@ -97,6 +168,16 @@ def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple) -> 
         pipe.send(("error", (lacking, "") if lacking else _unforeseen(error)))
     except Exception as error:
         pipe.send(("error", _unforeseen(error)))
+
+
+def _turn_by_turn(work: Generator[Any, Any, Any], pipe: Connection) -> Any:
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+        pipe.send(("turn", None))
+        pipe.recv()
 
 
 def _unforeseen(error: Exception) -> tuple[str, str]:

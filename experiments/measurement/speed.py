@@ -1,8 +1,8 @@
 """The speed of one phase: a training step, prefill, decode, or a mixer's operation by itself, in one execution mode,
-with the machine's ceilings measured in the same process right before and after."""
+with the machine's ceilings measured in the same process, turn by turn."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.measurement import operations
 from experiments.measurement.ceilings import CeilingsMeter
 from experiments.measurement.loading import load
-from experiments.measurement.timing import timed
+from experiments.measurement.operations import Operation
+from experiments.measurement.timing import Samples, timed
 from experiments.spec import Speed
-from experiments.training import autocast, token_loss
 from models.language_model import LanguageModel
-
-Operation = Callable[[], object]
 
 
 def measure_speed(
     folder: Path, settings: Speed, phase: str, mode: str, tokens: Tensor, device: torch.device
-) -> dict[str, Any]:
-    """phase: step, prefill, decode, forward or backward. tokens (B, T + 1). The first call, in which kernels are loaded
-    and a compiler may work, is timed by itself and is in no sample."""
+) -> Generator[None, None, dict[str, Any]]:
+    """phase: step, prefill, decode, forward or backward. tokens (B, T + 1).
+
+    The first turn makes ready: the first call, in which kernels are loaded and a compiler may work, is timed by itself
+    and is in no sample. Then come `settings.repeats` turns, each of them the ceilings, and one sample or more.
+    """
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     meter = CeilingsMeter(device, dtype)
     model = load(folder, device, "direct")
@@ -36,65 +38,47 @@ def measure_speed(
     start = time.perf_counter()
     operation()
     first_ms = (time.perf_counter() - start) * 1e3
-    meter.measure()
-    samples = timed(operation, repeats=settings.repeats, seconds=settings.seconds, device=device)
-    meter.measure()
+    again = timed(operation, repeats=1, seconds=0, device=device, warm_up=1)
+    # the cell before has filled the caches, which a short operation would find warm in use
+    warm_up = 1 if again.median < LONG_MS else 0
+    turns, ceilings = [], []
+    for _ in range(settings.repeats):
+        yield
+        ceilings.append(meter.measure())
+        seconds = settings.seconds / settings.repeats
+        turns.append(timed(operation, repeats=1, seconds=seconds, device=device, warm_up=warm_up).ms)
+    samples = Samples([ms for turn in turns for ms in turn])
     return {
-        "samples": samples.to_dict(), "noisy": samples.noisy, "tokens_per_sample": per_call, "first_call_ms": first_ms,
-        "ceilings": asdict(meter.result), "backend": model.backend.name,
+        "samples": samples.to_dict(), "turns": [len(turn) for turn in turns], "noisy": samples.noisy,
+        "tokens_per_sample": per_call, "first_call_ms": first_ms, "ceilings": [asdict(one) for one in ceilings],
+        "backend": model.backend.name,
     }  # fmt: skip
 
 
+LONG_MS = 100.0  # beside which what a cold cache costs is nothing
+
+
 def _step(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operation, int]:
-    """Forward, loss, backward, clipping, AdamW: what `experiments.training.train` does between two batches."""
     model = model.float().train()
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-4, fused=True)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    update, optimizer = operations.training_step(model, inputs, targets, settings.dtype)
 
     def step() -> None:
-        with autocast(settings.dtype, model.device):
-            loss, balance = token_loss(model, inputs, targets)
-        (loss + balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        update()
         optimizer.zero_grad()
 
     return step, inputs.numel()
 
 
 def _prefill(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operation, int]:
-    """Read a prompt into an empty state and name the next token."""
     prompt = tokens[:, :-1].contiguous()
-
-    @torch.inference_mode()
-    def prefill() -> Tensor:
-        logits, _ = model.prefill(prompt, model.make_state(prompt.shape[0], prompt.shape[1]))
-        return logits.argmax(1)
-
-    return prefill, prompt.numel()
+    return operations.prefill(model, prompt), prompt.numel()
 
 
 def _decode(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operation, int]:
-    """Write `decode_tokens` tokens, greedily; every sample starts from the same state, which holds the prompt."""
     prompt = tokens[:, :-1].contiguous()
-    with torch.inference_mode():
-        state = model.make_state(prompt.shape[0], prompt.shape[1] + settings.decode_tokens)
-        for piece in prompt.split(PIECE, 1):
-            logits, state = model.prefill(piece.contiguous(), state)
-        first = logits.argmax(1)
-
-    @torch.inference_mode()
-    def decode() -> Tensor:
-        token, now = first, state
-        for _ in range(settings.decode_tokens):
-            logits, now = model.step(token, now)
-            token = logits.argmax(1)
-        return token
-
-    return decode, prompt.shape[0] * settings.decode_tokens
-
-
-PIECE = 2048  # of a prompt that is read to be decoded from
+    operation, _ = operations.decode(model, prompt, settings.decode_tokens)
+    return operation, prompt.shape[0] * settings.decode_tokens
 
 
 def _forward(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operation, int]:

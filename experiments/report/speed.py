@@ -35,13 +35,17 @@ def lines(record: Record, phase: str, metric: str, arm: str, **where: Any) -> li
 
 def verdict(record: Record) -> Section:
     intro = (
-        "Every cell ran in a fresh process; the arms of one measurement directly followed each other. Between measured "
-        "lengths the ratio of the speeds is taken as straight in logarithms."
+        "Every cell ran in a process of its own. The arms at one length, and of decode every arm at every length, took "
+        "turns in short slices, and ratios are formed turn by turn. Between measured lengths the ratio of the speeds "
+        "is taken as straight in logarithms."
     )
     blocks: list[Block] = []
     for one in record.findings:
         if one["kind"] == "drift":
             blocks.append(Verdict("open", one["sentence"], "a limit to what the lengths above say", ""))
+            continue
+        if one["kind"] == "growth":
+            blocks.append(Verdict("resolved", one["sentence"], "measured", ""))
             continue
         sure = one["ci_low"] == one["ci_high"] or None not in (one["ci_low"], one["ci_high"])
         standing = "measured" if sure else "open at the longest measured length"
@@ -50,8 +54,8 @@ def verdict(record: Record) -> Section:
         blocks.append(Text("No two arms were measured at two lengths, so no crossover can be told."))
     blocks.append(Text(
         "What this run does not show: quality, larger models, other machines. The models are initialised, not trained; "
-        f"{plural(len(record.seeds), 'seed')}. The intervals cover the spread of repeated timings in this run only: a "
-        "machine that is shared with others moves between runs by more than that."
+        f"{plural(len(record.seeds), 'seed')}. The intervals cover the spread of the turns in this run only: a machine "
+        "that is shared with others moves between runs by more than that."
     ))  # fmt: skip
     return Section("verdict", "From which length on is which faster?", intro, blocks)
 
@@ -60,7 +64,7 @@ def training(record: Record) -> Section:
     intro = (
         "A whole optimizer step: forward, loss, backward, clipping, AdamW, the same number of tokens at every context "
         "where it fits. Utilisation is the arithmetic of the formula over the time taken, as a share of what a large "
-        "matrix product reached in the same process just before and after."
+        "matrix product reached in the same process at the start of each turn."
     )
     table = _table(record, "Training step", "train", "step_ms", "ms per step", flops=True)
     if table.empty:

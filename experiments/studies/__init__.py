@@ -4,6 +4,7 @@ Each study is a module with
 
     MAKES                                  the kind of cell that makes an arm's model: train, or build
     plan(experiment) -> [Cell]             every cell, in the order in which it runs
+    turns(cell)                            cells next to each other with the same one take turns; None: by itself
     lengths(experiment, causal)            the longest sequences that a run makes, by the setting that says so
     work(cell, experiment)                 the function that does a cell in a fresh process, and its arguments
     rows(cell, result, experiment, run)    the rows of result.json that a finished cell gives

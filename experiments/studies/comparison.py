@@ -36,6 +36,10 @@ def plan(experiment: Experiment) -> list[Cell]:
     return planned
 
 
+def turns(cell: Cell) -> None:
+    """None take turns: pairs of seeds stand for that."""
+
+
 def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     """The longest sequences that the run makes, by the settings that say so."""
     measured, sampled = experiment.measurement, experiment.evaluation
@@ -47,7 +51,7 @@ def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     return needs
 
 
-def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., dict[str, Any]], tuple]:
+def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]:
     """The function that does it in a fresh process, and its arguments after the experiment."""
     if cell.kind == "train":
         return cells.train_cell, (cell.arm, experiment.cells()[cell.arm], cell.seed)

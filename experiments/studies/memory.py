@@ -34,6 +34,10 @@ def plan(experiment: Experiment) -> list[Cell]:
     return planned
 
 
+def turns(cell: Cell) -> None:
+    """None take turns: memory does not depend on the minute."""
+
+
 def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     settings = experiment.memory
     needs = {"memory.train_contexts": settings.train_contexts[-1]}
@@ -42,7 +46,7 @@ def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     )
 
 
-def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., dict[str, Any]], tuple]:
+def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]:
     if cell.kind == "build":
         return cells.build_cell, (experiment.arms[cell.arm], cell.seed, experiment.memory.dtype)
     return cells.memory_cell, (cell.kind, cell.context, cell.batch, cell.mode)

@@ -17,11 +17,11 @@ from models.config import ModelConfig
 MAKES = "build"
 PHASES = {"step": "train", "prefill": "prefill", "decode": "decode", "forward": "operator", "backward": "operator"}
 LATENCY = {"train": "step_ms", "prefill": "time_to_first_token_ms", "decode": "ms_per_token"}
-RESAMPLES = 2000  # of the raw samples, for the interval of a crossover
+RESAMPLES = 2000  # of the turns, for intervals
 
 
 def plan(experiment: Experiment) -> list[Cell]:
-    """The arms of one measurement directly after each other, so that a machine that changes changes for all."""
+    """The cells that take turns, directly after each other."""
     settings, vocabulary = experiment.speed, experiment.data.vocabulary
     configs = {name: cells.model_config(arm, vocabulary) for name, arm in experiment.arms.items()}
     planned = [Cell(arm, seed, "build") for seed in experiment.seeds for arm in configs]
@@ -41,6 +41,14 @@ def plan(experiment: Experiment) -> list[Cell]:
     return planned
 
 
+def turns(cell: Cell) -> tuple | None:
+    """The arms of one measurement take turns; of decode, whose cost over the length is a question of its own, those at
+    every length."""
+    if cell.kind == "build":
+        return None
+    return (cell.seed, cell.kind, cell.batch, cell.mode, None if cell.kind == "decode" else cell.context)
+
+
 def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     settings = experiment.speed
     needs = {"speed.train_contexts": settings.train_contexts[-1]}
@@ -49,7 +57,7 @@ def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     )
 
 
-def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., dict[str, Any]], tuple]:
+def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]:
     if cell.kind == "build":
         return cells.build_cell, (experiment.arms[cell.arm], cell.seed, experiment.speed.dtype)
     return cells.speed_cell, (cell.kind, cell.context, cell.batch, cell.mode)
@@ -72,39 +80,41 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     latency = {key: value / steps if key != "n" else value for key, value in times.items()}
     yield row(cell, phase, LATENCY[phase], unit="ms", direction="lower", **latency, **common)
     yield row(cell, phase, "first_call_ms", result["first_call_ms"], "ms", "none", **common)
-    ceilings = result["ceilings"]
-    yield row(cell, phase, "ceiling_flops_per_s", ceilings["flops_per_s"], "FLOP/s", "none", **common)
-    yield row(cell, phase, "ceiling_bytes_per_s", ceilings["bytes_per_s"], "bytes/s", "none", **common)
     config = ModelConfig.from_dict(read_json(run.folder(cell) / "checkpoint" / "config.json"))
-    yield from _achieved(cell, phase, config, speed["value"], ceilings, experiment.speed.dtype, common)
+    yield from _achieved(cell, phase, config, result, speed, experiment.speed.dtype, common)
 
 
 def _achieved(
-    cell: Cell,
-    phase: str,
-    config: ModelConfig,
-    tokens_per_s: float,
-    ceilings: dict[str, float],
-    dtype: str,
+    cell: Cell, phase: str, config: ModelConfig, result: dict[str, Any], speed: dict[str, float], dtype: str,
     common: dict,
-) -> Iterator[dict]:
-    """Arithmetic done per second, of decode bytes read, and its share of what the machine can do; of decode also the
-    tokens/s that its memory would allow."""
+) -> Iterator[dict]:  # fmt: skip
+    """Arithmetic done per second, of decode bytes read, beside what the machine can do, and its share of that, formed
+    turn by turn; of decode also the tokens/s that the machine's memory would allow. speed: of tokens per second."""
     context, batch = cell.context or 0, cell.batch or 0
-    if phase != "decode":
-        training = phase == "train"
-        flops = cost.training_flops_per_token(config, context) if training else (
-            cost.forward_flops_per_token(config, context, predicted=1 / context))  # fmt: skip
-        done = tokens_per_s * flops
-        yield row(cell, phase, "flops_per_s", done, "FLOP/s", "higher", **common)
-        yield row(cell, phase, "flops_utilisation", done / ceilings["flops_per_s"], "share", "higher", **common)
+    if phase == "decode":
+        what, unit, size = "bytes", "bytes/s", cost.decode_bytes(config, batch, context, cells.DTYPES[dtype][1]) / batch
     else:
-        size = cost.decode_bytes(config, batch, context, cells.DTYPES[dtype][1])
-        moved = tokens_per_s / batch * size
-        yield row(cell, phase, "bytes_per_s", moved, "bytes/s", "higher", **common)
-        yield row(cell, phase, "bandwidth_utilisation", moved / ceilings["bytes_per_s"], "share", "higher", **common)
-        roof = batch * ceilings["bytes_per_s"] / size
+        what, unit = "flops", "FLOP/s"
+        size = cost.training_flops_per_token(config, context) if phase == "train" else (
+            cost.forward_flops_per_token(config, context, predicted=1 / context))  # fmt: skip
+    done = {key: value if key == "n" else size * value for key, value in speed.items()}
+    ceilings = np.array([one[f"{what}_per_s"] for one in result["ceilings"]])
+    shares = percentiles((size * _speeds(result) / ceilings).tolist())
+    share = "bandwidth_utilisation" if what == "bytes" else "flops_utilisation"
+    yield row(cell, phase, f"{what}_per_s", unit=unit, direction="higher", **done, **common)
+    of_machine = percentiles(ceilings.tolist())
+    yield row(cell, phase, f"ceiling_{what}_per_s", unit=unit, direction="none", **of_machine, **common)
+    yield row(cell, phase, share, unit="share", direction="higher", **shares, **common)
+    if phase == "decode":
+        roof = float(np.median(ceilings)) / size
         yield row(cell, phase, "roofline_tokens_per_s", roof, "tokens/s", "none", **common)
+
+
+def _speeds(result: dict[str, Any]) -> np.ndarray:
+    """Tokens per second in each turn, from the median of its samples."""
+    borders = np.cumsum(result["turns"])[:-1]
+    ms = [np.median(turn) for turn in np.split(np.array(result["samples"]["ms"]), borders)]
+    return 1e3 * result["tokens_per_sample"] / np.array(ms)
 
 
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
@@ -113,37 +123,35 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
 
 
 def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
-    """Per phase, batch and mode: from which length on the other arms are faster than the first."""
-    samples: dict[tuple, dict[int, dict[str, np.ndarray]]] = {}
+    """Per phase, batch and mode: from which length on the other arms are faster than the first, and how decode grows
+    with the length; then how far the machine moved meanwhile."""
+    measured: dict[tuple, dict[int, dict[str, np.ndarray]]] = {}
     for cell in plan(experiment):
         result = run.result(cell)
         if cell.kind == "build" or cell.seed != experiment.seeds[0] or result is None:
             continue
         batch = None if cell.kind == "step" else cell.batch  # of training, a matter of the context
         key = (cell.kind, batch, cell.mode)
-        speeds = 1e3 * result["tokens_per_sample"] / np.array(result["samples"]["ms"])
-        samples.setdefault(key, {}).setdefault(cell.context or 0, {})[cell.arm] = speeds
+        measured.setdefault(key, {}).setdefault(cell.context or 0, {})[cell.arm] = _speeds(result)
     first, *others = experiment.arms
     found = []
-    for (kind, batch, mode), by_context in samples.items():
+    for (kind, batch, mode), by_context in measured.items():
+        head = {"phase": kind, "batch": batch, "mode": mode}
         for other in others:
             both = {at: (arms[first], arms[other]) for at, arms in by_context.items() if {first, other} <= arms.keys()}
             if len(both) > 1 and kind != "backward":
-                crossing = crossover(both)
-                head = {
-                    "kind": "crossover",
-                    "phase": kind,
-                    "batch": batch,
-                    "mode": mode,
-                    "arm": other,
-                    "against": first,
-                }
-                found.append(head | crossing | {"sentence": _sentence(head, crossing, sorted(both))})
+                one = head | {"kind": "crossover", "arm": other, "against": first} | crossover(both)
+                found.append(one | {"sentence": _crossing_sentence(one, sorted(both))})
+        for arm in experiment.arms if kind == "decode" else ():
+            speeds = {at: arms[arm] for at, arms in by_context.items() if arm in arms}
+            if len(speeds) > 1:
+                one = head | {"kind": "growth", "arm": arm} | growth(speeds)
+                found.append(one | {"sentence": _growth_sentence(one)})
     return found + _drift(rows)
 
 
 def _drift(rows: list[dict]) -> list[dict]:
-    """How far the machine's own ceilings, which each cell measures, moved in the course of the run."""
+    """How far the machine's own ceilings, which every cell measures, moved in the course of the run."""
     told, moved = [], {}
     for metric, unit, what in (("flops_per_s", "GFLOP/s", "matrix products"), ("bytes_per_s", "GB/s", "copies")):
         values = [r["value"] / 1e9 for r in rows if r["metric"] == f"ceiling_{metric}" and r["seed"] is not None]
@@ -155,29 +163,49 @@ def _drift(rows: list[dict]) -> list[dict]:
         return []
     worst = max(moved.values())
     text = (
-        f"From cell to cell the machine's own ceilings moved: {' and '.join(told)}. Cells are measured one after "
-        f"another, so differences of speed up to {worst:.2f} times may be the machine's."
+        f"From cell to cell the machine's own ceilings moved: {' and '.join(told)}. What took turns, the arms at one "
+        f"length and of decode every length, was measured through the same minutes; other differences of speed up to "
+        f"{worst:.2f} times may be the machine's."
     )
     return [{"kind": "drift", "ratios": moved, "sentence": text}]
 
 
 def crossover(speeds: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """The length from which on b is faster than a, for (a, b) samples of tokens/s by context length: where the ratio of
-    the medians crosses 1 for the last time, straight in logarithms between measured lengths. 0: at every measured
-    length; None: not at the longest. The 95% interval resamples the timings of every length."""
+    """The length from which on b is faster than a, for (a, b) tokens/s of each turn by context length: where the median
+    of their ratios, turn by turn, crosses 1 for the last time, straight in logarithms between measured lengths. 0: at
+    every measured length; None: not at the longest. The 95% interval resamples the turns of every length."""
     contexts = sorted(speeds)
     generator = np.random.default_rng(0)
-    estimate = _crossing(contexts, [np.log(np.median(b) / np.median(a)) for a, b in (speeds[at] for at in contexts)])
-    resampled = [[_medians(side, generator) for side in speeds[at]] for at in contexts]
-    ahead = np.array([np.log(b / a) for a, b in resampled])  # (contexts, RESAMPLES)
-    drawn = [_crossing(contexts, list(one)) for one in ahead.T]
-    low, high = np.percentile(drawn, [2.5, 97.5], method="nearest")
+    ratios = [_log_ratios(*speeds[at]) for at in contexts]
+    estimate = _crossing(contexts, [float(np.median(one)) for one in ratios])
+    resampled = np.array([_medians(one, generator) for one in ratios]).T  # (RESAMPLES, contexts)
+    low, high = np.percentile([_crossing(contexts, list(one)) for one in resampled], [2.5, 97.5], method="nearest")
     return {"tokens": _finite(estimate), "ci_low": _finite(low), "ci_high": _finite(high)}
 
 
-def _medians(samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def growth(speeds: dict[int, np.ndarray]) -> dict[str, Any]:
+    """How many times as long a token takes at the longest of the lengths as at the shortest, from tokens/s of each turn
+    by length: the median of the ratios turn by turn, with a 95% interval that resamples the turns; and `widest`, the
+    same between the slowest and the fastest of all lengths."""
+    shortest, longest = min(speeds), max(speeds)
+    ratios = _log_ratios(speeds[longest], speeds[shortest])
+    low, high = np.percentile(_medians(ratios, np.random.default_rng(0)), [2.5, 97.5])
+    beside = [float(np.median(_log_ratios(speeds[at], speeds[shortest]))) for at in speeds]
+    estimate, low, high, widest = (
+        float(np.exp(x)) for x in (np.median(ratios), low, high, max(beside) - min(beside))
+    )  # fmt: skip
+    return {"from": shortest, "to": longest, "ratio": estimate, "ci_low": low, "ci_high": high, "widest": widest}
+
+
+def _log_ratios(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """log of b over a, over the turns that both had."""
+    both = min(len(a), len(b))
+    return np.log(b[:both] / a[:both])
+
+
+def _medians(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Of RESAMPLES draws with replacement."""
-    return np.median(samples[generator.integers(len(samples), size=(RESAMPLES, len(samples)))], axis=1)
+    return np.median(values[generator.integers(len(values), size=(RESAMPLES, len(values)))], axis=1)
 
 
 def _crossing(contexts: list[int], ahead: list[float]) -> float:
@@ -196,18 +224,27 @@ def _finite(value: float) -> float | None:
     return None if np.isinf(value) else float(value)
 
 
-def _sentence(head: dict[str, Any], crossing: dict[str, Any], contexts: list[int]) -> str:
+def _growth_sentence(one: dict[str, Any]) -> str:
+    batch = f" at batch {one['batch']}" if one["batch"] and one["batch"] > 1 else ""
+    return (
+        f"{one['arm']} decodes a token{batch}, {one['mode']}, after {one['to']:,} tokens in {one['ratio']:.3g} times "
+        f"(95% interval {one['ci_low']:.3g} to {one['ci_high']:.3g}) what it takes after {one['from']:,}; its slowest "
+        f"and fastest length differ by {one['widest']:.3g} times."
+    )
+
+
+def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
     doing = {"step": "trains", "prefill": "prefills", "decode": "decodes", "forward": "mixes (its operation alone)"}
-    batch = f" at batch {head['batch']}" if head["batch"] and head["phase"] != "forward" else ""
-    what = f"{head['arm']} {doing[head['phase']]} faster than {head['against']}{batch}, {head['mode']},"
+    batch = f" at batch {one['batch']}" if one["batch"] and one["phase"] != "forward" else ""
+    what = f"{one['arm']} {doing[one['phase']]} faster than {one['against']}{batch}, {one['mode']},"
     ends = f"{contexts[0]:,} to {contexts[-1]:,} tokens"
-    low, high = (_length(crossing[key], contexts) for key in ("ci_low", "ci_high"))
+    low, high = (_length(one[key], contexts) for key in ("ci_low", "ci_high"))
     spread = "" if low == high else f" (95% interval over the timings: {low} to {high})"
-    if crossing["tokens"] is None:
+    if one["tokens"] is None:
         return f"{what} at no length from {ends}{spread}."
-    if crossing["tokens"] == 0:
+    if one["tokens"] == 0:
         return f"{what} at every length from {ends}{spread}."
-    return f"{what} from about {crossing['tokens']:,.0f} tokens on{spread}."
+    return f"{what} from about {one['tokens']:,.0f} tokens on{spread}."
 
 
 def _length(value: float | None, contexts: list[int]) -> str:

@@ -47,8 +47,13 @@ def test_rates_times_and_shares_agree(run: Path, result: dict[str, Any]) -> None
         assert rate == pytest.approx(16 / value(result, metric="step_ms", **train) * 1e3)
         done = value(result, metric="flops_per_s", **train)
         assert done == pytest.approx(rate * cost.training_flops_per_token(config, 8))
-        ceiling = value(result, metric="ceiling_flops_per_s", **train)
-        assert value(result, metric="flops_utilisation", **train) == pytest.approx(done / ceiling)
+        cell = json.loads((run / "cells" / arm / "seed0" / "measure" / "step-8-b2-eager.json").read_text())
+        assert cell["turns"] == [1, 1, 1]
+        flops = 16 * cost.training_flops_per_token(config, 8)
+        ceilings = [one["flops_per_s"] for one in cell["ceilings"]]
+        assert value(result, metric="ceiling_flops_per_s", **train) == pytest.approx(sorted(ceilings)[1])
+        shares = [flops / ms * 1e3 / one for ms, one in zip(cell["samples"]["ms"], ceilings, strict=True)]
+        assert value(result, metric="flops_utilisation", **train) == pytest.approx(sorted(shares)[1])
         for context in CONTEXTS:
             decode = {"arm": arm, "phase": "decode", "context": context, "batch": 1}
             rate = value(result, metric="tokens_per_s", **decode)
@@ -71,9 +76,17 @@ def test_rates_times_and_shares_agree(run: Path, result: dict[str, Any]) -> None
 
 
 def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
-    *crossings, drift = result["findings"]
-    found = {(one["phase"], one["arm"]) for one in crossings}
-    assert found == {(phase, "mamba") for phase in ("step", "prefill", "decode")}
+    *others, drift = result["findings"]
+    found = {(one["kind"], one["phase"], one["arm"]) for one in others}
+    crossings = {("crossover", phase, "mamba") for phase in ("step", "prefill", "decode")}
+    assert found == crossings | {("growth", "decode", arm) for arm in ARMS}
+    for one in others:
+        if one["kind"] == "growth":
+            folder = run / "cells" / one["arm"] / "seed0" / "measure"
+            turns = [json.loads((folder / f"decode-{at}-b1-eager.json").read_text()) for at in CONTEXTS]
+            ratios = [b / a for a, b in zip(*(turn["samples"]["ms"] for turn in turns), strict=True)]
+            assert (one["from"], one["to"], one["ratio"]) == (8, 32, pytest.approx(sorted(ratios)[1]))
+            assert (one["ci_low"], one["ci_high"]) == (pytest.approx(min(ratios)), pytest.approx(max(ratios)))
     ceilings = [row["value"] for row in result["rows"] if row["metric"] == "ceiling_bytes_per_s" and row["seed"] == 0]
     assert drift["ratios"]["bytes_per_s"] == pytest.approx(max(ceilings) / min(ceilings))
     page = (run / "report.html").read_text(encoding="utf-8")

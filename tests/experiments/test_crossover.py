@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from experiments.measurement.ceilings import CeilingsMeter
 from experiments.measurement.speed import OPERATIONS, OPERATORS
 from experiments.spec import Speed
-from experiments.studies.speed import crossover
+from experiments.studies.speed import crossover, growth
 from models import cost
 from models.language_model import LanguageModel
 from models.mixers import MIXERS
@@ -51,12 +51,31 @@ def test_noise_widens_the_interval_around_the_truth():
     assert noisy["ci_high"] / noisy["ci_low"] > 3 * (quiet["ci_high"] / quiet["ci_low"] - 1) + 1
 
 
+def test_a_machine_that_slows_down_for_both_moves_nothing():
+    """Turns are paired: noise that both arms share at a turn leaves the crossing where it is."""
+    contexts = (64, 256, 1024, 4096)
+    machine = np.random.default_rng(3).uniform(0.3, 1, (4, 12))
+    a = {c: 1000 * machine[i] for i, c in enumerate(contexts)}
+    b = {c: 1000 * (c / 500) ** 0.5 * machine[i] for i, c in enumerate(contexts)}
+    found = crossover({c: (a[c], b[c]) for c in contexts})
+    assert found["tokens"] == pytest.approx(500, rel=1e-9)
+    assert found["ci_high"] / found["ci_low"] == pytest.approx(1, rel=1e-9)
+
+
+def test_growth_is_of_the_time_from_the_shortest_to_the_longest():
+    machine = np.random.default_rng(4).uniform(0.3, 1, 11)
+    found = growth({64: 100 * machine, 256: 125 * machine, 1024: 50 * machine, 4096: 80 * machine})
+    expected = {"from": 64, "to": 4096, "ratio": 1.25, "ci_low": 1.25, "ci_high": 1.25, "widest": 2.5}
+    assert found == {key: pytest.approx(value) for key, value in expected.items()}
+    noise = np.exp(0.1 * np.random.default_rng(5).standard_normal((2, 15)))
+    spread = growth({64: 100 * noise[0], 128: 50 * noise[1]})
+    assert 1.7 < spread["ci_low"] < spread["ratio"] < spread["ci_high"] < 2.3
+
+
 def test_ceilings_are_rates_of_what_they_count():
-    meter = CeilingsMeter(torch.device("cpu"), torch.float32)
-    meter.measure()
-    meter.measure()
-    assert 1e8 < meter.result.flops_per_s < 1e14
-    assert 1e8 < meter.result.bytes_per_s < 1e13
+    ceilings = CeilingsMeter(torch.device("cpu"), torch.float32).measure()
+    assert 1e8 < ceilings.flops_per_s < 1e14
+    assert 1e8 < ceilings.bytes_per_s < 1e13
 
 
 @pytest.mark.parametrize("phase", OPERATIONS)

@@ -9,7 +9,7 @@ import torch
 
 from experiments.errors import CorpusError
 from experiments.measurement.memory import PeakMemory, resident_bytes, settle
-from experiments.measurement.process import CellFailedError, run_fresh
+from experiments.measurement.process import CellFailedError, run_fresh, take_turns
 from experiments.measurement.timing import MOST_REPEATS, WARM_UP, Samples, timed
 
 CPU = torch.device("cpu")
@@ -93,6 +93,56 @@ def test_a_lack_of_memory_is_said_in_a_line() -> None:
     with pytest.raises(CellFailedError, match="out of memory: you tried to allocate") as caught:
         run_fresh(_ask_for_too_much)
     assert caught.value.detail == ""
+
+
+def _turns(send, name, log, count, fails_at=None):
+    for turn in range(count):
+        with open(log, "a") as file:
+            file.write(f"{name}{turn} ")
+        if turn == fails_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield
+    send(("last", name))
+    return name, os.getpid()
+
+
+def test_jobs_take_turns_and_swap_their_order(tmp_path) -> None:
+    log, heard = tmp_path / "log", []
+    jobs = {name: (_turns, (name, log, count)) for name, count in (("a", 3), ("b", 3), ("c", 1))}
+    ended = list(take_turns(jobs, on_message=lambda key, message: heard.append((key, message))))
+    # the first turns make ready; then each round runs in the order opposite to the one before
+    assert log.read_text().split() == ["a0", "b0", "c0", "a1", "b1", "b2", "a2"]
+    assert [key for key, _ in ended] == ["c", "a", "b"]
+    assert all(result[0] == key for key, result in ended)
+    assert len({result[1] for _, result in ended}) == 3
+    assert heard == [(key, ("last", key)) for key in ("c", "a", "b")]
+
+
+def test_a_job_that_dies_leaves_the_others_their_turns(tmp_path) -> None:
+    log = tmp_path / "log"
+    jobs = {"a": (_turns, ("a", log, 3)), "b": (_turns, ("b", log, 3, 1)), "c": (_raise, (CorpusError("no text"),))}
+    ended = dict(take_turns(jobs))
+    assert ended["a"][0] == "a"
+    assert str(ended["b"]) == "the process was killed by SIGKILL (out of memory?)"
+    assert str(ended["c"]) == "no text"
+    assert log.read_text().split() == ["a0", "b0", "a1", "b1", "a2"]
+
+
+def _slow_turns(send, seconds):
+    while True:
+        time.sleep(seconds)
+        yield
+
+
+def test_the_limit_of_time_is_for_a_jobs_own_turns() -> None:
+    jobs = {"patient": (_turns, ("p", os.devnull, 4)), "slow": (_slow_turns, (0.3,))}
+    ended = dict(take_turns(jobs, timeout_s=1.0))
+    assert ended["patient"][0] == "p"
+    assert "stopped after 1 s" in str(ended["slow"])
+
+
+def test_a_job_by_itself_has_its_turns_in_a_row(tmp_path) -> None:
+    assert run_fresh(_turns, "x", tmp_path / "log", 4)[0] == "x"
 
 
 def test_peak_sees_memory_that_was_given_back() -> None:

@@ -1,0 +1,64 @@
+"""What a phase does, made ready to be repeated: the same for every study that measures it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from experiments.training import autocast, token_loss
+from models.language_model import LanguageModel
+from models.state import ModelState
+
+Operation = Callable[[], object]
+PIECE = 2048  # tokens, of a prompt that is read to be decoded from
+
+
+def training_step(
+    model: LanguageModel, inputs: Tensor, targets: Tensor, precision: str
+) -> tuple[Operation, torch.optim.Optimizer]:
+    """Forward, loss, backward, clipping, AdamW: what `experiments.training.train` does between two batches, and the
+    optimizer, by whose `zero_grad` the caller ends the step. inputs, targets (B, T)."""
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with autocast(precision, model.device):
+            loss, balance = token_loss(model, inputs, targets)
+        (loss + balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step, optimizer
+
+
+def prefill(model: LanguageModel, prompt: Tensor) -> Operation:
+    """Read a prompt (B, T) into an empty state and name the next token."""
+
+    @torch.inference_mode()
+    def read() -> Tensor:
+        logits, _ = model.prefill(prompt, model.make_state(prompt.shape[0], prompt.shape[1]))
+        return logits.argmax(1)
+
+    return read
+
+
+def decode(model: LanguageModel, prompt: Tensor, tokens: int) -> tuple[Operation, ModelState]:
+    """Write `tokens` tokens greedily after a prompt (B, T), and the state that holds the prompt.
+
+    Every call starts from the same position: a cache is written over beyond it; a recurrent state just goes on, which
+    costs the same.
+    """
+    with torch.inference_mode():
+        state = model.make_state(prompt.shape[0], prompt.shape[1] + tokens)
+        for piece in prompt.split(PIECE, 1):
+            logits, state = model.prefill(piece.contiguous(), state)
+        first = logits.argmax(1)
+
+    @torch.inference_mode()
+    def write() -> Tensor:
+        token, now = first, state
+        for _ in range(tokens):
+            logits, now = model.step(token, now)
+            token = logits.argmax(1)
+        return token
+
+    return write, state
