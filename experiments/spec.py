@@ -134,8 +134,8 @@ class Speed(Settings):
     modes: tuple[Literal["eager", "compiled", "graph"], ...] = Field(
         default=("eager",), min_length=1, description="execution modes, each for every arm: torch.compile, CUDA graphs"
     )
-    repeats: int = Field(default=10, ge=1, description="at least this many timed repeats per cell")
-    seconds: float = Field(default=1.0, ge=0, description="and at least this long")
+    repeats: int = Field(default=10, ge=1, description="at least this many turns per cell, of a timed call or more")
+    seconds: float = Field(default=1.0, ge=0, description="and at least so many seconds of timed calls")
     decode_tokens: int = Field(default=16, ge=1, description="tokens per timed decode repeat")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of weights and state; training keeps float32 weights under autocast"

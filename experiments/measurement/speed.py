@@ -26,7 +26,8 @@ def measure_speed(
     """phase: step, prefill, decode, forward or backward. tokens (B, T + 1).
 
     The first turn makes ready: the first call, in which kernels are loaded and a compiler may work, is timed by itself
-    and is in no sample. Then come `settings.repeats` turns, each of them the ceilings, and one sample or more.
+    and is in no sample. Then come turns, each of them the ceilings and one sample or more, until there are
+    `settings.repeats` of them and `settings.seconds` of samples.
     """
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     meter = CeilingsMeter(device, dtype)
@@ -41,11 +42,12 @@ def measure_speed(
     again = timed(operation, repeats=1, seconds=0, device=device, warm_up=1)
     # the cell before has filled the caches, which a short operation would find warm in use
     warm_up = 1 if again.median < LONG_MS else 0
-    turns, ceilings = [], []
-    for _ in range(settings.repeats):
+    turns: list[list[float]] = []
+    ceilings = []
+    while len(turns) < settings.repeats or sum(map(sum, turns)) < settings.seconds * 1e3:
         yield
         ceilings.append(meter.measure())
-        seconds = settings.seconds / settings.repeats
+        seconds = settings.seconds / MOST_TURNS
         turns.append(timed(operation, repeats=1, seconds=seconds, device=device, warm_up=warm_up).ms)
     samples = Samples([ms for turn in turns for ms in turn])
     return {
@@ -55,6 +57,7 @@ def measure_speed(
     }  # fmt: skip
 
 
+MOST_TURNS = 40  # unless `repeats` asks for more
 LONG_MS = 100.0  # beside which what a cold cache costs is nothing
 
 

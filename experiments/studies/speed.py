@@ -239,7 +239,7 @@ def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
     what = f"{one['arm']} {doing[one['phase']]} faster than {one['against']}{batch}, {one['mode']},"
     ends = f"{contexts[0]:,} to {contexts[-1]:,} tokens"
     low, high = (_length(one[key], contexts) for key in ("ci_low", "ci_high"))
-    spread = "" if low == high else f" (95% interval over the timings: {low} to {high})"
+    spread = "" if low == high else f" (95% interval over the turns: {low} to {high})"
     if one["tokens"] is None:
         return f"{what} at no length from {ends}{spread}."
     if one["tokens"] == 0:
