@@ -28,7 +28,7 @@ from experiments.measurement.phases import measure_decode, measure_load, measure
 from experiments.measurement.speed import measure_speed
 from experiments.objectives import Objective
 from experiments.spec import Arm, Experiment, Measurement
-from experiments.training import train
+from experiments.training import token_loss, train
 from models import checkpoint, folders
 from models.config import ModelConfig
 from models.errors import ConfigError
@@ -94,15 +94,16 @@ def prepare_process(experiment: Experiment) -> torch.device:
 
 
 def compile_kernels(send: Send, experiment: Experiment, dataset_folder: Path) -> dict[str, str]:
-    """Build each arm's model and run one tiny step forward, backward and in decode, so that kernels are compiled
-    (and cached on disk) before anything is timed. Returns the backend of each arm."""
+    """Build each arm's model and run one tiny training step and decode, so that kernels are compiled (and cached on
+    disk) before anything is measured. Returns the backend of each arm."""
     device = prepare_process(experiment)
     vocabulary = Dataset.load(dataset_folder).vocabulary
     backends = {}
     for name, arm in experiment.arms.items():
         model = LanguageModel(model_config(arm, vocabulary), seed=0, device=device)
         tokens = torch.zeros(2, 8, dtype=torch.int64, device=device)
-        model(tokens).sum().backward()
+        loss, balance = token_loss(model, tokens, tokens)
+        (loss + balance).backward()
         with torch.inference_mode():
             for rows in (1, 2) if model.config.causal else ():
                 _, state = model.prefill(tokens[:rows], model.make_state(rows, 17))

@@ -109,10 +109,7 @@ def run(
             _check_same_machine(directory, experiment, dataset)
             listener(Event("note", f"continuing {directory.path}"))
         retry = into is not None
-        todo = [
-            cell for cell in STUDIES[experiment.study].plan(experiment)
-            if directory.result(cell) is None and (retry or directory.failure(cell) is None)
-        ]  # fmt: skip
+        todo = _todo(directory, experiment, retry)
         try:
             _run_cells(directory, experiment, dataset, todo, listener)
         except KeyboardInterrupt:
@@ -188,6 +185,19 @@ def _check_lengths(experiment: Experiment, dataset: Dataset) -> None:
         return  # its text is repeated where it is short
     for name in {"train", "validation", *experiment.evaluation.splits}:
         require_length(f"{name} split", dataset.splits[name].tokens, experiment.training.context)
+
+
+def _todo(directory: RunDirectory, experiment: Experiment, retry: bool) -> list[Cell]:
+    """What is missing. Cells that take turns are done together or not at all, so that all of them are of one sitting:
+    where one is missing, the results of the others are dropped."""
+    study, todo = STUDIES[experiment.study], []
+    for group in _groups(study.plan(experiment), study.turns):
+        wanted = [cell for cell in group if retry or directory.failure(cell) is None]
+        if any(directory.result(cell) is None for cell in wanted):
+            todo += wanted
+            for cell in wanted:
+                directory.forget(cell)
+    return todo
 
 
 def _run_cells(

@@ -134,7 +134,7 @@ class Speed(Settings):
     modes: tuple[Literal["eager", "compiled", "graph"], ...] = Field(
         default=("eager",), min_length=1, description="execution modes, each for every arm: torch.compile, CUDA graphs"
     )
-    repeats: int = Field(default=10, ge=1, description="at least this many turns per cell, of a timed call or more")
+    repeats: int = Field(default=10, ge=6, description="at least this many turns per cell, of a timed call or more")
     seconds: float = Field(default=1.0, ge=0, description="and at least so many seconds of timed calls")
     decode_tokens: int = Field(default=16, ge=1, description="tokens per timed decode repeat")
     dtype: Literal["float32", "bfloat16"] = Field(

@@ -81,6 +81,10 @@ class RunDirectory:
         file = self.failure_file(cell)
         return read_json(file) if file.is_file() else None
 
+    def forget(self, cell: Cell) -> None:
+        """Its result, if it has one."""
+        self.result_file(cell).unlink(missing_ok=True)
+
     def event(self, kind: str, message: str, cell: str | None = None) -> None:
         line = json.dumps({"time": now(), "kind": kind, "cell": cell, "message": message})
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as log:

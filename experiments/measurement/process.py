@@ -177,7 +177,10 @@ def _turn_by_turn(work: Generator[Any, Any, Any], pipe: Connection) -> Any:
         except StopIteration as end:
             return end.value
         pipe.send(("turn", None))
-        pipe.recv()
+        try:
+            pipe.recv()
+        except EOFError:  # whoever waited for the result is gone
+            raise SystemExit from None
 
 
 def _unforeseen(error: Exception) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """The speed of one phase: a training step, prefill, decode, or a mixer's operation by itself, in one execution mode,
 with the machine's ceilings measured in the same process, turn by turn."""
 
-import time
 from collections.abc import Callable, Generator
 from dataclasses import asdict
 from functools import partial
@@ -36,9 +35,7 @@ def measure_speed(
         model.hidden = torch.compile(model.hidden)  # all of a step but the loss, of prefill but the head
         model.step = torch.compile(model.step)
     operation, per_call = OPERATIONS[phase](model, settings, tokens.to(device))
-    start = time.perf_counter()
-    operation()
-    first_ms = (time.perf_counter() - start) * 1e3
+    (first_ms,) = timed(operation, repeats=1, seconds=0, device=device, warm_up=0).ms
     again = timed(operation, repeats=1, seconds=0, device=device, warm_up=1)
     # the cell before has filled the caches, which a short operation would find warm in use
     warm_up = 1 if again.median < LONG_MS else 0

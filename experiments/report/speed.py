@@ -6,7 +6,7 @@ from experiments.report.document import Block, Cell, Column, Figure, Section, Ta
 from experiments.report.numbers import DASH, count, number, percent, plural
 from experiments.report.record import Record, Row
 
-SPREAD = "median of the timed repeats; in parentheses their 5th to 95th percentile"
+SPREAD = "median over the turns; in parentheses their 5th to 95th percentile"
 
 
 def sections(record: Record) -> list[Section]:
@@ -50,7 +50,7 @@ def verdict(record: Record) -> Section:
         sure = one["ci_low"] == one["ci_high"] or None not in (one["ci_low"], one["ci_high"])
         standing = "measured" if sure else "open at the longest measured length"
         blocks.append(Verdict("resolved" if sure else "open", one["sentence"], standing, ""))
-    if not blocks:
+    if not any(one["kind"] == "crossover" for one in record.findings):
         blocks.append(Text("No two arms were measured at two lengths, so no crossover can be told."))
     blocks.append(Text(
         "What this run does not show: quality, larger models, other machines. The models are initialised, not trained; "

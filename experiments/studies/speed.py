@@ -70,7 +70,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     assert cell.batch is not None
     phase = PHASES[cell.kind]
     common = {"backend": result["backend"]}
-    times = percentiles(result["samples"]["ms"])
+    times = percentiles(_turn_ms(result).tolist())
     name = "tokens_per_s" if phase != "operator" else f"{cell.kind}_tokens_per_s"
     speed = rate(times, result["tokens_per_sample"])
     yield row(cell, phase, name, unit="tokens/s", direction="higher", **speed, **common)
@@ -98,23 +98,30 @@ def _achieved(
         size = cost.training_flops_per_token(config, context) if phase == "train" else (
             cost.forward_flops_per_token(config, context, predicted=1 / context))  # fmt: skip
     done = {key: value if key == "n" else size * value for key, value in speed.items()}
-    ceilings = np.array([one[f"{what}_per_s"] for one in result["ceilings"]])
-    shares = percentiles((size * _speeds(result) / ceilings).tolist())
-    share = "bandwidth_utilisation" if what == "bytes" else "flops_utilisation"
     yield row(cell, phase, f"{what}_per_s", unit=unit, direction="higher", **done, **common)
-    of_machine = percentiles(ceilings.tolist())
-    yield row(cell, phase, f"ceiling_{what}_per_s", unit=unit, direction="none", **of_machine, **common)
+    ceilings = {name: np.array([one[name] for one in result["ceilings"]]) for name in result["ceilings"][0]}
+    for name, values in ceilings.items():
+        in_unit = "bytes/s" if name == "bytes_per_s" else "FLOP/s"
+        of_machine = percentiles(values.tolist())
+        yield row(cell, phase, f"ceiling_{name}", unit=in_unit, direction="none", **of_machine, **common)
+    ceiling = ceilings[f"{what}_per_s"]
+    shares = percentiles((size * _speeds(result) / ceiling).tolist())
+    share = "bandwidth_utilisation" if what == "bytes" else "flops_utilisation"
     yield row(cell, phase, share, unit="share", direction="higher", **shares, **common)
     if phase == "decode":
-        roof = float(np.median(ceilings)) / size
+        roof = float(np.median(ceiling)) / size
         yield row(cell, phase, "roofline_tokens_per_s", roof, "tokens/s", "none", **common)
 
 
-def _speeds(result: dict[str, Any]) -> np.ndarray:
-    """Tokens per second in each turn, from the median of its samples."""
+def _turn_ms(result: dict[str, Any]) -> np.ndarray:
+    """Of each turn the median of its samples: a turn counts once, however many calls it had time for."""
     borders = np.cumsum(result["turns"])[:-1]
-    ms = [np.median(turn) for turn in np.split(np.array(result["samples"]["ms"]), borders)]
-    return 1e3 * result["tokens_per_sample"] / np.array(ms)
+    return np.array([np.median(turn) for turn in np.split(np.array(result["samples"]["ms"]), borders)])
+
+
+def _speeds(result: dict[str, Any]) -> np.ndarray:
+    """Tokens per second in each turn."""
+    return 1e3 * result["tokens_per_sample"] / _turn_ms(result)
 
 
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:

@@ -14,7 +14,7 @@ ARMS, CONTEXTS = ("transformer", "mamba"), (8, 32)
 SETTINGS = (
     "data.corpus=text", "data.vocabulary=300", "data.test_fraction=0.1", "data.validation_fraction=0.1",
     f"speed.contexts={list(CONTEXTS)}", "speed.train_contexts=[8, 16]", "speed.train_tokens=16",
-    "speed.operator_contexts=[16]", "speed.seconds=0", "speed.repeats=3",
+    "speed.operator_contexts=[16]", "speed.seconds=0", "speed.repeats=7",
 )  # fmt: skip
 
 
@@ -48,12 +48,12 @@ def test_rates_times_and_shares_agree(run: Path, result: dict[str, Any]) -> None
         done = value(result, metric="flops_per_s", **train)
         assert done == pytest.approx(rate * cost.training_flops_per_token(config, 8))
         cell = json.loads((run / "cells" / arm / "seed0" / "measure" / "step-8-b2-eager.json").read_text())
-        assert cell["turns"] == [1, 1, 1]
+        assert cell["turns"] == [1] * 7
         flops = 16 * cost.training_flops_per_token(config, 8)
         ceilings = [one["flops_per_s"] for one in cell["ceilings"]]
-        assert value(result, metric="ceiling_flops_per_s", **train) == pytest.approx(sorted(ceilings)[1])
+        assert value(result, metric="ceiling_flops_per_s", **train) == pytest.approx(sorted(ceilings)[3])
         shares = [flops / ms * 1e3 / one for ms, one in zip(cell["samples"]["ms"], ceilings, strict=True)]
-        assert value(result, metric="flops_utilisation", **train) == pytest.approx(sorted(shares)[1])
+        assert value(result, metric="flops_utilisation", **train) == pytest.approx(sorted(shares)[3])
         for context in CONTEXTS:
             decode = {"arm": arm, "phase": "decode", "context": context, "batch": 1}
             rate = value(result, metric="tokens_per_s", **decode)
@@ -70,9 +70,9 @@ def test_rates_times_and_shares_agree(run: Path, result: dict[str, Any]) -> None
         assert value(result, arm=arm, phase="operator", metric="forward_tokens_per_s") > 0
         file = run / "cells" / arm / "seed0" / "measure" / "decode-8-b1-eager.json"
         samples = json.loads(file.read_text())["samples"]["ms"]
-        assert len(samples) == 3
+        assert len(samples) == 7
         row = value(result, arm=arm, phase="decode", metric="ms_per_token", context=8)
-        assert row == pytest.approx(sorted(samples)[1] / 4)  # the median, 4 tokens a sample
+        assert row == pytest.approx(sorted(samples)[3] / 4)  # the median, 4 tokens a sample
 
 
 def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
@@ -85,8 +85,8 @@ def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
             folder = run / "cells" / one["arm"] / "seed0" / "measure"
             turns = [json.loads((folder / f"decode-{at}-b1-eager.json").read_text()) for at in CONTEXTS]
             ratios = [b / a for a, b in zip(*(turn["samples"]["ms"] for turn in turns), strict=True)]
-            assert (one["from"], one["to"], one["ratio"]) == (8, 32, pytest.approx(sorted(ratios)[1]))
-            assert (one["ci_low"], one["ci_high"]) == (pytest.approx(min(ratios)), pytest.approx(max(ratios)))
+            assert (one["from"], one["to"], one["ratio"]) == (8, 32, pytest.approx(sorted(ratios)[3]))
+            assert min(ratios) * 0.999 < one["ci_low"] < one["ratio"] < one["ci_high"] < max(ratios) * 1.001
     ceilings = [row["value"] for row in result["rows"] if row["metric"] == "ceiling_bytes_per_s" and row["seed"] == 0]
     assert drift["ratios"]["bytes_per_s"] == pytest.approx(max(ceilings) / min(ceilings))
     page = (run / "report.html").read_text(encoding="utf-8")
@@ -104,6 +104,7 @@ def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
         ('speed.modes=["eager", "eager"]', "each may appear once"),
         ('speed.modes=["fast"]', "speed.modes"),
         ("speed.contexts=[]", "speed.contexts"),
+        ("speed.repeats=5", "speed.repeats"),
         ("measurement.repeats=3", "the speed study does not read 'measurement'"),
         ("speed.repeat=3", "unknown key 'speed.repeat': did you mean 'repeats'?"),
     ],

@@ -116,3 +116,9 @@ def test_of_mamba2_refuses_gradients_and_what_it_would_misread(which):
         given[which] = spoil(given[which])
         with pytest.raises(ValueError, match="contiguous tensors, all float32 or all float64"):
             step2(*given, False, 1e-5, 1)
+
+
+def test_of_mamba2_refuses_a_state_of_another_batch():
+    given = draw2(torch.float32, 1)
+    with pytest.raises(ValueError, match="the state is of 3 sequences"):
+        step2(given[0][:1].contiguous(), *given[1:], False, 1e-5, 1)

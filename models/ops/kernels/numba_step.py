@@ -159,6 +159,8 @@ def mamba2_step(
     """
     rows, H, P, N = state.shape
     channels, W = conv_weight.shape
+    if projected.shape != (rows, H * P + channels + H) or conv.shape[0] != rows:
+        raise ValueError(f"the state is of {rows} sequences, the token is {tuple(projected.shape)}")
     out = projected.new_empty(rows, H * P)
     arrays = addresses(
         projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv, state, out

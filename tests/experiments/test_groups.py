@@ -1,0 +1,68 @@
+"""What a continued run does again: cells that take turns belong to one sitting."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import runner
+from experiments.spec import load
+from experiments.store import Cell, RunDirectory
+from experiments.studies import STUDIES
+
+EXPERIMENT = load("speed", profile="smoke")
+STUDY = STUDIES["speed"]
+PLAN = STUDY.plan(EXPERIMENT)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path)
+    for cell in PLAN:
+        directory.finish(cell, {"done": cell.name})
+    return directory
+
+
+def test_groups_cover_the_plan_in_order_and_decode_takes_turns_at_every_length():
+    groups = list(runner._groups(PLAN, STUDY.turns))
+    assert [cell for group in groups for cell in group] == PLAN
+    assert len({STUDY.turns(group[0]) for group in groups if len(group) > 1}) == sum(len(g) > 1 for g in groups)
+    (decode,) = [group for group in groups if group[0].kind == "decode"]
+    assert {(c.arm, c.context) for c in decode} == {
+        (arm, context) for arm in EXPERIMENT.arms for context in EXPERIMENT.speed.contexts
+    }
+    for group in groups:
+        if group[0].kind == "build":
+            assert len(group) == 1
+        elif group[0].kind != "decode":
+            assert [cell.arm for cell in group] == list(EXPERIMENT.arms)
+            assert len({cell.context for cell in group}) == 1
+
+
+def test_nothing_is_left_of_a_finished_run(finished: RunDirectory):
+    assert runner._todo(finished, EXPERIMENT, retry=False) == []
+
+
+def test_a_group_with_a_missing_cell_is_done_again(finished: RunDirectory):
+    missing = next(cell for cell in PLAN if cell.kind == "decode" and cell.context == EXPERIMENT.speed.contexts[1])
+    finished.forget(missing)
+    group = [cell for cell in PLAN if cell.kind == "decode"]
+    assert runner._todo(finished, EXPERIMENT, retry=False) == group
+    assert [cell for cell in PLAN if finished.result(cell) is None] == group  # no result of the first sitting stays
+
+
+def test_a_failed_cell_is_left_alone_unless_it_is_tried_again(finished: RunDirectory):
+    failed = next(cell for cell in PLAN if cell.kind == "prefill")
+    finished.forget(failed)
+    finished.fail(failed, "out of memory", "")
+    assert runner._todo(finished, EXPERIMENT, retry=False) == []
+    turns = STUDY.turns(failed)
+    assert runner._todo(finished, EXPERIMENT, retry=True) == [cell for cell in PLAN if STUDY.turns(cell) == turns]
+
+
+def test_cells_of_their_own_are_not_done_again(tmp_path: Path):
+    comparison, directory = load("compare", profile="smoke"), RunDirectory(tmp_path)
+    plan = STUDIES["comparison"].plan(comparison)
+    for cell in plan[1:]:
+        directory.finish(cell, {})
+    assert runner._todo(directory, comparison, retry=False) == [Cell(plan[0].arm, plan[0].seed, "train")]
+    assert all(directory.result(cell) == {} for cell in plan[1:])
