@@ -1,7 +1,7 @@
 """Memory for loading against memory for inference and training: models are initialised, written, and each phase is
 measured in a fresh process, beside what the shapes alone predict."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments import cells
@@ -126,25 +126,27 @@ def _loading_against_inference(arm: str, table: dict[tuple, float], experiment: 
         ends = [f"{_shown(found[at])} at {at:,}" for at in dict.fromkeys((measured[0], measured[-1]))]
         told.append(f"{phase} {' to '.join(ends)} tokens")
     inference = {at: max(found[at] for found in peaks.values()) for at in measured}
-    exceeds = {way: next((at for at in measured if inference[at] > size), None) for way, size in loads.items()}
-    alike: dict[int | None, list[str]] = {}
-    for way, at in exceeds.items():
-        alike.setdefault(at, []).append(way)
-    parts = [f"{' or '.join(ways)} loading costs {_against(at, measured)}" for at, ways in alike.items()]
+    exceeds = {way: [at for at in measured if inference[at] > size] for way, size in loads.items()}
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for way, lengths in exceeds.items():
+        alike.setdefault(tuple(lengths), []).append(way)
+    parts = [f"{' or '.join(ways)} loading costs {_against(lengths, measured)}" for lengths, ways in alike.items()]
     return {
         "kind": "loading-against-inference", "arm": arm, "batch": batch, "inference_exceeds_load_at": exceeds,
         "sentence": f"{arm}, batch {batch}: {'; '.join(told)}. So {'; '.join(parts)}.",
     }  # fmt: skip
 
 
-def _against(at: int | None, measured: list[int]) -> str:
-    """at: the first measured length at which inference takes more than loading."""
-    if at is None:
+def _against(exceeding: Sequence[int], measured: list[int]) -> str:
+    """exceeding: the measured lengths at which inference takes more than loading."""
+    below = [at for at in measured if at not in exceeding]
+    if not exceeding:
         return "more than inference at every measured length"
-    if at == measured[0]:
+    if not below:
         return "less than inference at every measured length"
-    before = measured[measured.index(at) - 1]
-    return f"more than inference up to {before:,} tokens and less from {at:,} on"
+    if below[-1] < exceeding[0]:
+        return f"more than inference up to {below[-1]:,} tokens and less from {exceeding[0]:,} on"
+    return f"less than inference at {', '.join(f'{at:,}' for at in exceeding)} tokens and more at the other lengths"
 
 
 def _shown(size: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from conftest import InProcess, Lab
 
+from experiments.studies import memory
 from models import cost
 from models.config import ModelConfig
 
@@ -93,7 +94,7 @@ def test_findings_follow_from_the_rows(result: dict[str, Any]) -> None:
             for context in CONTEXTS:
                 peaks = [value(result, arm=arm, phase=phase, metric="peak_bytes", context=context, batch=1)
                          for phase in ("prefill", "decode")]  # fmt: skip
-                assert (max(peaks) > load) == (exceeds is not None and context >= exceeds), (arm, way, context)
+                assert (max(peaks) > load) == (context in exceeds), (arm, way, context)
 
 
 def test_the_report_shows_it(run: Path, result: dict[str, Any], in_process: InProcess) -> None:
@@ -151,3 +152,16 @@ def test_a_comparison_does_not_read_memory(in_process: InProcess, tmp_path: Path
     code, _, stderr = in_process("run", "compare", "--set", "memory.batches=[1]", "--out", tmp_path / "runs")
     assert code == 2
     assert "the comparison study does not read 'memory'" in stderr
+
+
+@pytest.mark.parametrize(
+    ("exceeding", "said"),
+    [
+        ([], "more than inference at every measured length"),
+        ([8, 64, 1024], "less than inference at every measured length"),
+        ([64, 1024], "more than inference up to 8 tokens and less from 64 on"),
+        ([8, 1024], "less than inference at 8, 1,024 tokens and more at the other lengths"),
+    ],
+)
+def test_loading_against_inference_in_words(exceeding: list[int], said: str) -> None:
+    assert memory._against(exceeding, [8, 64, 1024]) == said
