@@ -42,6 +42,19 @@ def _serve(pipe: Connection, side: Side, threads: int) -> None:
         pipe.send((tokens / (time.perf_counter() - start), gave))
 
 
+def rates_over_sittings(sides: dict[str, Side], rounds: int, sittings: int) -> dict[str, list[float]]:
+    """Tokens per second of each side in each sitting: new processes, and the geometric mean of their rounds.
+
+    The same step differs by several percent between processes, by where their memory came to lie; rounds within one
+    pair of processes share that, sittings do not.
+    """
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(sittings):
+        for name, values in rates(sides, rounds)[0].items():
+            found[name].append(statistics.geometric_mean(values))
+    return found
+
+
 def rates(
     sides: dict[str, Side], rounds: int, slow: frozenset[str] = frozenset(), warm_ups: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:

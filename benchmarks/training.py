@@ -2,7 +2,8 @@
 
     python -m benchmarks.training [--json]
 
-Shape: 8 x 256 tokens, about 4.5M parameters, vocabulary 4096, float32; then our arms at longer contexts, batch 1.
+Shape: 8 x 256 tokens, about 4.5M parameters, vocabulary 4096, float32; then our arms at longer contexts, batch 1
+(`--long-only`: these alone).
 """
 
 from experiments.measurement.process import quiet_thread_pools
@@ -20,7 +21,8 @@ from experiments.training import token_loss  # noqa: E402
 from models.language_model import LanguageModel  # noqa: E402
 from models.presets import preset  # noqa: E402
 
-BATCH, CONTEXT, LONG = 8, 256, (2048, 4096)
+BATCH, CONTEXT = 8, 256
+LONG, LONG_BATCH = (2048, 4096), 1
 NAMES = {"transformer": "our transformer", "mamba": "our Mamba", "mamba2": "our Mamba-2", "mamba3": "our Mamba-3"}
 STEPS = 4  # in a turn, of a side that takes less than a few seconds a step
 VOCABULARY = preset("transformer-4m").vocabulary
@@ -84,6 +86,9 @@ def main() -> None:
     parser = common.arguments(__doc__ or "")
     parser.add_argument("--skip-slow", action="store_true", help="leave out the side that takes minutes a step")
     parser.add_argument("--long-only", action="store_true", help="our own arms at the longer contexts, nothing else")
+    parser.add_argument(
+        "--sittings", type=int, default=0, help="longer contexts: a sample is a sitting of new processes, not a round"
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -106,10 +111,11 @@ def main() -> None:
         if a in losses and abs(losses[a] - losses[b]) > 1e-3 * losses[b]:
             raise SystemExit(f"after the same steps {a} has loss {losses[a]}, {b} {losses[b]}: speeds do not compare")
     for context in LONG:
-        arms = ("transformer", "mamba", "mamba2", "mamba3")
-        found |= common.rates(
-            {f"{NAMES[arm]}, T={context}": partial(ours, arm, 1, context) for arm in arms}, options.rounds
-        )[0]
+        longer = {f"{NAMES[arm]}, T={context}": partial(ours, arm, LONG_BATCH, context) for arm in NAMES}
+        if options.sittings:
+            found |= common.rates_over_sittings(longer, options.rounds, options.sittings)
+        else:
+            found |= common.rates(longer, options.rounds)[0]
     aims = [
         ("our transformer", "Hugging Face Llama", 1.2),
         ("our Mamba", "Hugging Face Mamba, mambapy", 7),
@@ -123,7 +129,12 @@ def main() -> None:
         for arm, aim in (("mamba", 1.0 if context == 4096 else None), ("mamba2", 1.0), ("mamba3", None)):
             aims.append((f"{NAMES[arm]}, T={context}", f"our transformer, T={context}", aim))
     ratios = {f"{a} / {b}": common.ratio(found[a], found[b], aim) for a, b, aim in aims if a in found and b in found}
-    settings = {"batch": BATCH, "context": CONTEXT, "vocabulary": VOCABULARY, "threads": torch.get_num_threads()}
+    settings = {
+        **({} if options.long_only else {"batch": BATCH, "context": CONTEXT}),
+        "longer_contexts": " and ".join(map(str, LONG)), "batch_at_longer_contexts": LONG_BATCH,
+        "vocabulary": VOCABULARY, "threads": torch.get_num_threads(),
+        "rounds": options.rounds, "sittings": options.sittings,
+    }  # fmt: skip
     common.publish("training", settings, found, ratios, options.json)
 
 
