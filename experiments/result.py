@@ -32,7 +32,7 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
     rows += _over_seeds(rows)
     failures = [{"cell": f["cell"], "message": f["message"]} for cell in cells if (f := run.failure(cell))]
     missing = [cell.name for cell in cells if not run.result(cell) and not run.failure(cell)]
-    tested = experiment.study == "comparison" and "test" in experiment.evaluation.splits
+    tested = experiment.trains and "test" in experiment.evaluation.splits
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run.path.name,

@@ -149,8 +149,9 @@ class Speed(Settings):
         return modes
 
 
+TRAINS = {"training", "evaluation", "measurement"}
 SECTIONS = {  # what each study reads beside names, seeds, device, arms and data
-    "comparison": {"training", "evaluation", "measurement", "learning_rates"},
+    "comparison": TRAINS | {"learning_rates"},
     "memory": {"memory"},
     "speed": {"speed"},
 }
@@ -193,9 +194,9 @@ class Experiment(Settings):
         for name in sorted(self.model_fields_set & (every - SECTIONS[self.study])):
             raise ValueError(f"the {self.study} study does not read '{name}'")
         for name, arm in self.arms.items():
-            if self.study == "comparison" and arm.learning_rate is None and not self.learning_rates:
+            if self.trains and arm.learning_rate is None and not self.learning_rates:
                 raise ValueError(f"arm '{name}' needs a learning_rate")
-            unread = {"learning_rate", "objective"} if self.study != "comparison" else set()
+            unread = set() if self.trains else {"learning_rate", "objective"}
             for key in sorted(arm.model_fields_set & unread):
                 raise ValueError(f"the {self.study} study does not read '{key}' of arm '{name}'")
         return self
@@ -226,6 +227,10 @@ class Experiment(Settings):
                 raise ValueError(f"arm name '{name}' must be letters, digits, '-' and '_' (it names a folder)")
         return self
 
+    @property
+    def trains(self) -> bool:
+        return TRAINS <= SECTIONS[self.study]
+
     def cells(self) -> "dict[str, Arm]":
         """The arms that actually train: with `learning_rates`, one per (arm, rate), named `arm-lr<rate>`."""
         if not self.learning_rates:
@@ -240,7 +245,7 @@ class Experiment(Settings):
         """Every field that the study reads, as plain values; validates to this experiment again."""
         every = {name for sections in SECTIONS.values() for name in sections}
         unread: dict[str, Any] = dict.fromkeys(every - SECTIONS[self.study], True)
-        if self.study != "comparison":
+        if not self.trains:
             unread["arms"] = {"__all__": {"learning_rate", "objective"}}
         return self.model_dump(mode="json", exclude=unread, exclude_none=True)
 

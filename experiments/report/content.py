@@ -1,7 +1,7 @@
 """What a report says, in order, from a `Record`: verdict, results, curves, memory, samples, settings."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -39,17 +39,22 @@ from experiments.report.verdict import machine, notices, verdict
 SPEED = {"tokens_per_s", "time_to_first_token_ms", "ms_per_token"}
 
 
+# the sections of a study that measures untrained models; what a study that trains says before the comparison's sections
+MEASURING: dict[str, Callable[[Record], list[Section]]] = {
+    "memory": memory_study.sections, "speed": speed_study.sections,
+}  # fmt: skip
+SAYING: dict[str, Callable[[Record], list[Section]]] = {}
+
+
 def document(record: Record) -> Document:
-    studies = {"memory": memory_study.sections, "speed": speed_study.sections}
-    if record.study in studies:
-        sections = [*studies[record.study](record), Section("arms", "What was measured", "", [arms_table(record)])]
+    if record.study in MEASURING:
+        sections = [*MEASURING[record.study](record), Section("arms", "What was measured", "", [arms_table(record)])]
     elif record.sweep:
-        sections = [verdict(record), sweep(record), training_curves(record)]
+        sections = [verdict(record), sweep(record), training_curves(record), samples(record)]
     else:
-        sections = [verdict(record), results(record), training_curves(record), position(record)]
-        sections += [throughput(record), memory(record)]
-    if record.study == "comparison":
-        sections.append(samples(record))
+        sections = SAYING[record.study](record) if record.study in SAYING else []
+        sections += [verdict(record), results(record), training_curves(record), position(record)]
+        sections += [throughput(record), memory(record), samples(record)]
     sections += [settings(record), troubles(record), repeat(record)]
     result, environment = record.result, record.environment
     facts = [("Run", result["run_id"]), ("Experiment", result["experiment"])]
