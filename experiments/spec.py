@@ -229,7 +229,7 @@ class Experiment(Settings):
 
     @property
     def trains(self) -> bool:
-        return TRAINS <= SECTIONS[self.study]
+        return SECTIONS[self.study] >= TRAINS
 
     def cells(self) -> "dict[str, Arm]":
         """The arms that actually train: with `learning_rates`, one per (arm, rate), named `arm-lr<rate>`."""

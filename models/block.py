@@ -39,8 +39,13 @@ class Block(nn.Module):
         return x, state, routing
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.mixer.step(self._before(x, self.mixer_norm), state)
-        return self._feed_forward(self._after(x, y, self.mixer_norm))[0], state
+        if self.post_norm or not isinstance(self.drop, nn.Identity):
+            y, state = self.mixer.step(self._before(x, self.mixer_norm), state)
+            return self._feed_forward(self._after(x, y, self.mixer_norm))[0], state
+        x, state = self.mixer.branch_step(x, self.mixer_norm, state)
+        if self.feedforward is not None and self.feedforward_norm is not None:
+            x = self.feedforward.branch_step(x, self.feedforward_norm)
+        return x, state
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
         if self.feedforward is None or self.feedforward_norm is None:

@@ -2,6 +2,7 @@
 
 FeedForward(config, width, backend, device)
 forward(x) -> (y, Routing | None)     x, y (..., D), each position by itself
+branch_step(x, norm)                  x + forward(norm(x)), x (B, D), for a layer that has it in one call
 reset_parameters(generator), output_weight     as of a mixer
 Config                                its settings, with
   parameters(D), active_parameters(D) exact; active: those that one token meets
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.norm import Norm
 from models.ops.kernels import load_beside
 
 
@@ -48,6 +50,9 @@ class FeedForward(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         raise NotImplementedError
+
+    def branch_step(self, x: Tensor, norm: Norm) -> Tensor:
+        return x + self(norm(x))[0]
 
     @property
     def output_weight(self) -> Tensor:

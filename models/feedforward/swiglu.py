@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.feedforward.base import FeedForward
 from models.initialisation import reset_linear
+from models.norm import Norm, RMSNorm
 from models.settings import positive_or_none
 
 
@@ -58,3 +59,9 @@ class SwiGLU(FeedForward):
         if x.ndim == 2:  # (B, D): a decode step
             return self.ops.swiglu_step(x, self.gate_up_proj.weight, self.down_proj.weight), None
         return self.down_proj(self.ops.swiglu(self.gate_up_proj(x))), None
+
+    def branch_step(self, x: Tensor, norm: Norm) -> Tensor:
+        gate_up, down = self.gate_up_proj.weight, self.down_proj.weight
+        if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, gate_up, down):
+            return super().branch_step(x, norm)
+        return self.ops.swiglu_branch(x, norm.weight, norm.eps, gate_up, down)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.errors import ConfigError, nearest
 from models.initialisation import reset_bias, reset_convolution, reset_linear
 from models.mixers.base import Mixer
+from models.norm import Norm, RMSNorm
 from models.ops.attention import ATTENTION
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection, load, select
@@ -164,16 +165,30 @@ class Attention(Mixer):
     def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         # the compiled step is for one type throughout, and not a 16-bit one
         compiled = self.backend.name == "numba" and state.keys.dtype == x.dtype and x.dtype.itemsize >= 4
-        if not compiled or not self.config.rotary or self.conv_weight is not None:
+        if not compiled or self.conv_weight is not None:
             y, after = self(x[:, None], state)
             assert after is not None
             return y[:, 0], after
-        position, slot = state.length, state.slot
         after = state.grow(1)
         qkv = self.ops.linear_step(x, self.qkv_proj.weight, self.qkv_proj.bias).view(x.shape[0], -1, self.head_width)
-        places = (position, slot, after.filled)
-        y = self.ops.attention_step(qkv, self.config.rotary_base, state.keys, state.values, *places)
+        places = (state.length, state.slot, after.filled)
+        y = self.ops.attention_step(qkv, self._base, state.keys, state.values, *places)
         return self.ops.linear_step(y, self.o_proj.weight, self.o_proj.bias), after
+
+    def branch_step(self, x: Tensor, norm: Norm, state: KVCache) -> tuple[Tensor, KVCache]:
+        weights = self.qkv_proj.weight, self.o_proj.weight
+        plain = isinstance(norm, RMSNorm) and not self.config.bias and self.conv_weight is None
+        plain = plain and self.backend.name == "numba" and state.keys.dtype == x.dtype
+        if not plain or not self.ops.suits_step(x, norm.weight, *weights):
+            return super().branch_step(x, norm, state)
+        after = state.grow(1)
+        places = (state.length, state.slot, after.filled)
+        cache = self._base, state.keys, state.values, *places
+        return self.ops.attention_branch(x, norm.weight, norm.eps, *weights, *cache), after
+
+    @property
+    def _base(self) -> float | None:
+        return self.config.rotary_base if self.config.rotary else None
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         if not self.config.causal:

@@ -3,6 +3,7 @@
     Mixer(config, width, device)          parameters allocated, not yet initialised
     forward(x, state=None) -> (y, state)  x, y (B, T, D); a state continues a sequence; None wants none back
     step(x, state) -> (y, state)          one token, x, y (B, D)
+    branch_step(x, norm, state)           x + step(norm(x)), for a mixer that has it in one call
     make_state(batch, max_len, dtype, device) -> state
     reset_parameters(generator)           its own initialisation
     output_weight                         of the projection that writes to the residual stream
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import BackendUnavailableError
+from models.norm import Norm
 from models.ops.kernels import Selection, load, select
 
 
@@ -68,6 +70,10 @@ class Mixer(nn.Module):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         raise NotImplementedError
+
+    def branch_step(self, x: Tensor, norm: Norm, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.step(norm(x), state)
+        return x + y, state
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> Any:
         raise NotImplementedError

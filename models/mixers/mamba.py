@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
+from models.norm import Norm, RMSNorm
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection
 from models.ops.selective_scan import forward_flops
@@ -159,6 +160,18 @@ class Mamba(Mixer):
             u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
         return self.out_proj(y), after
+
+    def branch_step(self, x: Tensor, norm: Norm, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        parameters = (
+            self.in_proj.weight, self.out_proj.weight, self.conv_weight, self.conv_bias, self.x_proj.weight,
+            self.dt_proj.weight, self.dt_bias, self.A_log, self.D,
+        )  # fmt: skip
+        buffers = state.conv, state.ssm
+        if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *parameters, *buffers):
+            return super().branch_step(x, norm, state)
+        negative = self.config.negative_eigenvalues
+        x = self.ops.mamba_branch(x, norm.weight, norm.eps, *parameters, *buffers, negative)
+        return x, RecurrentState(*buffers, state.length + 1)
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
         """Of the same size for every `max_len`."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.errors import ConfigError
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
+from models.norm import Norm, RMSNorm
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection
 from models.ops.ssd import forward_flops
@@ -172,6 +173,18 @@ class Mamba2(Mixer):
         )  # fmt: skip
         y = self._normed(y.flatten(-2), z)
         return self.ops.linear_step(y, self.out_proj.weight), after
+
+    def branch_step(self, x: Tensor, norm: Norm, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        parameters = (
+            self.in_proj.weight, self.out_proj.weight, self.conv_weight, self.conv_bias, self.dt_bias, self.A_log,
+            self.D, self.norm_weight,
+        )  # fmt: skip
+        buffers = state.conv, state.ssm
+        if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *parameters, *buffers):
+            return super().branch_step(x, norm, state)
+        rest = self.config.negative_eigenvalues, self.config.norm_eps, self.norm_groups
+        x = self.ops.mamba2_branch(x, norm.weight, norm.eps, *parameters, *buffers, *rest)
+        return x, RecurrentState(*buffers, state.length + 1)
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., channels) -> x (..., H, P), B and C (..., G, N)."""

@@ -18,3 +18,8 @@ def apart(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]
     """A product for each part, so that each is a matrix of its own: its gradient need not be copied into one matrix
     with the others' before the products of the backward pass."""
     return tuple(linear(x, part) for part in weight.split(tuple(sizes)))
+
+
+def no_branches(x: Tensor, *others: Tensor) -> bool:
+    """Whether these are for the form's residual branches in one call: a form that has none."""
+    return False

@@ -69,10 +69,12 @@ def test_a_form_has_every_operation(name):
     form = kernels.load(name)
     operations = {
         "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_cross_entropy", "linear_step",
-        "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu",
-        "swiglu_step", "trapezoid", "trapezoid_step",
+        "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step",
+        "suits_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
     }  # fmt: skip
-    extra = {"attention_step", "mamba_step", "mamba2_step"} if name == "numba" else {"lstm"}
+    mixers = ("attention", "mamba", "mamba2")
+    compiled = {f"{one}_{what}" for one in mixers for what in ("step", "branch")} | {"swiglu_branch"}
+    extra = compiled if name == "numba" else {"lstm"}
     assert set(form.__all__) == operations | extra
     assert all(callable(getattr(form, operation)) for operation in form.__all__)
 

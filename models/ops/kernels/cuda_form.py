@@ -18,6 +18,7 @@ from torch.nn.functional import linear as linear_step
 from models.ops.attention import rotary_qkv
 from models.ops.cross_entropy import linear_cross_entropy
 from models.ops.experts import by_device as experts
+from models.ops.projections import no_branches as suits_step
 from models.ops.projections import together as projections
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.rms_norm import gated_fused as gated_rms_norm
@@ -29,8 +30,8 @@ from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_cross_entropy", "linear_step",
-    "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "swiglu",
-    "swiglu_step", "trapezoid", "trapezoid_step",
+    "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step",
+    "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses

@@ -10,6 +10,7 @@ from models.ops import cross_entropy, ssd_passes
 from models.ops.causal_conv1d import step_reference as causal_conv1d_step
 from models.ops.experts import by_device as experts
 from models.ops.kernels import (
+    numba_branch,
     numba_conv,
     numba_cross_entropy,
     numba_gated_norm,
@@ -31,9 +32,10 @@ from models.ops.trapezoid import chunked as chunked_trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "mamba2_step", "mamba_step", "projections", "rms_norm", "rotary_qkv", "selective_scan",
-    "selective_scan_step", "ssd", "ssd_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
+    "attention_branch", "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm",
+    "linear_cross_entropy", "linear_step", "mamba2_branch", "mamba2_step", "mamba_branch", "mamba_step", "projections",
+    "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu",
+    "swiglu_branch", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 
@@ -107,9 +109,14 @@ def mamba2_step(projected: Tensor, *parameters_and_state: Any) -> Tensor:
     return numba_step.mamba2_step(projected, *parameters_and_state)
 
 
-def attention_step(qkv: Tensor, base: float, keys: Tensor, values: Tensor, *places: int) -> Tensor:
+def attention_step(qkv: Tensor, base: float | None, keys: Tensor, values: Tensor, *places: int) -> Tensor:
     _refuse_gradients(qkv)
     return numba_step.attention_step(qkv, base, keys, values, *places)
+
+
+attention_branch, swiglu_branch = numba_branch.attention_branch, numba_branch.swiglu_branch
+mamba_branch, mamba2_branch = numba_branch.mamba_branch, numba_branch.mamba2_branch
+suits_step = numba_linear.suits
 
 
 def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

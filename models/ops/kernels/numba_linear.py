@@ -19,7 +19,7 @@ FEW_ROWS, FEW_WEIGHTS = 4, 1 << 21  # so many rows at most; with more than one, 
 
 
 @compiled
-def _product(weight, x, out):
+def product(weight, x, out):
     """out (O) = weight (O, D) x (D), four rows of the weight at a time, which share each load of x."""
     zero = x.dtype.type(0)
     whole = weight.shape[0] // 4 * 4
@@ -39,10 +39,20 @@ def _product(weight, x, out):
 
 
 @compiled
+def swiglu_row(gate_up, down, x, hidden, out):
+    """x, out (D); hidden (2 F) is room to work in"""
+    F = down.shape[1]
+    product(gate_up, x, hidden)
+    for f in range(F):
+        hidden[f] *= sigmoid(hidden[f]) * hidden[F + f]
+    product(down, hidden[:F], out)
+
+
+@compiled
 def _linear(kind, x_at, weight_at, out_at, B, D, O):
     x, weight, out = at(x_at, kind, (B, D)), at(weight_at, kind, (O, D)), at(out_at, kind, (B, O))
     for row in range(B):
-        _product(weight, x[row], out[row])
+        product(weight, x[row], out[row])
 
 
 @compiled
@@ -51,13 +61,10 @@ def _swiglu(kind, x_at, gate_up_at, down_at, out_at, B, D, F):
     gate_up, down = at(gate_up_at, kind, (2 * F, D)), at(down_at, kind, (D, F))
     hidden = np.empty(2 * F, x.dtype)
     for row in range(B):
-        _product(gate_up, x[row], hidden)
-        for f in range(F):
-            hidden[f] *= sigmoid(hidden[f]) * hidden[F + f]
-        _product(down, hidden[:F], out[row])
+        swiglu_row(gate_up, down, x[row], hidden, out[row])
 
 
-def _suits(x: Tensor, *weights: Tensor) -> bool:
+def suits(x: Tensor, *weights: Tensor) -> bool:
     """Whether these are for the kernels: a few rows, no gradient, one type throughout and not a 16-bit one."""
     if x.ndim != 2:
         return False
@@ -71,7 +78,7 @@ def _suits(x: Tensor, *weights: Tensor) -> bool:
 
 def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (B, D), weight (O, D), bias (O) or None -> (B, O), as `torch.nn.functional.linear`; x (..., D) goes there."""
-    if not _suits(x, weight):
+    if not suits(x, weight):
         return F.linear(x, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0])
     _linear(*addresses(x, weight, out), x.shape[0], x.shape[1], weight.shape[0])
@@ -80,7 +87,7 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def swiglu_step(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """x (B, D), gate_up (2 F, D), down (D, F) -> (B, D): the whole feed-forward layer of a decode step."""
-    if not _suits(x, gate_up, down):
+    if not suits(x, gate_up, down):
         return F.linear(swiglu(F.linear(x, gate_up)), down)
     out = torch.empty_like(x)
     _swiglu(*addresses(x, gate_up, down, out), x.shape[0], x.shape[1], down.shape[1])

@@ -14,15 +14,21 @@ ROWS = 32
 
 
 @compiled
+def norm_row(x, weight, eps, out):
+    """x, weight, out (D)"""
+    total = x.dtype.type(0)
+    for d in range(x.shape[0]):
+        total += x[d] * x[d]
+    scale = x.dtype.type(1.0 / math.sqrt(total / x.shape[0] + eps))
+    for d in range(x.shape[0]):
+        out[d] = x[d] * scale * weight[d]
+
+
+@compiled
 def _forward(kind, x_at, weight_at, out_at, eps, M, D, first, last):
     x, weight, out = at(x_at, kind, (M, D)), at(weight_at, kind, (D,)), at(out_at, kind, (M, D))
     for row in range(first * ROWS, min(last * ROWS, M)):
-        total = kind
-        for d in range(D):
-            total += x[row, d] * x[row, d]
-        scale = x.dtype.type(1.0 / math.sqrt(total / D + eps))
-        for d in range(D):
-            out[row, d] = x[row, d] * scale * weight[d]
+        norm_row(x[row], weight, eps, out[row])
 
 
 @compiled

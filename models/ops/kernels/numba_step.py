@@ -10,6 +10,7 @@ G: groups   channels: those of Mamba-2's convolution, x, B and C, E + 2 G N
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from models.ops.attention import rotary_table
@@ -18,6 +19,54 @@ from models.ops.kernels.numba_runtime import LOG2_E, addresses, at, compiled, ex
 # By then the other thread has gone to sleep since the layer before. With one sequence and 4 heads of 32, two threads
 # were slower than one at 512 tokens (880 against 1,790 tokens/s) and still at 8192, which is 2^21 numbers.
 WORK_PER_THREAD = 1 << 21
+
+
+@compiled
+def mamba_row(
+    uz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, conv, state, negative, u, delta, projected, out
+):  # fmt: skip
+    """One sequence: uz (2, E); u, delta (E) and projected (R + 2 N), of dt, B and C, are room to work in; out (E)."""
+    (E, N), R, W = A_log.shape, dt_proj.shape[1], conv_weight.shape[1]
+    zero = uz.dtype.type(0)
+    log2_e = uz.dtype.type(LOG2_E)
+    shift = uz.dtype.type(1 if negative else 0)
+    scale = uz.dtype.type(1) + shift
+    for e in range(E):
+        acc = conv_bias[e]
+        for w in range(W - 1):
+            conv[e, w] = conv[e, w + 1]
+            acc += conv[e, w] * conv_weight[e, w]
+        conv[e, W - 1] = uz[0, e]
+        u[e] = acc + uz[0, e] * conv_weight[e, W - 1]
+    for e in range(E):
+        u[e] *= sigmoid(u[e])
+    for j in range(R + 2 * N):
+        acc = zero
+        for e in range(E):
+            acc += x_proj[j, e] * u[e]
+        projected[j] = acc
+    # loops of their own over the channels, so that each becomes vector instructions
+    for e in range(E):
+        acc = dt_bias[e]
+        for r in range(R):
+            acc += dt_proj[e, r] * projected[r]
+        delta[e] = acc
+    for e in range(E):
+        delta[e] = softplus(delta[e])
+    for e in range(E):
+        rate = -delta[e] * log2_e
+        delta_u = delta[e] * u[e]
+        acc = D[e] * u[e]
+        for n in range(N):
+            # A = -exp(A_log)
+            decay = scale * exp2(rate * exp2(A_log[e, n] * log2_e)) - shift
+            h = decay * state[e, n] + delta_u * projected[R + n]
+            state[e, n] = h
+            acc += h * projected[R + N + n]
+        out[e] = acc
+    for e in range(E):
+        z = uz[1, e]
+        out[e] *= z * sigmoid(z)
 
 
 @compiled
@@ -30,50 +79,12 @@ def _mamba_step(
     x_proj, dt_proj = at(x_proj_at, kind, (R + 2 * N, E)), at(dt_proj_at, kind, (E, R))
     dt_bias, A_log, D = at(dt_bias_at, kind, (E,)), at(A_log_at, kind, (E, N)), at(D_at, kind, (E,))
     conv, state = at(conv_at, kind, (rows, E, W)), at(state_at, kind, (rows, E, N))
-    log2_e = uz.dtype.type(LOG2_E)
-    shift = uz.dtype.type(1 if negative else 0)
-    scale = uz.dtype.type(1) + shift
-    u = np.empty(E, uz.dtype)
-    delta = np.empty(E, uz.dtype)
-    y = np.empty(E, uz.dtype)
-    projected = np.empty(R + 2 * N, uz.dtype)  # dt, B, C
+    u, delta, projected = np.empty(E, uz.dtype), np.empty(E, uz.dtype), np.empty(R + 2 * N, uz.dtype)
     for b in range(rows):
-        for e in range(E):
-            acc = conv_bias[e]
-            for w in range(W - 1):
-                conv[b, e, w] = conv[b, e, w + 1]
-                acc += conv[b, e, w] * conv_weight[e, w]
-            conv[b, e, W - 1] = uz[b, 0, e]
-            u[e] = acc + uz[b, 0, e] * conv_weight[e, W - 1]
-        for e in range(E):
-            u[e] *= sigmoid(u[e])
-        for j in range(R + 2 * N):
-            acc = kind
-            for e in range(E):
-                acc += x_proj[j, e] * u[e]
-            projected[j] = acc
-        # loops of their own over the channels, so that each becomes vector instructions
-        for e in range(E):
-            acc = dt_bias[e]
-            for r in range(R):
-                acc += dt_proj[e, r] * projected[r]
-            delta[e] = acc
-        for e in range(E):
-            delta[e] = softplus(delta[e])
-        for e in range(E):
-            rate = -delta[e] * log2_e
-            delta_u = delta[e] * u[e]
-            acc = D[e] * u[e]
-            for n in range(N):
-                # A = -exp(A_log)
-                decay = scale * exp2(rate * exp2(A_log[e, n] * log2_e)) - shift
-                h = decay * state[b, e, n] + delta_u * projected[R + n]
-                state[b, e, n] = h
-                acc += h * projected[R + N + n]
-            y[e] = acc
-        for e in range(E):
-            z = uz[b, 1, e]
-            out[b, e] = y[e] * z * sigmoid(z)
+        mamba_row(
+            uz[b], conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, conv[b], state[b], negative,
+            u, delta, projected, out[b],
+        )  # fmt: skip
 
 
 def mamba_step(
@@ -95,56 +106,71 @@ def mamba_step(
 
 
 @compiled
+def mamba2_row(
+    projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv, state, negative, eps, G, norm_groups, u,
+    out,
+):  # fmt: skip
+    """One sequence: projected (E + channels + H); u (channels) is room to work in; out (E)."""
+    H, P, N = state.shape
+    channels, W = conv_weight.shape
+    E, GN = H * P, G * N
+    zero = projected.dtype.type(0)
+    log2_e = projected.dtype.type(LOG2_E)
+    shift = projected.dtype.type(1 if negative else 0)
+    scale = projected.dtype.type(1) + shift
+    for e in range(channels):
+        now = projected[E + e]
+        acc = conv_bias[e]
+        for w in range(W - 1):
+            conv[e, w] = conv[e, w + 1]
+            acc += conv[e, w] * conv_weight[e, w]
+        conv[e, W - 1] = now
+        u[e] = acc + now * conv_weight[e, W - 1]
+    for e in range(channels):
+        u[e] *= sigmoid(u[e])
+    for h in range(H):
+        delta = softplus(projected[E + channels + h] + dt_bias[h])
+        # A = -exp(A_log)
+        decay = scale * exp2(-delta * log2_e * exp2(A_log[h] * log2_e)) - shift
+        g = h // (H // G)
+        B, C = u[E + g * N : E + (g + 1) * N], u[E + GN + g * N : E + GN + (g + 1) * N]
+        for p in range(P):
+            x, of_head = u[h * P + p], state[h, p]
+            written, acc = delta * x, zero
+            for n in range(N):
+                of_head[n] = decay * of_head[n] + written * B[n]
+                acc += of_head[n] * C[n]
+            out[h * P + p] = acc + D[h] * x
+    for e in range(E):
+        z = projected[e]
+        out[e] *= z * sigmoid(z)
+    width = E // norm_groups
+    for g in range(norm_groups):
+        total = zero
+        for e in range(g * width, (g + 1) * width):
+            total += out[e] * out[e]
+        along = projected.dtype.type(1.0 / math.sqrt(total / width + eps))
+        for e in range(g * width, (g + 1) * width):
+            out[e] *= along * norm_weight[e]
+
+
+@compiled
 def _mamba2_step(
     kind, projected_at, conv_weight_at, conv_bias_at, dt_bias_at, A_log_at, D_at, norm_weight_at, conv_at, state_at,
     out_at, negative, eps, rows, H, P, G, N, W, norm_groups,
 ):  # fmt: skip
-    E, GN = H * P, G * N
-    channels = E + 2 * GN
+    E, channels = H * P, H * P + 2 * G * N
     projected, out = at(projected_at, kind, (rows, E + channels + H)), at(out_at, kind, (rows, E))
     conv_weight, conv_bias = at(conv_weight_at, kind, (channels, W)), at(conv_bias_at, kind, (channels,))
     dt_bias, A_log, D = at(dt_bias_at, kind, (H,)), at(A_log_at, kind, (H,)), at(D_at, kind, (H,))
     norm_weight = at(norm_weight_at, kind, (E,))
     conv, state = at(conv_at, kind, (rows, channels, W)), at(state_at, kind, (rows, H, P, N))
-    log2_e = projected.dtype.type(LOG2_E)
-    shift = projected.dtype.type(1 if negative else 0)
-    scale = projected.dtype.type(1) + shift
     u = np.empty(channels, projected.dtype)
     for b in range(rows):
-        for e in range(channels):
-            now = projected[b, E + e]
-            acc = conv_bias[e]
-            for w in range(W - 1):
-                conv[b, e, w] = conv[b, e, w + 1]
-                acc += conv[b, e, w] * conv_weight[e, w]
-            conv[b, e, W - 1] = now
-            u[e] = acc + now * conv_weight[e, W - 1]
-        for e in range(channels):
-            u[e] *= sigmoid(u[e])
-        for h in range(H):
-            delta = softplus(projected[b, E + channels + h] + dt_bias[h])
-            # A = -exp(A_log)
-            decay = scale * exp2(-delta * log2_e * exp2(A_log[h] * log2_e)) - shift
-            g = h // (H // G)
-            B, C = u[E + g * N : E + (g + 1) * N], u[E + GN + g * N : E + GN + (g + 1) * N]
-            for p in range(P):
-                x, of_head = u[h * P + p], state[b, h, p]
-                written, acc = delta * x, kind
-                for n in range(N):
-                    of_head[n] = decay * of_head[n] + written * B[n]
-                    acc += of_head[n] * C[n]
-                out[b, h * P + p] = acc + D[h] * x
-        for e in range(E):
-            z = projected[b, e]
-            out[b, e] *= z * sigmoid(z)
-        width = E // norm_groups
-        for g in range(norm_groups):
-            total = kind
-            for e in range(g * width, (g + 1) * width):
-                total += out[b, e] * out[b, e]
-            along = projected.dtype.type(1.0 / math.sqrt(total / width + eps))
-            for e in range(g * width, (g + 1) * width):
-                out[b, e] *= along * norm_weight[e]
+        mamba2_row(
+            projected[b], conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv[b], state[b], negative, eps, G,
+            norm_groups, u, out[b],
+        )  # fmt: skip
 
 
 def mamba2_step(
@@ -171,63 +197,95 @@ def mamba2_step(
 
 
 @compiled
+def angles(kind, table, cos_at, sin_at, position, P):
+    """cos and sin (P/2) of one position, from tables in the type of `table`, in the type of `kind`."""
+    half = P // 2
+    cos_table, sin_table = at(cos_at, table, (position + 1, half)), at(sin_at, table, (position + 1, half))
+    cos, sin = np.full(half, kind), np.full(half, kind)
+    for i in range(half):
+        cos[i], sin[i] = cos_table[position, i], sin_table[position, i]
+    return cos, sin
+
+
+@compiled
+def attention_head(qkv, kv, keys, values, cos, sin, slot, filled, q, out):
+    """One key-value head of one sequence, with the query heads that it serves. Softmax without a second pass over the
+    keys: the running maximum rescales what was summed before it rose.
+
+    qkv (H + 2 K, P); keys, values (S, P), of this head; cos, sin (P // 2), of this position; q (P) is room to work in;
+    out (H, P).
+    """
+    (H, P), half = out.shape, cos.shape[0]
+    K = (qkv.shape[0] - H) // 2
+    zero, one = qkv.dtype.type(0), qkv.dtype.type(1)
+    scale = qkv.dtype.type(1.0 / math.sqrt(P))
+    log2_e = qkv.dtype.type(LOG2_E)
+    for i in range(half):
+        x0, x1 = qkv[H + kv, i], qkv[H + kv, half + i]
+        keys[slot, i] = x0 * cos[i] - x1 * sin[i]
+        keys[slot, half + i] = x1 * cos[i] + x0 * sin[i]
+    for p in range(2 * half, P):  # an odd width, which is never rotated
+        keys[slot, p] = qkv[H + kv, p]
+    for p in range(P):
+        values[slot, p] = qkv[H + K + kv, p]
+    for h in range(kv * (H // K), (kv + 1) * (H // K)):
+        y = out[h]
+        for i in range(half):
+            x0, x1 = qkv[h, i] * scale, qkv[h, half + i] * scale
+            q[i] = x0 * cos[i] - x1 * sin[i]
+            q[half + i] = x1 * cos[i] + x0 * sin[i]
+        for p in range(2 * half, P):
+            q[p] = qkv[h, p] * scale
+        for p in range(P):
+            y[p] = zero
+        top, total = zero, zero
+        for s in range(filled):
+            score = zero
+            for p in range(P):
+                score += q[p] * keys[s, p]
+            if s == 0 or score > top:
+                shrink = zero if s == 0 else exp2((top - score) * log2_e)
+                top = score
+                total *= shrink
+                for p in range(P):
+                    y[p] *= shrink
+            weight = exp2((score - top) * log2_e)
+            total += weight
+            for p in range(P):
+                y[p] += weight * values[s, p]
+        for p in range(P):
+            y[p] *= one / total
+
+
+@compiled
 def _attention_step(
     kind, qkv_at, keys_at, values_at, out_at, table, cos_at, sin_at, rows, H, K, P, slots, position, slot, filled,
     first, last,
 ):  # fmt: skip
-    """Tasks are (batch row, key-value head). Softmax without a second pass over the keys: the running maximum rescales
-    what was summed before it rose."""
-    half = P // 2
+    """Tasks are (batch row, key-value head)."""
     qkv, out = at(qkv_at, kind, (rows, H + 2 * K, P)), at(out_at, kind, (rows, H, P))
     keys, values = at(keys_at, kind, (rows, K, slots, P)), at(values_at, kind, (rows, K, slots, P))
-    cos_table, sin_table = at(cos_at, table, (position + 1, half)), at(sin_at, table, (position + 1, half))
-    scale = qkv.dtype.type(1.0 / math.sqrt(P))
-    one = qkv.dtype.type(1)
-    log2_e = qkv.dtype.type(LOG2_E)
-    q, y = np.empty(P, qkv.dtype), np.empty(P, qkv.dtype)
-    cos, sin = np.empty(half, qkv.dtype), np.empty(half, qkv.dtype)
-    for i in range(half):
-        cos[i], sin[i] = cos_table[position, i], sin_table[position, i]
+    cos, sin = angles(kind, table, cos_at, sin_at, position, P)
+    q = np.empty(P, qkv.dtype)
     for task in range(first, last):
         b, kv = task // K, task % K
-        for i in range(half):
-            x0, x1 = qkv[b, H + kv, i], qkv[b, H + kv, half + i]
-            keys[b, kv, slot, i] = x0 * cos[i] - x1 * sin[i]
-            keys[b, kv, slot, half + i] = x1 * cos[i] + x0 * sin[i]
-        for p in range(P):
-            values[b, kv, slot, p] = qkv[b, H + K + kv, p]
-        for h in range(kv * (H // K), (kv + 1) * (H // K)):
-            for i in range(half):
-                x0, x1 = qkv[b, h, i] * scale, qkv[b, h, half + i] * scale
-                q[i] = x0 * cos[i] - x1 * sin[i]
-                q[half + i] = x1 * cos[i] + x0 * sin[i]
-            for p in range(P):
-                y[p] = kind
-            top, total = kind, kind
-            for s in range(filled):
-                score = kind
-                for p in range(P):
-                    score += q[p] * keys[b, kv, s, p]
-                if s == 0 or score > top:
-                    shrink = kind if s == 0 else exp2((top - score) * log2_e)
-                    top = score
-                    total *= shrink
-                    for p in range(P):
-                        y[p] *= shrink
-                weight = exp2((score - top) * log2_e)
-                total += weight
-                for p in range(P):
-                    y[p] += weight * values[b, kv, s, p]
-            for p in range(P):
-                out[b, h, p] = y[p] * (one / total)
+        attention_head(qkv[b], kv, keys[b, kv], values[b, kv], cos, sin, slot, filled, q, out[b])
+
+
+def turned(position: int, P: int, base: float | None, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Tables of cos and sin (.., P/2), and the row of them that belongs to a position; without a base, no rotation."""
+    if base is not None:
+        return *rotary_table(position + 1, P, base, device), position
+    return torch.ones(1, P // 2), torch.zeros(1, P // 2), 0
 
 
 def attention_step(
-    qkv: Tensor, base: float, keys: Tensor, values: Tensor, position: int, slot: int, filled: int
+    qkv: Tensor, base: float | None, keys: Tensor, values: Tensor, position: int, slot: int, filled: int
 ) -> Tensor:
     """One token of `models.ops.attention`, rotation and cache included.
 
-    qkv (B, H + 2K, P): this token's queries, keys, values, not yet rotated. base: of the rotary frequencies.
+    qkv (B, H + 2K, P): this token's queries, keys, values, not yet rotated. base: of the rotary frequencies; None: no
+    rotation.
     keys, values (B, K, S, P): the cache; the token, at `position` in its sequence, is written to `slot`, after which
     the first `filled` slots are what it sees (in any order: a softmax does not mind). Returns (B, H P).
     Every tensor float32, or every one float64, and contiguous.
@@ -235,8 +293,8 @@ def attention_step(
     rows, K, slots, P = keys.shape
     H = qkv.shape[1] - 2 * K
     out = qkv.new_empty(rows, H * P)
-    cos, sin = rotary_table(position + 1, P, base, qkv.device)
-    sizes = (rows, H, K, P, slots, position, slot, filled)
+    cos, sin, row = turned(position, P, base, qkv.device)
+    sizes = (rows, H, K, P, slots, row, slot, filled)
     arguments = (*addresses(qkv, keys, values, out), *addresses(cos, sin), *sizes)
     run_tasks(_attention_step, rows * K, *arguments, work=2 * filled * rows * K * P, per_thread=WORK_PER_THREAD)
     return out
