@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -42,7 +42,7 @@ def _serve(pipe: Connection, side: Side, threads: int) -> None:
         pipe.send((tokens / (time.perf_counter() - start), gave))
 
 
-def rates_over_sittings(sides: dict[str, Side], rounds: int, sittings: int) -> dict[str, list[float]]:
+def rates_over_sittings(sides: Mapping[str, Side], rounds: int, sittings: int) -> dict[str, list[float]]:
     """Tokens per second of each side in each sitting: new processes, and the geometric mean of their rounds.
 
     The same step differs by several percent between processes, by where their memory came to lie; rounds within one
@@ -56,7 +56,7 @@ def rates_over_sittings(sides: dict[str, Side], rounds: int, sittings: int) -> d
 
 
 def rates(
-    sides: dict[str, Side], rounds: int, slow: frozenset[str] = frozenset(), warm_ups: int = 1
+    sides: Mapping[str, Side], rounds: int, slow: frozenset[str] = frozenset(), warm_ups: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Tokens per second of each side in each round, after unmeasured turns; and what each side's last turn gave.
 

@@ -25,7 +25,8 @@ from experiments.evaluation import (
 )
 from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, settle
 from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step
-from experiments.measurement.speed import measure_speed
+from experiments.measurement.process import side_by_side
+from experiments.measurement.speed import Subject, measure_speed
 from experiments.objectives import Objective
 from experiments.spec import Arm, Experiment, Measurement
 from experiments.training import token_loss, train
@@ -260,9 +261,18 @@ def speed_cell(
     folder: Path,
 ) -> Generator[None, None, dict[str, Any]]:  # fmt: skip
     """The speed of one phase of the model in `folder`, in one execution mode, turn by turn."""
-    device = prepare_process(experiment)
-    tokens = _text(dataset_folder, batch, context + 1)
-    return measure_speed(folder / "checkpoint", experiment.speed, phase, mode, tokens, device)
+    subject = Subject(folder / "checkpoint", experiment.speed, mode, prepare_process(experiment))
+    return measure_speed(subject, phase, _text(dataset_folder, batch, context + 1))
+
+
+def speed_cells(
+    send: Send, experiment: Experiment, phase: str, contexts: list[int], batch: int, mode: str, dataset_folder: Path,
+    folder: Path,
+) -> Generator[None, None, list[Any]]:  # fmt: skip
+    """Those of one phase at several lengths, of one model in one process."""
+    subject = Subject(folder / "checkpoint", experiment.speed, mode, prepare_process(experiment))
+    works = [measure_speed(subject, phase, _text(dataset_folder, batch, context + 1)) for context in contexts]
+    return side_by_side(works)
 
 
 LOADS = 3  # timed, per cell of the memory study

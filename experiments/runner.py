@@ -206,35 +206,54 @@ def _run_cells(
     study = STUDIES[experiment.study]
     ended = 0
     for group in _groups(todo, study.turns):
-        jobs: dict[Cell, Job] = {}
+        able = []
         for cell in group:
             if cell.kind != study.MAKES and not directory.result(Cell(cell.arm, cell.seed, study.MAKES)):
                 message = "the model was not trained" if study.MAKES == "train" else "the model was not built"
                 directory.fail(cell, message, "")
                 listener(Event("skip", message, cell.name))
                 ended += 1
-                continue
-            work, details = study.work(cell, experiment)
-            jobs[cell] = (work, (experiment, *details, dataset.folder, directory.folder(cell)))
-        names = [cell.name for cell in jobs]
-        turns = f", taking turns with {len(names) - 1} more" if len(names) > 1 else ""
-        listener(Event("start", cell=f"{names[0]}{turns}" if names else None, done=ended, total=len(todo)))
+            else:
+                able.append(cell)
+        jobs: dict[tuple[Cell, ...], Job] = {}
+        for shared in _processes(able, study.together):
+            alone = len(shared) == 1
+            work, details = study.work(shared[0], experiment) if alone else study.work_together(shared, experiment)
+            jobs[tuple(shared)] = (work, (experiment, *details, dataset.folder, directory.folder(shared[0])))
+        turns = f", taking turns with {len(able) - 1} more" if len(able) > 1 else ""
+        listener(Event("start", cell=f"{able[0].name}{turns}" if able else None, done=ended, total=len(todo)))
 
-        def on_message(cell: Cell, message: Any) -> None:
+        def on_message(shared: tuple[Cell, ...], message: Any) -> None:
             _, step, steps = message
-            listener(Event("step", cell=cell.name, done=step, total=steps))
+            listener(Event("step", cell=shared[0].name, done=step, total=steps))
 
         with closing(take_turns(jobs, on_message=on_message, timeout_s=experiment.cell_timeout_s)) as outcomes:
-            for cell, outcome in outcomes:
-                ended += 1
-                if isinstance(outcome, CellFailedError):
-                    directory.fail(cell, str(outcome), outcome.detail)
-                    directory.event("failure", str(outcome), cell.name)
-                    listener(Event("failure", str(outcome), cell.name))
-                else:
-                    directory.finish(cell, outcome)
-                    directory.event("progress", "finished", cell.name)
-                    listener(Event("finish", cell=cell.name, done=ended, total=len(todo)))
+            for shared, outcome in outcomes:
+                each = outcome if isinstance(outcome, list) else [outcome] * len(shared)
+                for cell, one in zip(shared, each, strict=True):
+                    ended += 1
+                    _record(directory, cell, one, listener, ended, len(todo))
+
+
+def _record(directory: RunDirectory, cell: Cell, outcome: Any, listener: Listener, ended: int, total: int) -> None:
+    """outcome: a cell's result, or the CellFailedError that it ended with."""
+    if isinstance(outcome, CellFailedError):
+        directory.fail(cell, str(outcome), outcome.detail)
+        directory.event("failure", str(outcome), cell.name)
+        listener(Event("failure", str(outcome), cell.name))
+    else:
+        directory.finish(cell, outcome)
+        directory.event("progress", "finished", cell.name)
+        listener(Event("finish", cell=cell.name, done=ended, total=total))
+
+
+def _processes(group: list[Cell], together: Callable[[Cell], Any]) -> list[list[Cell]]:
+    """The cells of a group by the process that they run in."""
+    shared: dict[Any, list[Cell]] = {}
+    for cell in group:
+        key = together(cell)
+        shared.setdefault(cell if key is None else key, []).append(cell)
+    return list(shared.values())
 
 
 def _groups(todo: list[Cell], turns: Callable[[Cell], Any]) -> Iterator[list[Cell]]:

@@ -166,7 +166,11 @@ class Experiment(Settings):
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: as many as this process may use")
-    cell_timeout_s: int = Field(default=3600, ge=1, description="seconds after which a cell is stopped, as failed")
+    cell_timeout_s: int = Field(
+        default=3600,
+        ge=1,
+        description="seconds after which a cell, or those that share a process, are stopped, as failed",
+    )
     arms: dict[str, Arm] = Field(min_length=1)
     learning_rates: tuple[float, ...] = Field(
         default=(), description="a sweep: every arm at each of these rates instead of its own"

@@ -33,6 +33,9 @@ class CellFailedError(Exception):
         super().__init__(message)
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.detail)
+
 
 def quiet_thread_pools() -> None:
     """Let torch's idle OpenMP threads sleep after tens of microseconds of spinning: longer, and they hold the cores
@@ -161,13 +164,37 @@ def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple) -> 
         if isinstance(result, Generator):
             result = _turn_by_turn(result, pipe)
         pipe.send(("result", result))
-    except _EXPECTED as error:
-        pipe.send(("error", (str(error) or type(error).__name__, "")))
-    except RuntimeError as error:
-        lacking = _lacking_memory(error)
-        pipe.send(("error", (lacking, "") if lacking else _unforeseen(error)))
     except Exception as error:
-        pipe.send(("error", _unforeseen(error)))
+        pipe.send(("error", _told(error)))
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """What a cell ended with, in a line, and its traceback where that was not foreseen."""
+    if isinstance(error, _EXPECTED):
+        return str(error) or type(error).__name__, ""
+    lacking = _lacking_memory(error) if isinstance(error, RuntimeError) else None
+    return (lacking, "") if lacking else _unforeseen(error)
+
+
+def side_by_side(works: list[Generator[None, None, Any]]) -> Generator[None, None, list[Any]]:
+    """Cells that share a process: in each turn all of them have theirs, in every other turn in reverse order. Returns
+    their results; in the place of one that failed a CellFailedError, and the others go on."""
+    results: list[Any] = [None] * len(works)
+    alive = list(range(len(works)))
+    while alive:
+        for at in list(alive):
+            try:
+                next(works[at])
+            except StopIteration as end:
+                results[at] = end.value
+                alive.remove(at)
+            except Exception as error:
+                results[at] = CellFailedError(*_told(error))
+                alive.remove(at)
+        alive.reverse()
+        if alive:
+            yield
+    return results
 
 
 def _turn_by_turn(work: Generator[Any, Any, Any], pipe: Connection) -> Any:

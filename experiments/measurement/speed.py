@@ -19,21 +19,27 @@ from experiments.spec import Speed
 from models.language_model import LanguageModel
 
 
-def measure_speed(
-    folder: Path, settings: Speed, phase: str, mode: str, tokens: Tensor, device: torch.device
-) -> Generator[None, None, dict[str, Any]]:
+class Subject:
+    """The model in `folder` in one execution mode, with the meter of this process: what cells that share one share."""
+
+    def __init__(self, folder: Path, settings: Speed, mode: str, device: torch.device) -> None:
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+        self.settings, self.device = settings, device
+        self.meter = CeilingsMeter(device, dtype)
+        self.model = load(folder, device, "direct")
+        if mode == "compiled":
+            self.model.hidden = torch.compile(self.model.hidden)  # all of a step but the loss, of prefill but the head
+            self.model.step = torch.compile(self.model.step)
+
+
+def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[None, None, dict[str, Any]]:
     """phase: step, prefill, decode, forward or backward. tokens (B, T + 1).
 
     The first turn makes ready: the first call, in which kernels are loaded and a compiler may work, is timed by itself
     and is in no sample. Then come turns, each of them the ceilings and one sample or more, until there are
     `settings.repeats` of them and `settings.seconds` of samples.
     """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-    meter = CeilingsMeter(device, dtype)
-    model = load(folder, device, "direct")
-    if mode == "compiled":
-        model.hidden = torch.compile(model.hidden)  # all of a step but the loss, of prefill but the head
-        model.step = torch.compile(model.step)
+    settings, device, model = subject.settings, subject.device, subject.model
     operation, per_call = OPERATIONS[phase](model, settings, tokens.to(device))
     (first_ms,) = timed(operation, repeats=1, seconds=0, device=device, warm_up=0).ms
     again = timed(operation, repeats=1, seconds=0, device=device, warm_up=1)
@@ -43,7 +49,7 @@ def measure_speed(
     ceilings = []
     while len(turns) < settings.repeats or sum(map(sum, turns)) < settings.seconds * 1e3:
         yield
-        ceilings.append(meter.measure())
+        ceilings.append(subject.meter.measure())
         seconds = settings.seconds / MOST_TURNS
         turns.append(timed(operation, repeats=1, seconds=seconds, device=device, warm_up=warm_up).ms)
     samples = Samples([ms for turn in turns for ms in turn])

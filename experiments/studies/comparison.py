@@ -40,6 +40,10 @@ def turns(cell: Cell) -> None:
     """None take turns: pairs of seeds stand for that."""
 
 
+def together(cell: Cell) -> None:
+    """Each has a process of its own."""
+
+
 def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     """The longest sequences that the run makes, by the settings that say so."""
     measured, sampled = experiment.measurement, experiment.evaluation

@@ -38,6 +38,10 @@ def turns(cell: Cell) -> None:
     """None take turns: memory does not depend on the minute."""
 
 
+def together(cell: Cell) -> None:
+    """Each has a process of its own."""
+
+
 def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     settings = experiment.memory
     needs = {"memory.train_contexts": settings.train_contexts[-1]}

@@ -49,6 +49,12 @@ def turns(cell: Cell) -> tuple | None:
     return (cell.seed, cell.kind, cell.batch, cell.mode, None if cell.kind == "decode" else cell.context)
 
 
+def together(cell: Cell) -> tuple | None:
+    """Decode of an arm at every length, of which one is to be compared with another: where a process's memory came to
+    lie is worth as much as a length."""
+    return (cell.arm, *turns_of) if cell.kind == "decode" and (turns_of := turns(cell)) else None
+
+
 def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     settings = experiment.speed
     needs = {"speed.train_contexts": settings.train_contexts[-1]}
@@ -61,6 +67,11 @@ def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]
     if cell.kind == "build":
         return cells.build_cell, (experiment.arms[cell.arm], cell.seed, experiment.speed.dtype)
     return cells.speed_cell, (cell.kind, cell.context, cell.batch, cell.mode)
+
+
+def work_together(shared: list[Cell], experiment: Experiment) -> tuple[Callable[..., Any], tuple]:
+    first = shared[0]
+    return cells.speed_cells, (first.kind, [cell.context for cell in shared], first.batch, first.mode)
 
 
 def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:

@@ -38,6 +38,15 @@ def test_groups_cover_the_plan_in_order_and_decode_takes_turns_at_every_length()
             assert len({cell.context for cell in group}) == 1
 
 
+def test_decode_of_an_arm_at_every_length_shares_a_process():
+    (decode,) = [group for group in runner._groups(PLAN, STUDY.turns) if group[0].kind == "decode"]
+    shared = runner._processes(decode, STUDY.together)
+    assert [{cell.arm for cell in cells} for cells in shared] == [{arm} for arm in EXPERIMENT.arms]
+    assert all([cell.context for cell in cells] == list(EXPERIMENT.speed.contexts) for cells in shared)
+    others = [cell for cell in PLAN if cell.kind != "decode"]
+    assert runner._processes(others, STUDY.together) == [[cell] for cell in others]
+
+
 def test_nothing_is_left_of_a_finished_run(finished: RunDirectory):
     assert runner._todo(finished, EXPERIMENT, retry=False) == []
 

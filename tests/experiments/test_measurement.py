@@ -9,7 +9,7 @@ import torch
 
 from experiments.errors import CorpusError
 from experiments.measurement.memory import PeakMemory, resident_bytes, settle
-from experiments.measurement.process import CellFailedError, run_fresh, take_turns
+from experiments.measurement.process import CellFailedError, run_fresh, side_by_side, take_turns
 from experiments.measurement.timing import MOST_REPEATS, WARM_UP, Samples, timed
 
 CPU = torch.device("cpu")
@@ -172,3 +172,30 @@ def test_timed_runs_for_its_seconds() -> None:
 def test_noisy() -> None:
     assert Samples([1.0] * 18 + [9.0] * 2).noisy
     assert not Samples([1.0, 1.1, 1.2]).noisy
+
+
+def _together(send, names, log, fails):
+    return side_by_side([_turns(send, name, log, count) if name != fails else _stumbles() for name, count in names])
+
+
+def _stumbles():
+    yield
+    raise CorpusError("no text")
+
+
+def test_cells_that_share_a_process_take_their_turns_within_its_turn(tmp_path) -> None:
+    log = tmp_path / "log"
+    jobs = {"ab": (_together, ([("a", 3), ("b", 2)], log, "")), "c": (_turns, ("c", log, 2))}
+    ended = dict(take_turns(jobs))
+    assert log.read_text().split() == ["a0", "b0", "c0", "b1", "a1", "c1", "a2"]
+    (a, first), (b, second) = ended["ab"]
+    assert (a, b) == ("a", "b")
+    assert first == second != ended["c"][1]
+
+
+def test_a_cell_that_fails_leaves_those_that_share_its_process_alone(tmp_path) -> None:
+    jobs = {"abc": (_together, ([("a", 3), ("b", 9), ("c", 2)], tmp_path / "log", "b"))}
+    ((_, (a, b, c)),) = take_turns(jobs)
+    assert (a[0], c[0]) == ("a", "c")
+    assert isinstance(b, CellFailedError)
+    assert (str(b), b.detail) == ("no text", "")
