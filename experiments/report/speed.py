@@ -35,9 +35,9 @@ def lines(record: Record, phase: str, metric: str, arm: str, **where: Any) -> li
 
 def verdict(record: Record) -> Section:
     intro = (
-        "Every cell ran in a process of its own, except that decode of one arm at all lengths shares one. The arms at one "
-        "length, and of decode every arm at every length, took turns in short slices, and ratios are formed turn by "
-        "turn. Between measured lengths the ratio of the speeds is taken as straight in logarithms."
+        "Every cell ran in a process of its own, except that decode of one arm at all lengths shares one. The arms "
+        "at one length, and of decode every arm at every length, took turns in short slices, and ratios are formed "
+        "turn by turn. Between measured lengths the ratio of the speeds is taken as straight in logarithms."
     )
     blocks: list[Block] = []
     for one in record.findings:
