@@ -27,6 +27,7 @@ from experiments.store import Cell, RunDirectory, write_json
 from experiments.studies import STUDIES
 from models.config import ModelConfig
 from models.errors import ConfigError, nearest
+from models.feedforward import FEEDFORWARDS
 from models.mixers import MIXERS
 
 
@@ -70,15 +71,28 @@ def check(experiment: Experiment) -> None:
     Raises EnvironmentLacksError, ConfigError, BackendUnavailableError.
     """
     resolve_device(experiment.device)
-    if experiment.study == "speed" and experiment.device == "cpu" and "compiled" in experiment.speed.modes:
-        raise ConfigError(
-            "mode 'compiled' is refused for every arm on a CPU: torch.compile cannot trace the kernels that run there"
-        )
+    for mode in experiment.speed.modes if experiment.study == "speed" else ():
+        _check_mode(mode, experiment)
     for arm in experiment.arms.values():
         config = cells.model_config(arm, experiment.data.vocabulary)
         _check_positions(config, experiment)
         for block in config.kinds:
             MIXERS[block.mixer.kind].select(block.mixer, torch.device(experiment.device))
+
+
+def _check_mode(mode: str, experiment: Experiment) -> None:
+    """A mode is there for every arm or refused."""
+    if mode != "eager" and experiment.device == "cpu":
+        reason = {
+            "compiled": "torch.compile cannot trace the kernels that run there", "graph": "CUDA graphs need a GPU",
+        }[mode]  # fmt: skip
+        raise ConfigError(f"mode '{mode}' is refused for every arm on a CPU: {reason}")
+    for name, arm in experiment.arms.items() if mode == "graph" else ():
+        for block in cells.model_config(arm, experiment.data.vocabulary).kinds:
+            kind = None if block.feedforward is None else FEEDFORWARDS[block.feedforward.kind]
+            dtype, device = cells.DTYPES[experiment.speed.dtype][0], torch.device(experiment.device)
+            if kind is not None and (reason := kind.needs_host(dtype, device)) is not None:
+                raise ConfigError(f"mode 'graph' is refused for every arm, since of '{name}' {reason}")
 
 
 def _check_positions(config: ModelConfig, experiment: Experiment) -> None:

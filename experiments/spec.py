@@ -183,16 +183,6 @@ class Experiment(Settings):
     speed: Speed = Speed()
 
     @model_validator(mode="after")
-    def _modes_are_possible(self) -> "Experiment":
-        for mode in self.speed.modes if self.study == "speed" else ():
-            if mode == "graph":
-                raise ValueError(
-                    "mode 'graph' is refused for every arm: a cache keeps its position on the host, so a recorded "
-                    "decode step would write one slot again and again"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _nothing_is_ignored(self) -> "Experiment":
         every = {name for sections in SECTIONS.values() for name in sections}
         for name in sorted(self.model_fields_set & (every - SECTIONS[self.study])):

@@ -17,7 +17,7 @@ from models.feedforward import Routing
 from models.initialisation import FINAL_NORM, reset_bias, reset_embedding
 from models.norm import NORMS, Norm, dropout
 from models.ops.kernels import Selection, load_beside
-from models.state import ModelState
+from models.state import ModelState, Place
 
 
 class Hidden(NamedTuple):
@@ -127,16 +127,18 @@ class LanguageModel(nn.Module):
         x = x if self.norm is None else self.norm(x)
         return Hidden(x, None if state is None else ModelState(tuple(after)), tuple(routing))
 
-    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+    def embed(self, tokens: Tensor, start: int | Place = 0) -> Tensor:
         """tokens (B, T), or (B,) of one step, the first at position `start` -> (B, T, D) or (B, D). Raises ConfigError
-        beyond the last learned position."""
+        beyond the last learned position; of a Place, if that is beyond its limit."""
         x = F.embedding(tokens, self.embedding.weight, self.config.padding_index)
         if self.positions is not None:
-            end = start + (tokens.shape[1] if tokens.ndim > 1 else 1)
+            recorded = isinstance(start, Place)
+            end = start.limit if recorded else start + (tokens.shape[1] if tokens.ndim > 1 else 1)
             known = self.positions.weight.shape[0]
             if end > known:
                 raise ConfigError(f"the model has {known} learned positions, {end} tokens were given: use fewer")
-            x = x + self.positions.weight[start:end]
+            weight = self.positions.weight
+            x = x + (weight.index_select(0, start.at[None]) if recorded else weight[start:end])
         return self.drop(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class LanguageModel(nn.Module):
 
     def step(self, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Read one token (B,), continuing `state`: the logits after it (B, V), and the state."""
-        x = self.embed(token, state.length)
+        x = self.embed(token, state.length if state.place is None else state.place)
         after = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
             x, block_state = block.step(x, before)

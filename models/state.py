@@ -19,8 +19,19 @@ class State(Protocol):
     @property
     def length(self) -> int: ...
     @property
+    def buffers(self) -> dict[str, Tensor]: ...
+    @property
     def nbytes(self) -> int: ...
     def clone(self) -> Self: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the next token of a recorded decode step goes: a position `at` (0-dimensional, int64) on the device, which
+    the step itself moves on, below `limit`."""
+
+    at: Tensor
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -44,13 +55,14 @@ class Buffers:
 class KVCache(Buffers):
     """Keys and values (B, K, S, P), preallocated. Without a window S tokens fit. With one they are a ring: position t
     stands in slot t % S, and what has left the window is overwritten. conv: the last inputs of attention's short
-    convolution (B, E, W), where it has one."""
+    convolution (B, E, W), where it has one. place: of a recorded step, whose host knows no length."""
 
     keys: Tensor
     values: Tensor
     length: int = 0
     window: int | None = None
     conv: Tensor | None = None
+    place: Place | None = None
 
     @property
     def filled(self) -> int:
@@ -91,6 +103,17 @@ class KVCache(Buffers):
         k, v = seen
         return after, k, v
 
+    def put(self, keys: Tensor, values: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+        """Write keys and values (B, K, 1, P) at `place`. Returns all slots of both, in the type of the new ones, and
+        which slots (S,) the token may see. The same operations on the same memory at any position."""
+        slots = self.keys.shape[2]
+        at = place.at if self.window is None else place.at % slots
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer.index_copy_(2, at[None], new.to(buffer.dtype))
+        # a ring that is full holds the window and nothing else
+        seen = torch.arange(slots, device=keys.device) <= place.at
+        return self.keys.to(keys.dtype), self.values.to(keys.dtype), seen
+
 
 @dataclass(frozen=True)
 class RecurrentState(Buffers):
@@ -125,9 +148,10 @@ class LSTMState(Buffers):
 
 @dataclass(frozen=True)
 class ModelState:
-    """One state per block, in order."""
+    """One state per block, in order. place: of a recorded step."""
 
     blocks: tuple[State, ...]
+    place: Place | None = None
 
     @property
     def length(self) -> int:

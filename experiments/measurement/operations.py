@@ -7,6 +7,7 @@ from torch import Tensor
 
 from experiments.training import autocast, token_loss
 from models.language_model import LanguageModel
+from models.recorded import RecordedDecode
 from models.state import ModelState
 
 Operation = Callable[[], object]
@@ -41,8 +42,11 @@ def prefill(model: LanguageModel, prompt: Tensor) -> Operation:
     return read
 
 
-def decode(model: LanguageModel, prompt: Tensor, tokens: int) -> tuple[Operation, ModelState]:
-    """Write `tokens` tokens greedily after a prompt (B, T), and the state that holds the prompt.
+def decode(
+    model: LanguageModel, prompt: Tensor, tokens: int, *, recorded: bool = False
+) -> tuple[Operation, ModelState]:
+    """Write `tokens` tokens greedily after a prompt (B, T), and the state that holds the prompt. `recorded`: each step
+    replayed from one recording, on a GPU (models.recorded, whose errors it raises).
 
     Every call starts from the same position: a cache is written over beyond it; a recurrent state just goes on, which
     costs the same.
@@ -52,6 +56,20 @@ def decode(model: LanguageModel, prompt: Tensor, tokens: int) -> tuple[Operation
         for piece in prompt.split(PIECE, 1):
             logits, state = model.prefill(piece.contiguous(), state)
         first = logits.argmax(1)
+
+    if recorded:
+        with torch.inference_mode():
+            replayed = RecordedDecode(model, state, prompt.shape[1] + tokens)
+
+        @torch.inference_mode()
+        def replay() -> Tensor:
+            replayed.rewind()
+            token = first
+            for _ in range(tokens):
+                token = replayed.step(token).argmax(1)
+            return token
+
+        return replay, state
 
     @torch.inference_mode()
     def write() -> Tensor:

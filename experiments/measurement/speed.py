@@ -24,7 +24,7 @@ class Subject:
 
     def __init__(self, folder: Path, settings: Speed, mode: str, device: torch.device) -> None:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.mode = settings, device, mode
         self.meter = CeilingsMeter(device, dtype)
         self.model = load(folder, device, "direct")
         if mode == "compiled":
@@ -40,7 +40,8 @@ def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[Non
     `settings.repeats` of them and `settings.seconds` of samples.
     """
     settings, device, model = subject.settings, subject.device, subject.model
-    operation, per_call = OPERATIONS[phase](model, settings, tokens.to(device))
+    make = partial(_decode, recorded=True) if subject.mode == "graph" else OPERATIONS[phase]
+    operation, per_call = make(model, settings, tokens.to(device))
     (first_ms,) = timed(operation, repeats=1, seconds=0, device=device, warm_up=0).ms
     again = timed(operation, repeats=1, seconds=0, device=device, warm_up=1)
     # the cell before has filled the caches, which a short operation would find warm in use
@@ -81,9 +82,9 @@ def _prefill(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Ope
     return operations.prefill(model, prompt), prompt.numel()
 
 
-def _decode(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operation, int]:
+def _decode(model: LanguageModel, settings: Speed, tokens: Tensor, recorded: bool = False) -> tuple[Operation, int]:
     prompt = tokens[:, :-1].contiguous()
-    operation, _ = operations.decode(model, prompt, settings.decode_tokens)
+    operation, _ = operations.decode(model, prompt, settings.decode_tokens, recorded=recorded)
     return operation, prompt.shape[0] * settings.decode_tokens
 
 

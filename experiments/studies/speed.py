@@ -27,11 +27,11 @@ def plan(experiment: Experiment) -> list[Cell]:
     planned = [Cell(arm, seed, "build") for seed in experiment.seeds for arm in configs]
     for seed in experiment.seeds:
         for mode in settings.modes:
-            for context in settings.train_contexts:
+            for context in settings.train_contexts if mode != "graph" else ():
                 batch = max(1, settings.train_tokens // context)
                 planned += [Cell(arm, seed, "step", context, batch, mode) for arm in configs]
             for batch in settings.batches:
-                for phase in ("prefill", "decode"):
+                for phase in ("prefill", "decode") if mode != "graph" else ("decode",):
                     for context in settings.contexts:
                         causal = [arm for arm, config in configs.items() if config.causal]
                         planned += [Cell(arm, seed, phase, context, batch, mode) for arm in causal]

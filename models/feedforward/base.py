@@ -3,6 +3,7 @@
 FeedForward(config, width, backend, device)
 forward(x) -> (y, Routing | None)     x, y (..., D), each position by itself
 branch_step(x, norm)                  x + forward(norm(x)), x (B, D), for a layer that has it in one call
+needs_host(dtype, device)             why its step cannot be recorded for a GPU to repeat; None if it can
 reset_parameters(generator), output_weight     as of a mixer
 Config                                its settings, with
   parameters(D), active_parameters(D) exact; active: those that one token meets
@@ -53,6 +54,11 @@ class FeedForward(nn.Module):
 
     def branch_step(self, x: Tensor, norm: Norm) -> Tensor:
         return x + self(norm(x))[0]
+
+    @classmethod
+    def needs_host(cls, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why a step of this layer, in this type, has to ask the host for a number; None: it does not."""
+        return None
 
     @property
     def output_weight(self) -> Tensor:

@@ -72,6 +72,12 @@ class MoE(FeedForward):
     def output_weight(self) -> Tensor:
         return self.down
 
+    @classmethod
+    def needs_host(cls, dtype: torch.dtype, device: torch.device) -> str | None:
+        if device.type == "cuda" and dtype is torch.bfloat16:
+            return None  # models.ops.experts.grouped
+        return "outside bfloat16 the number of tokens of each expert is read by the host"
+
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         X, K = self.config.experts, self.config.top_k
         rows = x.reshape(-1, x.shape[-1])

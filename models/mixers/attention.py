@@ -13,11 +13,11 @@ from models.errors import ConfigError, nearest
 from models.initialisation import reset_bias, reset_convolution, reset_linear
 from models.mixers.base import Mixer
 from models.norm import Norm, RMSNorm
-from models.ops.attention import ATTENTION
+from models.ops.attention import ATTENTION, of_slots
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection, load, select
 from models.settings import divides, flags, numbers, positive, positive_or_none
-from models.state import KVCache
+from models.state import KVCache, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +163,8 @@ class Attention(Mixer):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), state
 
     def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
+        if state.place is not None:
+            return self._recorded_step(x, state, state.place), state
         # the compiled step is for one type throughout, and not a 16-bit one
         compiled = self.backend.name == "numba" and state.keys.dtype == x.dtype and x.dtype.itemsize >= 4
         if not compiled or self.conv_weight is not None:
@@ -174,6 +176,20 @@ class Attention(Mixer):
         places = (state.length, state.slot, after.filled)
         y = self.ops.attention_step(qkv, self._base, state.keys, state.values, *places)
         return self.ops.linear_step(y, self.o_proj.weight, self.o_proj.bias), after
+
+    def _recorded_step(self, x: Tensor, state: KVCache, place: Place) -> Tensor:
+        """`step` with its position on the device. It reads every slot of the cache, filled or not."""
+        H, K = self.heads, self.kv_heads
+        qkv = self.qkv_proj(x)
+        if state.conv is not None:
+            qkv = self.ops.causal_conv1d_step(qkv, self.conv_weight, self.conv_bias, state.conv)
+        qkv = qkv.view(x.shape[0], 1, H + 2 * K, self.head_width)
+        if self.config.rotary:
+            q, k, v = self.ops.rotary_qkv(qkv, K, place, self.config.rotary_base)
+        else:
+            q, k, v = qkv.transpose(1, 2).split([H, K, K], 1)
+        y = of_slots(q, *state.put(k, v, place))
+        return self.o_proj(y.flatten(1))
 
     def branch_step(self, x: Tensor, norm: Norm, state: KVCache) -> tuple[Tensor, KVCache]:
         weights = self.qkv_proj.weight, self.o_proj.weight

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.state import Place
+
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
     """The definition, with the (T, S) matrix of scores in memory."""
@@ -37,6 +39,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | 
     mask = visible(T, S, window, q.device) if causal and (windowed or 1 < T < S) else None
     whole = causal and mask is None and T > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=grouped)
+
+
+def of_slots(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """One query, T = 1, that sees those of the S keys for which `seen` (S,) is true."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.expand(1, -1), enable_gqa=grouped)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -83,17 +91,21 @@ def forget_tables() -> None:
     _rotary_table.cache_clear()
 
 
-def rotate(x: Tensor, rotated: int, start: int, base: float) -> Tensor:
+def rotate(x: Tensor, rotated: int, start: int | Place, base: float) -> Tensor:
     """Rotary positions start..start+T-1 on the first `rotated` heads of x (B, T, heads, P); the others pass through.
-    Entry i is paired with i + P/2, as Llama does."""
+    Entry i is paired with i + P/2, as Llama does. A Place is of one token, T = 1."""
     T, P = x.shape[1], x.shape[3]
-    tables = (table[start : start + T, None] for table in rotary_table(start + T, P, base, x.device))
+    if isinstance(start, Place):
+        at, whole = start.at[None], rotary_table(start.limit, P, base, x.device)
+        tables = (table.index_select(0, at)[:, None] for table in whole)
+    else:
+        tables = (table[start : start + T, None] for table in rotary_table(start + T, P, base, x.device))
     cos, sin = tables if x.dtype is torch.float64 else (table.to(x.dtype) for table in tables)
     a, b = x[:, :, :rotated].chunk(2, -1)
     return torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin], -1), x[:, :, rotated:]], 2)
 
 
-def rotary_qkv(qkv: Tensor, kv_heads: int, start: int, base: float) -> tuple[Tensor, Tensor, Tensor]:
+def rotary_qkv(qkv: Tensor, kv_heads: int, start: int | Place, base: float) -> tuple[Tensor, Tensor, Tensor]:
     """One projection's heads (B, T, H + 2 K, P) as q (B, H, T, P), k and v (B, K, T, P), with rotary positions
     start..start+T-1 on q and k."""
     rotated = rotate(qkv, qkv.shape[2] - kv_heads, start, base).transpose(1, 2)

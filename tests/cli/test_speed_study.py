@@ -99,7 +99,7 @@ def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
-        ('speed.modes=["graph"]', "mode 'graph' is refused for every arm: a cache keeps its position on the host"),
+        ('speed.modes=["graph"]', "mode 'graph' is refused for every arm on a CPU: CUDA graphs need a GPU"),
         ('speed.modes=["eager", "compiled"]', "mode 'compiled' is refused for every arm on a CPU"),
         ('speed.modes=["eager", "eager"]', "each may appear once"),
         ('speed.modes=["fast"]', "speed.modes"),

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from experiments import runner
-from experiments.spec import load
+from experiments.spec import Arm, load
 from experiments.store import Cell, RunDirectory
 from experiments.studies import STUDIES
+from models.errors import ConfigError
 
 EXPERIMENT = load("speed", profile="smoke")
 STUDY = STUDIES["speed"]
@@ -75,3 +76,19 @@ def test_cells_of_their_own_are_not_done_again(tmp_path: Path):
         directory.finish(cell, {})
     assert runner._todo(directory, comparison, retry=False) == [Cell(plan[0].arm, plan[0].seed, "train")]
     assert all(directory.result(cell) == {} for cell in plan[1:])
+
+
+def test_mode_graph_is_decode_of_every_arm_and_refused_where_a_step_needs_the_host():
+    recorded = load("speed", profile="smoke", assignments=['speed.modes=["graph"]'])
+    planned = [cell for cell in STUDY.plan(recorded) if cell.mode == "graph"]
+    assert {cell.kind for cell in planned} == {"decode"}
+    assert {(c.arm, c.context) for c in planned} == {
+        (arm, context) for arm in recorded.arms for context in recorded.speed.contexts
+    }
+    on_a_gpu = recorded.model_copy(update={"device": "cuda"})
+    runner._check_mode("graph", on_a_gpu)
+    experts = on_a_gpu.model_copy(update={"arms": on_a_gpu.arms | {"moe": Arm(model="moe-1m")}})
+    with pytest.raises(ConfigError, match="since of 'moe' outside bfloat16"):
+        runner._check_mode("graph", experts)
+    halved = experts.model_copy(update={"speed": experts.speed.model_copy(update={"dtype": "bfloat16"})})
+    runner._check_mode("graph", halved)

@@ -1,0 +1,183 @@
+"""The repeatable decode step: the numbers of the ordinary one, by the same operations at every position."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.config import BlockConfig, HybridConfig, ModelConfig
+from models.errors import ConfigError
+from models.feedforward.mlp import MLPConfig
+from models.feedforward.moe import MoEConfig
+from models.feedforward.swiglu import SwiGLUConfig
+from models.language_model import LanguageModel
+from models.mixers.attention import AttentionConfig
+from models.mixers.lstm import LSTM, LSTMConfig
+from models.mixers.mamba import MambaConfig
+from models.mixers.mamba2 import Mamba2Config
+from models.mixers.mamba3 import Mamba3Config
+from models.recorded import RecordedDecode, RepeatableStep
+
+CASES = {
+    "attention": AttentionConfig(heads=4, backend="sdpa"),
+    "attention reference": AttentionConfig(heads=4, backend="reference"),
+    "attention grouped, biased": AttentionConfig(heads=4, kv_heads=2, bias=True, backend="sdpa"),
+    "attention unplaced": AttentionConfig(heads=4, rotary=False, backend="sdpa"),
+    "attention short convolution": AttentionConfig(heads=4, conv_width=3, backend="sdpa"),
+    "ring": AttentionConfig(heads=4, window=4, backend="sdpa"),
+    "ring of one": AttentionConfig(heads=4, window=1, conv_width=4, backend="sdpa"),
+    "ring that is never full": AttentionConfig(heads=4, window=50, backend="sdpa"),
+    "mamba": MambaConfig(state=4, backend="torch"),
+    "mamba reference": MambaConfig(state=4, negative_eigenvalues=True, backend="reference"),
+    "mamba2": Mamba2Config(head_width=8, state=6, groups=2, backend="torch"),
+    "mamba3": Mamba3Config(head_width=8, state=8, backend="torch"),
+    "lstm": LSTMConfig(backend="torch"),
+}
+PROMPT, LIMIT, VOCABULARY = 5, 14, 23
+
+
+def model(mixer, **changes) -> LanguageModel:
+    given = {"mixer": mixer, "feedforward": SwiGLUConfig(hidden=24), "layers": 2} | changes
+    return LanguageModel(ModelConfig(vocabulary=VOCABULARY, width=32, **given), seed=3, dtype=torch.float64).eval()
+
+
+def after_prompt(made: LanguageModel, batch: int = 3):
+    """The state after a prompt, and the tokens that are to follow."""
+    tokens = torch.randint(0, VOCABULARY, (batch, LIMIT), generator=torch.Generator().manual_seed(1))
+    tokens = tokens.to(made.device)
+    _, state = made.prefill(tokens[:, :PROMPT], made.make_state(batch, LIMIT))
+    return state, tokens[:, PROMPT:]
+
+
+def same_numbers(made: LanguageModel) -> None:
+    with torch.inference_mode():
+        state, tokens = after_prompt(made)
+        repeated = RepeatableStep(made, state.clone(), LIMIT)
+        for token in tokens.unbind(1):
+            expected, state = made.step(token, state)
+            repeated.token.copy_(token)
+            repeated()
+            torch.testing.assert_close(repeated.logits, expected, rtol=1e-10, atol=1e-11)
+        assert repeated.place.at.item() == LIMIT
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_repeatable_step_gives_the_numbers_of_the_ordinary_one(name):
+    same_numbers(model(CASES[name]))
+
+
+def test_it_holds_for_learned_positions_and_post_norm():
+    same_numbers(
+        model(CASES["attention unplaced"], feedforward=MLPConfig(), positions=LIMIT, post_norm=True, norm="layernorm")
+    )
+
+
+def test_it_holds_for_a_hybrid():
+    kinds = {"A": CASES["ring"], "M": CASES["mamba"], "L": CASES["lstm"]}
+    blocks = {letter: BlockConfig(mixer=mixer) for letter, mixer in kinds.items()}
+    same_numbers(model(None, feedforward=None, layers=4, hybrid=HybridConfig(pattern="MALA", blocks=blocks)))
+
+
+def test_a_state_that_comes_back_in_new_memory_is_written_back(monkeypatch):
+    ordinary = LSTM.step
+    monkeypatch.setattr(LSTM, "step", lambda self, x, state: ordinary(self, x, state.clone()))
+    made = model(CASES["lstm"])
+    same_numbers(made)
+    with torch.inference_mode():
+        step = RepeatableStep(made, after_prompt(made)[0], LIMIT)
+        where = [buffer.data_ptr() for block in step.state.blocks for buffer in block.buffers.values()]
+        step()
+        assert where == [buffer.data_ptr() for block in step.state.blocks for buffer in block.buffers.values()]
+
+
+class Operations(TorchDispatchMode):
+    """What was asked for: each operation, its numbers and flags, and the shapes of its tensors; of those in `fixed`,
+    which one."""
+
+    def __init__(self, fixed: dict[int, str]) -> None:
+        super().__init__()
+        self.fixed, self.seen = fixed, []
+
+    def _named(self, value):
+        if isinstance(value, torch.Tensor):
+            layout = tuple(value.shape), value.stride(), value.storage_offset()
+            return self.fixed.get(value.untyped_storage().data_ptr()), layout
+        return [self._named(one) for one in value] if isinstance(value, (list, tuple)) else repr(value)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a number was read by the host"
+        self.seen.append((str(func), self._named(args), sorted((key, repr(v)) for key, v in (kwargs or {}).items())))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(step: RepeatableStep) -> list:
+    fixed = {step.token: "token", step.logits: "logits", step.place.at: "place"}
+    fixed |= {p: name for name, p in step.model.named_parameters()}
+    fixed |= {b: f"{i}.{name}" for i, block in enumerate(step.state.blocks) for name, b in block.buffers.items()}
+    with Operations({t.untyped_storage().data_ptr(): name for t, name in fixed.items()}) as seen:
+        step()
+    return seen.seen
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_position_takes_the_same_operations_on_the_same_memory(name):
+    """What a recording rests on: nothing that it bakes in may differ from step to step."""
+    with torch.inference_mode():
+        made = model(CASES[name])
+        state, _ = after_prompt(made)
+        step = RepeatableStep(made, state, LIMIT)
+        step()
+        first = operations(step)
+        for _ in range(LIMIT - PROMPT - 2):
+            assert operations(step) == first
+
+
+def test_the_comparison_sees_an_ordinary_step_change():
+    """A cache that keeps its length on the host is read by another slice at every step."""
+    with torch.inference_mode():
+        made = model(CASES["attention"])
+        state, tokens = after_prompt(made)
+        seen = []
+        for token in tokens.unbind(1)[:2]:
+            with Operations({}) as one:
+                _, state = made.step(token, state)
+            seen.append(one.seen)
+    assert seen[0] != seen[1]
+
+
+def test_what_cannot_be_recorded_says_why():
+    with torch.inference_mode():
+        experts = model(CASES["attention"], feedforward=MoEConfig(experts=4, hidden=8))
+        with pytest.raises(ConfigError, match="outside bfloat16 the number of tokens of each expert"):
+            RepeatableStep(experts, after_prompt(experts)[0], LIMIT)
+        compiled = model(MambaConfig(backend="numba"))
+        with pytest.raises(ConfigError, match="run on the host"):
+            RepeatableStep(compiled, after_prompt(compiled)[0], LIMIT)
+        plain = model(CASES["mamba"])
+        with pytest.raises(ConfigError, match="needs a GPU"):
+            RecordedDecode(plain, after_prompt(plain)[0], LIMIT)
+
+
+def test_learned_positions_bound_the_limit():
+    with torch.inference_mode():
+        made = model(CASES["attention unplaced"], positions=LIMIT)
+        step = RepeatableStep(made, after_prompt(made)[0], LIMIT + 1)
+        with pytest.raises(ConfigError, match=f"{LIMIT} learned positions, {LIMIT + 1}"):
+            step()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["attention", "ring", "mamba", "mamba2", "mamba3", "lstm"])
+def test_a_recorded_step_gives_the_numbers_of_the_ordinary_one(name):
+    backend = "sdpa" if isinstance(CASES[name], AttentionConfig) else "auto"
+    config = ModelConfig(vocabulary=VOCABULARY, width=64, layers=2, mixer=replace(CASES[name], backend=backend))
+    made = LanguageModel(config, seed=3, device="cuda").eval()
+    with torch.inference_mode():
+        state, tokens = after_prompt(made)
+        recorded = RecordedDecode(made, state.clone(), LIMIT)
+        for token in tokens.unbind(1):
+            expected, state = made.step(token, state)
+            torch.testing.assert_close(recorded.step(token), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ConfigError, match="raise the limit"):
+            recorded.step(tokens[:, 0])
