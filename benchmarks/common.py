@@ -102,13 +102,16 @@ def ratio(numerator: list[float], denominator: list[float], at_least: float | No
     }  # fmt: skip
 
 
-def publish(name: str, settings: dict[str, Any], found: dict[str, list[float]], ratios: dict[str, Any], as_json: bool):
+def publish(
+    name: str, settings: dict[str, Any], found: dict[str, list[float]], ratios: dict[str, Any], as_json: bool,
+    device: str = "cpu",
+):  # fmt: skip
     """Print the object, or a Markdown table of it."""
     medians = {side: statistics.median(values) for side, values in found.items()}
     if as_json:
         print(json.dumps({
             "benchmark": name, "settings": settings, "tokens_per_s": medians, "samples": found, "ratios": ratios,
-            "environment": describe("cpu", torch.get_num_threads()),
+            "environment": describe(device, torch.get_num_threads()),
         }, indent=1))  # fmt: skip
         return
     plain = {key: value for key, value in settings.items() if not isinstance(value, dict)}

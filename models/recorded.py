@@ -45,12 +45,20 @@ class RepeatableStep:
         self.logits.copy_(logits)
         self.place.at.add_(1)
 
+    def load(self, state: ModelState) -> None:
+        """Go on from a copy of another state, of the same shapes."""
+        for mine, given in zip(self.state.blocks, state.blocks, strict=True):
+            for name, buffer in mine.buffers.items():
+                buffer.copy_(given.buffers[name])
+        self.place.at.fill_(state.length)
+
 
 class RecordedDecode:
     """`step` as the model's, from `state` on, replayed from a CUDA graph; up to `limit` tokens in all.
 
-    The state's buffers are its own from now on. `rewind` goes back to the position at which it was made: a cache is
-    written over beyond it; a recurrent state just goes on. Raises ConfigError (see RepeatableStep; and without a GPU).
+    The state's buffers are its own from now on. `load` goes on from a copy of another state of the same shapes;
+    `rewind` goes back to the position at which it was made or loaded: a cache is written over beyond it; a recurrent
+    state just goes on. Raises ConfigError (see RepeatableStep; and without a GPU).
     """
 
     def __init__(self, model: LanguageModel, state: ModelState, limit: int) -> None:
@@ -59,7 +67,7 @@ class RecordedDecode:
         self.start, self.length, self.limit = state.length, state.length, limit
         self._step = RepeatableStep(model, state, limit)
         self._graph = torch.cuda.CUDAGraph()
-        before = [block.clone() for block in self._step.state.blocks]
+        before = state.clone()
         warm = torch.cuda.Stream(model.device)
         warm.wait_stream(torch.cuda.current_stream(model.device))
         with torch.cuda.stream(warm):
@@ -69,10 +77,7 @@ class RecordedDecode:
         torch.cuda.current_stream(model.device).wait_stream(warm)
         with torch.cuda.graph(self._graph):
             self._step()
-        for block, kept in zip(self._step.state.blocks, before, strict=True):
-            for name, buffer in block.buffers.items():
-                buffer.copy_(kept.buffers[name])
-        self._step.place.at.fill_(self.start)
+        self.load(before)
 
     def step(self, token: Tensor) -> Tensor:
         """Read one token (B,): the logits after it (B, V), in memory that the next step writes over. Raises ConfigError
@@ -83,6 +88,10 @@ class RecordedDecode:
         self._step.token.copy_(token)
         self._graph.replay()
         return self._step.logits
+
+    def load(self, state: ModelState) -> None:
+        self.start = self.length = state.length
+        self._step.load(state)
 
     def rewind(self) -> None:
         self.length = self.start

@@ -25,7 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import ModelConfig
+from models.language_model import LanguageModel
 from models.mixers import MIXERS
+from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
 from models.ops import causal_conv1d, kernels, selective_scan, ssd, trapezoid
@@ -673,3 +676,17 @@ def test_the_probe_of_the_cuda_kernels_calls_them_rightly(official, mamba3_kerne
     )  # fmt: skip
     monkeypatch.setattr(kernels, "torch", stand_in)
     assert kernels._probe_cuda(operation) is None
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_the_official_model_takes_our_weights(official, name):
+    """What the benchmark beside it rests on: whole models, stacked, give the same logits."""
+    from benchmarks.official import counterpart
+
+    mixer = MambaConfig(state=8, backend="torch") if name == "mamba" else Mamba2Config(
+        head_width=8, state=16, groups=2, backend="torch")  # fmt: skip
+    ours = LanguageModel(ModelConfig(vocabulary=40, width=16, layers=3, mixer=mixer), seed=2)
+    theirs = counterpart(ours)
+    tokens = torch.randint(0, 40, (2, 21), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close(theirs(tokens).logits, ours(tokens))

@@ -91,6 +91,23 @@ def test_a_state_that_comes_back_in_new_memory_is_written_back(monkeypatch):
         assert where == [buffer.data_ptr() for block in step.state.blocks for buffer in block.buffers.values()]
 
 
+@pytest.mark.parametrize("name", ["attention", "ring", "mamba3", "lstm"])
+def test_a_step_goes_on_from_another_state(name):
+    made = model(CASES[name])
+    with torch.inference_mode():
+        state, tokens = after_prompt(made)
+        step = RepeatableStep(made, state.clone(), LIMIT)
+        for _ in range(3):
+            step()
+        later = tokens[:, :1].flip(0)
+        expected, state = made.step(later[:, 0], made.prefill(tokens[:, :2], made.make_state(3, LIMIT))[1])
+        step.load(made.prefill(tokens[:, :2], made.make_state(3, LIMIT))[1])
+        step.token.copy_(later[:, 0])
+        step()
+        torch.testing.assert_close(step.logits, expected, rtol=1e-10, atol=1e-11)
+        assert step.place.at.item() == state.length
+
+
 class Operations(TorchDispatchMode):
     """What was asked for: each operation, its numbers and flags, and the shapes of its tensors; of those in `fixed`,
     which one."""
