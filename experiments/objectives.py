@@ -1,5 +1,7 @@
 """What a model is asked to predict: the next token, or the tokens that were hidden from it.
 
+`unmasked` is the fault that a causal mask prevents, on purpose: the next token, which the model already sees.
+
 B: batch   T: time
 """
 
@@ -10,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Name = Literal["causal", "masked"]
+Name = Literal["causal", "masked", "unmasked"]
 IGNORED = -100  # a target that counts nothing
 SELECTED, MASKED, REPLACED = 0.15, 0.8, 0.1  # BERT's (arXiv 1810.04805): of all tokens; of those, 80/10/10
 
 
 @dataclass(frozen=True)
 class Objective:
-    """name: causal or masked. vocabulary: of the tokenizer; a masked model has one entry more, for [MASK], at its end.
+    """name: causal, masked or unmasked. vocabulary: of the tokenizer; a masked model has one entry more, for [MASK], at
+    its end.
 
     The corruption of a batch is a function of (seed, step) alone, from a random stream of its own, so that it depends
     neither on the model nor on what else was drawn.
@@ -33,7 +36,7 @@ class Objective:
 
     def batch(self, inputs: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """What the model reads and what it is to predict at each place, (B, T) each; IGNORED where nothing."""
-        return (inputs, targets) if self.name == "causal" else self._corrupted(inputs, step)
+        return self._corrupted(inputs, step) if self.name == "masked" else (inputs, targets)
 
     def _corrupted(self, tokens: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """15% of the tokens are to be predicted; of those 80% are replaced by [MASK], 10% by any token, 10% stay."""

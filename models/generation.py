@@ -76,3 +76,19 @@ def generate(
         yield token
         logits, state = model.step(token, state)
     yield sampling.choose(logits, generator)
+
+
+@torch.inference_mode()
+def generate_by_forward(
+    model: LanguageModel, prompt: Tensor, tokens: int, sampling: Sampling, *, seed: int = 0
+) -> Iterator[Tensor]:
+    """As `generate`, by a pass over the whole text for every token: for models without a causal mask, whose earlier
+    tokens change with each later one, so that no cache can hold them. A causal model writes the same either way."""
+    if prompt.shape[1] < 1:
+        raise ConfigError("the prompt has no tokens; give at least one")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    text = prompt
+    for _ in range(tokens):
+        token = sampling.choose(model(text)[:, -1], generator)
+        yield token
+        text = torch.cat([text, token[:, None]], 1)

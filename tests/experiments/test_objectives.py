@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.objectives import IGNORED, Objective
+from experiments.objectives import IGNORED, Name, Objective
 
 V = 1000
 
@@ -13,12 +13,16 @@ def text(rows: int = 8, length: int = 100, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, V, (rows, length)))
 
 
-def test_the_causal_objective_leaves_a_batch_alone() -> None:
+@pytest.mark.parametrize("name", ["causal", "unmasked"])
+def test_predicting_the_next_token_leaves_a_batch_alone(name: Name) -> None:
     inputs, targets = text(seed=0), text(seed=1)
-    got = Objective("causal", V, seed=3).batch(inputs, targets, 5)
+    got = Objective(name, V, seed=3).batch(inputs, targets, 5)
     assert got[0] is inputs
     assert got[1] is targets
-    assert Objective("causal", V).model_vocabulary == V
+    assert Objective(name, V).model_vocabulary == V
+
+
+def test_a_mask_has_an_entry_of_its_own() -> None:
     assert Objective("masked", V).model_vocabulary == V + 1
 
 

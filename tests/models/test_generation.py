@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from models import checkpoint
 from models.config import ModelConfig
 from models.errors import ConfigError
-from models.generation import Sampling, generate
+from models.generation import Sampling, generate, generate_by_forward
 from models.language_model import LanguageModel
 from models.mixers.attention import AttentionConfig
 from models.mixers.lstm import LSTMConfig
@@ -187,3 +187,31 @@ def test_learned_positions_end_in_one_line():
     with pytest.raises(ConfigError, match=r"has 100 learned positions, 101 tokens were given: use fewer") as caught:
         list(generate(model, prompt, 4, Sampling()))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_causal_model_writes_the_same_by_whole_passes(name, sampling):
+    model = build(name)
+    cached, whole = (list(write(model, PROMPT, 10, sampling, seed=3)) for write in (generate, generate_by_forward))
+    assert torch.equal(torch.stack(cached), torch.stack(whole))
+    assert len(torch.stack(whole).unique()) > 3
+
+
+@torch.no_grad()
+def test_a_model_without_a_mask_reads_its_whole_text_again():
+    mixer = AttentionConfig(heads=2, causal=False)
+    model = LanguageModel(ModelConfig(vocabulary=29, width=16, layers=2, mixer=mixer), seed=0)
+    with torch.no_grad():
+        model.embedding.weight.mul_(16)
+    with pytest.raises(ConfigError, match="cannot decode"):
+        next(generate(model, PROMPT, 3, Sampling()))
+    text = PROMPT
+    for token in generate_by_forward(model, PROMPT, 6, Sampling()):
+        # of each row by itself: rows of a batch know nothing of each other
+        alone = torch.stack([model(row[None])[0, -1].argmax() for row in text])
+        assert torch.equal(token, alone)
+        text = torch.cat([text, token[:, None]], 1)
+    assert text.shape == (3, 11)
+    with pytest.raises(ConfigError, match="no tokens"):
+        next(generate_by_forward(model, PROMPT[:, :0], 3, Sampling()))
