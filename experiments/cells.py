@@ -53,6 +53,8 @@ def model_config(arm: Arm, vocabulary: int) -> ModelConfig:
             f"{arm.model} sees the token that it is to predict (causal = false), and its bits per byte would mean "
             f"nothing: set objective = masked, or causal = true"
         )
+    if arm.objective == "unmasked" and config.causal:
+        raise ConfigError(f"{arm.model} has its mask: objective = unmasked needs overrides.mixer.causal = false")
     if arm.start == "scratch":
         return config
     if arm.overrides:
@@ -187,20 +189,28 @@ def train_cell(
     return result
 
 
+PROMPT = 32  # tokens of a prompt, of a longer text
+AFTER_A_PROMPT = f"evaluation.sample_tokens after a prompt of {PROMPT}"
+
+
+def spread(tokens: np.ndarray, count: int, length: int) -> torch.Tensor:
+    """(count, length): windows at even distances over a split, the first at its start."""
+    starts = [int(i * (len(tokens) - length) / max(1, count)) for i in range(count)]
+    at = np.array(starts, dtype=np.int64)[:, None] + np.arange(length)
+    return torch.from_numpy(tokens[at].astype(np.int64))
+
+
 def _samples(model: LanguageModel, dataset: Dataset, experiment: Experiment, seed: int) -> list[dict[str, Any]]:
     """Continuations of the starts of validation text, the same prompts for every arm and seed."""
     settings = experiment.evaluation
     tokens = dataset.splits["validation"].tokens
-    length = min(32, len(tokens) // 2)
-    starts = [int(i * (len(tokens) - length) / max(1, settings.samples)) for i in range(settings.samples)]
     samples = []
     model.eval()
-    for start in starts:
-        prompt = torch.tensor(tokens[start : start + length].astype("int64"), device=model.device)[None]
+    for prompt in spread(tokens, settings.samples, min(PROMPT, len(tokens) // 2)).to(model.device):
         sampling = Sampling(temperature=settings.temperature)
-        ids = [int(t) for t in generate(model, prompt, settings.sample_tokens, sampling, seed=seed)]
+        ids = [int(t) for t in generate(model, prompt[None], settings.sample_tokens, sampling, seed=seed)]
         samples.append({
-            "prompt": dataset.tokenizer.decode(prompt[0].tolist()),
+            "prompt": dataset.tokenizer.decode(prompt.tolist()),
             "text": dataset.tokenizer.decode(ids),
             "temperature": settings.temperature,
         })  # fmt: skip

@@ -28,7 +28,7 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
     rows = [row for cell in cells if (result := run.result(cell)) for row in study.rows(cell, result, experiment, run)]
     for row in rows:
         reason = _taint(row, made.get(Cell(row["arm"], row["seed"], study.MAKES)))
-        row["comparable"], row["reason"] = reason is None, row["reason"] or reason
+        row["comparable"], row["reason"] = row["comparable"] and reason is None, row["reason"] or reason
     rows += _over_seeds(rows)
     failures = [{"cell": f["cell"], "message": f["message"]} for cell in cells if (f := run.failure(cell))]
     missing = [cell.name for cell in cells if not run.result(cell) and not run.failure(cell)]

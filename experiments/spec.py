@@ -45,8 +45,9 @@ class Arm(Settings):
     learning_rate: float | None = Field(
         default=None, gt=0, description="peak learning rate, chosen on validation by a sweep; needed where arms train"
     )
-    objective: Literal["causal", "masked"] = Field(
-        default="causal", description="predict the next token, or tokens that were hidden (BERT)"
+    objective: Literal["causal", "masked", "unmasked"] = Field(
+        default="causal",
+        description="predict the next token, tokens that were hidden (BERT), or the next token with the mask left out",
     )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="model settings that differ from the preset, e.g. mixer.state = 32"
@@ -149,13 +150,21 @@ class Speed(Settings):
         return modes
 
 
+class Masking(Settings):
+    """What the masking study does with the trained models, beside what a comparison does."""
+
+    prompts: int = Field(default=8, ge=1, description="places of the validation text where models go on writing")
+    windows: int = Field(default=4, ge=1, description="windows of validation text whose tokens are hidden one by one")
+
+
 TRAINS = {"training", "evaluation", "measurement"}
 SECTIONS = {  # what each study reads beside names, seeds, device, arms and data
     "comparison": TRAINS | {"learning_rates"},
     "memory": {"memory"},
     "speed": {"speed"},
+    "masking": TRAINS | {"masking"},
 }
-Study = Literal["comparison", "memory", "speed"]
+Study = Literal["comparison", "memory", "speed", "masking"]
 
 
 class Experiment(Settings):
@@ -181,6 +190,7 @@ class Experiment(Settings):
     measurement: Measurement = Measurement()
     memory: Memory = Memory()
     speed: Speed = Speed()
+    masking: Masking = Masking()
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> "Experiment":
@@ -193,6 +203,12 @@ class Experiment(Settings):
             unread = set() if self.trains else {"learning_rate", "objective"}
             for key in sorted(arm.model_fields_set & unread):
                 raise ValueError(f"the {self.study} study does not read '{key}' of arm '{name}'")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_judges(self) -> "Experiment":
+        if self.study == "masking" and not any(arm.objective == "causal" for arm in self.arms.values()):
+            raise ValueError("the masking study needs an arm with objective = causal, which judges what others write")
         return self
 
     @field_validator("seeds", "learning_rates")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.report import curves
+from experiments.report import masking as masking_study
 from experiments.report import memory as memory_study
 from experiments.report import speed as speed_study
 from experiments.report.document import Block, Cell, Code, Column, Document, Figure, Notice, Section, Table, Text, Tone
@@ -43,7 +44,9 @@ SPEED = {"tokens_per_s", "time_to_first_token_ms", "ms_per_token"}
 MEASURING: dict[str, Callable[[Record], list[Section]]] = {
     "memory": memory_study.sections, "speed": speed_study.sections,
 }  # fmt: skip
-SAYING: dict[str, Callable[[Record], list[Section]]] = {}
+SAYING: dict[str, Callable[[Record], list[Section]]] = {
+    "masking": masking_study.sections,
+}  # fmt: skip
 
 
 def document(record: Record) -> Document:
@@ -262,7 +265,7 @@ def throughput(record: Record) -> Section:
     blocks.append(table)
     if not record.measured:
         blocks.append(Text(_unmeasured(record)))
-    modes = sorted({row.mode for row in record.rows if row.mode})
+    modes = sorted({row.mode for row in record.rows if row.mode and row.phase != "quality"})
     batches = sorted({row.batch for row in record.rows if row.batch and row.phase in ("prefill", "decode")})
     if modes:
         sizes = " or ".join(map(str, batches))

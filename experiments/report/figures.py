@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.report import curves, speed_figures
+from experiments.report import curves, masking_figures, speed_figures
+from experiments.report.bundles import bundle, tokens_axis
 from experiments.report.drawing import (
     ARMS,
     DARK,
@@ -68,13 +68,13 @@ def dark(svg: str) -> str:
 
 def losses(record: Record, layout: Layout) -> Figure:
     figure, (left, right) = panels(layout, 2, 3.1)
-    factor, unit = _tokens(record)
+    factor, unit = tokens_axis(record)
     for at, arm in enumerate(record.arms):
         for axes, series, points in (
             (left, curves.training(record, arm), False),
             (right, curves.validation(record, arm), True),
         ):
-            _bundle(axes, series, at, factor, points)
+            bundle(axes, series, at, factor, points)
     left.set_title("Training")
     right.set_title("Validation")
     for axes in (left, right):
@@ -90,11 +90,11 @@ def sweep_curves(record: Record, layout: Layout) -> Figure:
     """Validation loss for every learning rate, one panel per base arm."""
     bases = curves.sweep_rates(record)
     figure, all_axes = panels(layout, len(bases), 3.0)
-    factor, unit = _tokens(record)
+    factor, unit = tokens_axis(record)
     rates = sorted({rate for found in bases.values() for rate in found})
     for axes, (base, found) in zip(all_axes, bases.items(), strict=True):
         for rate, arm in found.items():
-            _bundle(axes, curves.validation(record, arm), rates.index(rate), factor, True)
+            bundle(axes, curves.validation(record, arm), rates.index(rate), factor, True)
         axes.set_title(short(base))
         axes.set_ylabel("validation loss, nats/token")
         axes.set_xlabel(unit)
@@ -110,7 +110,7 @@ def position(record: Record, layout: Layout) -> Figure:
     for at, arm in enumerate(record.arms):
         series = curves.positions(record, arm)
         longest = max([longest, *(float(x[-1]) for x, _ in series)])
-        _bundle(axes, series, at, 1.0, True)
+        bundle(axes, series, at, 1.0, True)
     axes.set_xscale("log", base=2)
     powers = [1 << k for k in range(int(math.log2(longest)) + 2)]
     ticks(axes, powers if len(powers) <= 9 or layout == "wide" else powers[::2])
@@ -263,31 +263,12 @@ PLOTS: dict[str, Callable[[Record, Layout], Figure]] = {
     "speed-inference": speed_figures.inference,
     "speed-decode": speed_figures.decode,
     "speed-operators": speed_figures.operators,
+    "masking-decoders": masking_figures.decoders,
+    "masking-blanks": masking_figures.blanks,
 }
 
 
 # --- parts ------------------------------------------------------------------------------------------
-
-
-def _bundle(axes: Axes, series: list[curves.Series], at: int, factor: float, points: bool) -> None:
-    """Every seed thin, their mean bold."""
-    colour = ARMS[at % 8]
-    for x, y in series if len(series) > 1 else []:
-        axes.plot(*_thinned(x * factor, y), color=colour, linewidth=0.7, alpha=0.5)
-    middle = curves.mean(series)
-    if middle is not None:
-        x, y = _thinned(middle[0] * factor, middle[1])
-        every = max(1, len(x) // 12)
-        style = {"marker": MARKERS[at % 8], "markersize": 4.2, "markevery": every} if points else {}
-        axes.plot(x, y, color=colour, linestyle=LINES[at % 8], linewidth=1.8, **style)
-
-
-def _thinned(x: np.ndarray, y: np.ndarray, most: int = 400) -> curves.Series:
-    """At most about `most` points, the first and the last among them: finer than any screen here."""
-    if len(x) <= most:
-        return x, y
-    keep = np.unique(np.linspace(0, len(x) - 1, most).round().astype(int))
-    return x[keep], y[keep]
 
 
 def _whiskered(
@@ -308,8 +289,3 @@ def _whiskered(
         xs, ys, color=ARMS[at % 8], linestyle=style, linewidth=1.7, marker=MARKERS[at % 8], markersize=5.2,
         markeredgecolor=PAPER, markeredgewidth=0.6,
     )  # fmt: skip
-
-
-def _tokens(record: Record) -> tuple[float, str]:
-    last = max((curve.tokens[-1] for arm in record.curves.values() for curve in arm.values()), default=0)
-    return (1e-6, "tokens, millions") if last >= 2e6 else (1e-3, "tokens, thousands")

@@ -274,6 +274,10 @@ def _of_repeats(value: float, p5: float, p95: float, factor: float) -> str:
     return f"{number(value, at)} ({number(p5, at)} to {number(p95, at)})"
 
 
+def _sees_its_answer(record: Record, arm: str) -> bool:
+    return record.spec["arms"].get(arm, {}).get("objective") == "unmasked"
+
+
 def placing(record: Record) -> Table:
     """Where the arms' bits per byte lie between knowing nothing and a strong general compressor."""
     size = (record.result["baselines"] or {}).get("bytes")
@@ -298,7 +302,7 @@ def placing(record: Record) -> Table:
             ("test_bits_per_byte", "trained"),
         ):
             row = record.row(arm, "quality", metric)
-            if row is not None and row.value is not None:
+            if row is not None and row.value is not None and not _sees_its_answer(record, arm):
                 cell = value_cell(table, record, arm, "quality", metric, None, 1.0)
                 lines.append((row.value, [Cell(f"{arm}, {title}"), cell, Cell(str(row.n))]))
     for _, cells in sorted(lines, key=lambda line: -line[0]):

@@ -16,6 +16,7 @@ Each study is a module with
 
 from types import ModuleType
 
-from experiments.studies import comparison, memory, speed
+from experiments.studies import comparison, masking, memory, speed
 
-STUDIES: dict[str, ModuleType] = {"comparison": comparison, "memory": memory, "speed": speed}
+STUDIES: dict[str, ModuleType] = {"comparison": comparison, "memory": memory, "speed": speed,
+                                  "masking": masking}  # fmt: skip

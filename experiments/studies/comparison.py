@@ -13,6 +13,7 @@ from models import cost
 from models.config import ModelConfig
 
 MAKES = "train"
+SEES = "the model saw the token that it was to predict"
 RESOLVED = 0.05  # Holm-corrected p below which a difference counts as resolved
 
 
@@ -51,7 +52,7 @@ def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
     if measured.enabled and causal:
         needs["measurement.contexts and decode_tokens"] = measured.contexts[-1] + measured.decode_tokens
     if sampled.samples and causal:
-        needs["evaluation.sample_tokens after a prompt of 32"] = 32 + sampled.sample_tokens
+        needs[cells.AFTER_A_PROMPT] = cells.PROMPT + sampled.sample_tokens
     return needs
 
 
@@ -64,7 +65,7 @@ def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]
 
 def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:
     if cell.kind == "train":
-        yield from _quality_rows(cell, result)
+        yield from _quality_rows(cell, result, experiment.cells()[cell.arm].objective)
         yield from _training_rows(cell, result, experiment, run)
     elif cell.kind == "load":
         yield from _load_rows(cell, result, experiment)
@@ -72,8 +73,10 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
         yield from _phase_rows(cell, result)
 
 
-def _quality_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
+def _quality_rows(cell: Cell, result: dict[str, Any], objective: str) -> Iterator[dict]:
     common = {"backend": result["backend"]["name"]}
+    if objective == "unmasked":
+        common |= {"comparable": False, "reason": SEES}
     for split, quality in result["splits"].items():
         if "masked_token_loss" in quality:
             common["n"] = quality["tokens"]
@@ -106,9 +109,12 @@ def _quality_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
                 {2**i for i in range(len(losses).bit_length())} & {*range(1, len(losses) + 1)} | {len(losses)}
             )
             for position in positions:
+                at = {"context": position, "n": quality["windows"]}
+                if position == len(losses):
+                    at |= {"comparable": True, "reason": None}  # what follows a window no model sees
                 yield row(
                     cell, "quality", "test_loss_at_position", losses[position - 1], "nats/token", "lower",
-                    **common | {"context": position, "n": quality["windows"]},
+                    **common | at,
                 )  # fmt: skip
 
 

@@ -40,14 +40,15 @@ def test_catalog_resolves(scratch: Path, name: str, profile: str) -> None:
     experiment = load(name, profile=profile)
     assert experiment.profile == profile
     for arm in experiment.cells().values():
-        assert model_config(arm, experiment.data.vocabulary).vocabulary == experiment.data.vocabulary
+        masks = arm.objective == "masked"  # and needs an entry for [MASK]
+        assert model_config(arm, experiment.data.vocabulary).vocabulary == experiment.data.vocabulary + masks
     scratch.write_text(experiment.to_toml(), encoding="utf-8")
     assert load(str(scratch)) == experiment
 
 
 def test_resolved_text_names_every_field() -> None:
     written = tomllib.loads(load("compare", profile="smoke").to_toml())
-    assert set(written) == set(Experiment.model_fields) - {"memory", "speed"}
+    assert set(written) == set(Experiment.model_fields) - {"memory", "speed", "masking"}
     for table in ("data", "training", "evaluation", "measurement"):
         assert set(written[table]) == set(Experiment.model_fields[table].annotation.model_fields)  # type: ignore[union-attr]
 
