@@ -435,7 +435,9 @@ def gates_table(record: Record) -> Table:
         for arm in record.arms:
             gates = by_arm.get(arm, [])
             if not gates:
-                cells.append(table.cell(DASH, record.absence(arm, "quality", "validation_bits_per_byte")))
+                absent = record.absence(arm, "quality", "validation_bits_per_byte")
+                reason = "does not apply to this arm" if record.evaluations.get(arm) else absent
+                cells.append(table.cell(DASH, reason))
                 continue
             failed = not all(gate["passed"] for gate in gates)
             finite = all(math.isfinite(gate["value"]) for gate in gates)

@@ -93,6 +93,7 @@ def test_the_report_shows_it(run: Path, result: dict[str, Any], in_process: InPr
         assert f"{one['left']}▁▁▁{one['right']}" in text
     before_training = text.split("## Results")[1].split("## Loss while training")[0]
     assert "unmasked, trained" not in before_training  # beside lzma its figure would pass for a quality
+    assert "does not apply to this arm" in text  # the checks of causality
     code, table, _ = in_process("report", run.name, "--out", run.parent)
     assert code == 0
     assert "What is a causal mask for?".upper() in table
