@@ -32,7 +32,8 @@ def counterpart(model: LanguageModel) -> Any:
     from mamba_ssm.models.config_mamba import MambaConfig  # pyright: ignore[reportMissingImports]
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # pyright: ignore[reportMissingImports]
 
-    config, mixer = model.config, model.config.kinds[0].mixer
+    config = model.config
+    mixer: Any = config.kinds[0].mixer
     shape: dict[str, Any] = {"d_state": mixer.state, "d_conv": mixer.conv_width, "expand": mixer.expand}
     if isinstance(mixer, Mamba2Config):
         shape |= {"layer": "Mamba2", "headdim": mixer.head_width, "ngroups": mixer.groups}
