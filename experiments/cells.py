@@ -218,15 +218,16 @@ def _samples(model: LanguageModel, dataset: Dataset, experiment: Experiment, see
 
 
 def measure_cell(
-    send: Send, experiment: Experiment, phase: str, context: int | None, dataset_folder: Path, folder: Path
-) -> dict[str, Any]:
-    """One phase of the trained model in `folder`: load, prefill or decode."""
+    send: Send, experiment: Experiment, phase: str, context: int | None, batch: int | None, dataset_folder: Path,
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """One phase of the trained model in `folder`: load, prefill or decode; batch None: that of the settings."""
     device = prepare_process(experiment)
     settings = experiment.measurement
     if phase == "load":
         return measure_load(folder / "checkpoint", settings, device)
     assert context is not None
-    tokens = _text(dataset_folder, settings.batch, context)
+    tokens = _text(dataset_folder, batch or settings.batch, context)
     measure = measure_prefill if phase == "prefill" else measure_decode
     return measure(folder / "checkpoint", settings, context, tokens, device)
 

@@ -157,14 +157,25 @@ class Masking(Settings):
     windows: int = Field(default=4, ge=1, description="windows of validation text whose tokens are hidden one by one")
 
 
+class Experts(Settings):
+    """What the study of experts varies beside the comparison's settings."""
+
+    batches: Ascending = Field(
+        default=(1, 64), description="sequences that decode at once, at the shortest of measurement.contexts"
+    )
+
+
 TRAINS = {"training", "evaluation", "measurement"}
 SECTIONS = {  # what each study reads beside names, seeds, device, arms and data
     "comparison": TRAINS | {"learning_rates"},
+    "lineage": TRAINS,
+    "sparse": TRAINS,
+    "moe": TRAINS | {"experts"},
     "memory": {"memory"},
     "speed": {"speed"},
     "masking": TRAINS | {"masking"},
 }
-Study = Literal["comparison", "memory", "speed", "masking"]
+Study = Literal["comparison", "lineage", "sparse", "moe", "masking", "memory", "speed"]
 
 
 class Experiment(Settings):
@@ -191,6 +202,7 @@ class Experiment(Settings):
     memory: Memory = Memory()
     speed: Speed = Speed()
     masking: Masking = Masking()
+    experts: Experts = Experts()
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> "Experiment":

@@ -73,8 +73,14 @@ def outgrows(config: ModelConfig, size: int, element_size: int, batch: int = 1) 
 
 
 def decode_bytes(config: ModelConfig, batch: int, context: int, element_size: int) -> float:
-    """Bytes that one decode step of `batch` sequences has to read: the weights that its tokens meet, each once, of an
-    embedding a row per token, and the state that holds `context` tokens. What is written is left out."""
+    """Bytes that one decode step of `batch` sequences has to read: the weights that it touches, and the state that
+    holds `context` tokens. What is written is left out."""
+    return touched_bytes(config, batch, element_size) + state_bytes(config, batch, context, element_size)
+
+
+def touched_bytes(config: ModelConfig, batch: int, element_size: int) -> float:
+    """Bytes of the weights that a decode step of `batch` sequences touches, each once; of an embedding a row per token,
+    of experts those that are chosen, the mean where the tokens choose evenly."""
     D, V = config.width, config.vocabulary
     whole = weight_bytes(config, element_size)
     for block in config.blocks:
@@ -85,7 +91,7 @@ def decode_bytes(config: ModelConfig, batch: int, context: int, element_size: in
         whole -= (V - min(batch, V)) * D * element_size  # the head is read whole, the embedding by rows
     positions = config.positions or 0
     whole -= (positions - min(1, positions)) * D * element_size
-    return whole + state_bytes(config, batch, context, element_size)
+    return whole
 
 
 def state_formula(config: ModelConfig) -> str:

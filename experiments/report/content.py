@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.report import curves
+from experiments.report import curves, lineage, moe, sparse
 from experiments.report import masking as masking_study
 from experiments.report import memory as memory_study
 from experiments.report import speed as speed_study
@@ -46,6 +46,9 @@ MEASURING: dict[str, Callable[[Record], list[Section]]] = {
 }  # fmt: skip
 SAYING: dict[str, Callable[[Record], list[Section]]] = {
     "masking": masking_study.sections,
+    "lineage": lineage.sections,
+    "sparse": sparse.sections,
+    "moe": moe.sections,
 }  # fmt: skip
 
 
@@ -266,10 +269,9 @@ def throughput(record: Record) -> Section:
     if not record.measured:
         blocks.append(Text(_unmeasured(record)))
     modes = sorted({row.mode for row in record.rows if row.mode and row.phase != "quality"})
-    batches = sorted({row.batch for row in record.rows if row.batch and row.phase in ("prefill", "decode")})
     if modes:
-        sizes = " or ".join(map(str, batches))
-        batch = f" Batch of prefill and decode: {sizes}." if batches else ""
+        size = record.spec.get("measurement", {}).get("batch") if record.measured else None
+        batch = f" Batch of prefill and decode: {size}." if size else ""
         blocks.append(Text(f"Execution mode of every arm: {', '.join(modes)}.{batch}"))
     return Section("throughput", "Throughput", intro, [block for block in blocks if not _empty(block)])
 

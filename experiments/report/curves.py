@@ -53,15 +53,16 @@ def positions(record: Record, arm: str) -> list[Series]:
     for _, evaluation in sorted(record.evaluations.get(arm, {}).items()):
         split = evaluation["splits"].get(record.split)
         if split and split.get("loss_at_position"):
-            found.append(_binned(np.array(split["loss_at_position"], dtype=float)))
+            found.append(binned(np.array(split["loss_at_position"], dtype=float)))
     return found
 
 
-def _binned(loss: np.ndarray) -> Series:
-    """(T,) -> bins with edges 2^(k/3), position 1 first."""
+def binned(loss: np.ndarray) -> Series:
+    """(T,) -> the means of bins with edges 2^(k/3), position 1 first, at the bins' middles; the last position
+    belongs to the bin before it where it would stand alone."""
     T = len(loss)
     edges = np.unique(np.ceil(2 ** (np.arange(0, 3 * np.log2(T) + 4) / 3)).astype(int))
-    edges = np.append(edges[edges <= T], T + 1)
+    edges = np.append(edges[(edges < T) | (edges <= min(T, 2))], T + 1)
     edges = np.unique(edges)
     low, high = edges[:-1], edges[1:]
     y = np.array([np.mean(loss[a - 1 : b - 1]) for a, b in zip(low, high, strict=True)])

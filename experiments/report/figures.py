@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.report import curves, masking_figures, speed_figures
+from experiments.report import curves, masking_figures, speed_figures, study_figures
 from experiments.report.bundles import bundle, tokens_axis
 from experiments.report.drawing import (
     ARMS,
@@ -265,6 +265,9 @@ PLOTS: dict[str, Callable[[Record, Layout], Figure]] = {
     "speed-operators": speed_figures.operators,
     "masking-decoders": masking_figures.decoders,
     "masking-blanks": masking_figures.blanks,
+    "lineage": study_figures.lineage,
+    "sparse": study_figures.sparse,
+    "moe": study_figures.moe,
 }
 
 

@@ -90,6 +90,12 @@ def scale(values: Iterable[float | None], unit: str) -> tuple[float, str]:
     return 1.0, "×" if unit == "x" else unit
 
 
+def size(amount: float) -> str:
+    """Bytes in words, e.g. "8.45 MB"."""
+    factor, unit = scale([amount], "bytes")
+    return f"{number(amount * factor)} {unit}"
+
+
 def _step(top: float, steps: tuple[tuple[str, float, float], ...], otherwise: str) -> tuple[float, str]:
     for name, size, least in steps:
         if top >= least:

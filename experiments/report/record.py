@@ -129,7 +129,10 @@ class Record:
     @cached_property
     def _index(self) -> dict[tuple, Row]:
         found: dict[tuple, Row] = {}
+        usual = self.spec.get("measurement", {}).get("batch")
         for row in self.rows:
+            if usual is not None and row.phase in ("prefill", "decode") and row.batch not in (None, usual):
+                continue  # a study that measures at more batches asks for them by `over_seeds`
             found.setdefault((row.arm, row.seed, row.phase, row.metric, row.context), row)
         return found
 

@@ -104,7 +104,8 @@ def pair(one: dict[str, Any]) -> str:
 
 def place(one: dict[str, Any]) -> str:
     title = TITLES.get((one["phase"], one["metric"]), f"{one['phase']} {one['metric']}")
-    return title if one["context"] is None else f"{title}, context {count(one['context'])}"
+    title = title if one["context"] is None else f"{title}, context {count(one['context'])}"
+    return title if one.get("batch") in (None, 1) else f"{title}, batch {one['batch']}"
 
 
 def refusal(one: dict[str, Any]) -> str | None:
@@ -133,7 +134,11 @@ def evidence(record: Record, one: dict[str, Any]) -> str:
     if refused:
         return f"{place(one)}: {refused.removeprefix(REFUSED)}"
     context = _context_of(record, one["phase"], one["context"])
-    rows = [record.row(arm, one["phase"], one["metric"], context) for arm in (one["a"], one["b"])]
+    batch = {} if one.get("batch") is None else {"batch": one["batch"]}
+    found = (
+        record.over_seeds(one["phase"], one["metric"], arm, context=context, **batch) for arm in (one["a"], one["b"])
+    )
+    rows = [next(iter(rows), None) for rows in found]
     factor, unit = line_scale(rows)
     told = []
     for row in rows:
@@ -236,10 +241,11 @@ def seed_counts(rows: list[Row | None]) -> str:
 
 
 def _verdict_for(record: Record, metric: Metric, context: int | None) -> dict[str, Any] | None:
+    wanted = (metric.phase, metric.metric, context)
+    batches = (None, record.spec.get("measurement", {}).get("batch"))  # the tables show no other
     for one in record.verdicts:
-        if (one["phase"], one["metric"]) == (metric.phase, metric.metric) and context == _context_of(
-            record, one["phase"], one["context"]
-        ):
+        found = (one["phase"], one["metric"], _context_of(record, one["phase"], one["context"]))
+        if found == wanted and one.get("batch") in batches:
             return one
     return None
 

@@ -16,7 +16,9 @@ Each study is a module with
 
 from types import ModuleType
 
-from experiments.studies import comparison, masking, memory, speed
+from experiments.studies import comparison, lineage, masking, memory, moe, sparse, speed
 
-STUDIES: dict[str, ModuleType] = {"comparison": comparison, "memory": memory, "speed": speed,
-                                  "masking": masking}  # fmt: skip
+STUDIES: dict[str, ModuleType] = {
+    "comparison": comparison, "lineage": lineage, "sparse": sparse, "moe": moe, "masking": masking, "memory": memory,
+    "speed": speed,
+}  # fmt: skip

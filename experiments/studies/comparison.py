@@ -1,7 +1,7 @@
 """The comparison: arms are trained and evaluated, paired by seed, and the trained models measured."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
@@ -60,7 +60,7 @@ def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]
     """The function that does it in a fresh process, and its arguments after the experiment."""
     if cell.kind == "train":
         return cells.train_cell, (cell.arm, experiment.cells()[cell.arm], cell.seed)
-    return cells.measure_cell, (cell.kind, cell.context)
+    return cells.measure_cell, (cell.kind, cell.context, cell.batch)
 
 
 def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:
@@ -206,33 +206,67 @@ _QUESTIONS = (
 _QUALIFIED = {"peak_bytes", "state_bytes", "test_masked_token_loss"}  # a second question about their phase
 
 
+class Question(NamedTuple):
+    """Of b against a: kind is difference or ratio; context and batch None where the rows need no telling apart."""
+
+    a: str
+    b: str
+    phase: str
+    metric: str
+    kind: str
+    context: int | None = None
+    batch: int | None = None
+
+
+def questions(experiment: Experiment, a: str, b: str) -> list[Question]:
+    """All that the comparison asks of b against a."""
+    measured = experiment.measurement
+    longest = (measured.contexts[-1], measured.batch)
+    return [
+        Question(a, b, phase, metric, kind, *(longest if where else (None, None)))
+        for phase, metric, kind, where in _QUESTIONS
+    ]
+
+
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     """Every arm against the first, on every question; Holm's correction over all of them. A sweep has none."""
     if experiment.learning_rates:
         return []
     first, *others = experiment.arms
-    longest = experiment.measurement.contexts[-1]
+    return compared(rows, [one for other in others for one in questions(experiment, first, other)])
+
+
+def compared(rows: list[dict], asked: Sequence[Question]) -> list[dict]:
+    """A verdict for every question that the rows can answer; Holm's correction over all of these."""
     drafts: list[tuple[dict, Comparison]] = []
-    for other in others:
-        for phase, metric, kind, where in _QUESTIONS:
-            context = longest if where else None
-            a, b = (_by_seed(rows, arm, phase, metric, context) for arm in (first, other))
-            seeds = [seed for seed in a if seed in b]
-            values = [[side[seed]["value"] for seed in seeds] for side in (a, b)]
-            if not seeds or any(v is None for side in values for v in side):
-                continue
-            if kind == "ratio" and any(v <= 0 for side in values for v in side):
-                continue
-            compare = paired_difference if kind == "difference" else paired_ratio
-            pairs = [side[seed] for side in (a, b) for seed in seeds]
-            head = {
-                "id": phase if metric not in _QUALIFIED else f"{phase}-{metric}",
-                "phase": phase, "metric": metric, "context": context, "a": first, "b": other, "kind": kind,
-                "unit": pairs[0]["unit"] if kind == "difference" else "x", "direction": pairs[0]["direction"],
-                "comparable": all(row["comparable"] for row in pairs),
-                "reason": next((row["reason"] for row in pairs if not row["comparable"]), None),
-            }  # fmt: skip
-            drafts.append((head, compare(*values)))
+    for one in asked:
+        a, b = (by_seed(rows, arm, *one[2:4], context=one.context, batch=one.batch) for arm in (one.a, one.b))
+        seeds = [seed for seed in a if seed in b]
+        values = [[side[seed]["value"] for seed in seeds] for side in (a, b)]
+        if not seeds or any(v is None for side in values for v in side):
+            continue
+        if one.kind == "ratio" and any(v <= 0 for side in values for v in side):
+            continue
+        compare = paired_difference if one.kind == "difference" else paired_ratio
+        pairs = [side[seed] for side in (a, b) for seed in seeds]
+        head = {
+            "id": one.phase if one.metric not in _QUALIFIED else f"{one.phase}-{one.metric}",
+            "phase": one.phase, "metric": one.metric, "context": one.context, "batch": one.batch,
+            "a": one.a, "b": one.b, "kind": one.kind, "unit": pairs[0]["unit"] if one.kind == "difference" else "x",
+            "direction": pairs[0]["direction"], **comparability(pairs),
+        }  # fmt: skip
+        drafts.append((head, compare(*values)))
+    return [verdict | {"sentence": _sentence(verdict)} for verdict in settled(drafts)]
+
+
+def comparability(rows: Sequence[dict]) -> dict[str, Any]:
+    """Whether all of them may be compared, and why not."""
+    refused = [row for row in rows if not row["comparable"]]
+    return {"comparable": not refused, "reason": refused[0]["reason"] if refused else None}
+
+
+def settled(drafts: Sequence[tuple[dict, Comparison]]) -> list[dict]:
+    """What each head asked, with its comparison and whether that is resolved after Holm's correction over all."""
     corrected = holm([comparison.p for _, comparison in drafts])
     tested = sum(p is not None for p in corrected)
     return [_verdict(head, comparison, p, tested) for (head, comparison), p in zip(drafts, corrected, strict=True)]
@@ -243,12 +277,38 @@ def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: Run
     return []
 
 
-def _by_seed(rows: list[dict], arm: str, phase: str, metric: str, context: int | None) -> dict[int, dict]:
+def by_seed(
+    rows: list[dict], arm: str, phase: str, metric: str, *, context: int | None = None, batch: int | None = None
+) -> dict[int, dict]:
+    """The arm's rows of single seeds."""
     return {
         row["seed"]: row for row in rows
         if (row["arm"], row["phase"], row["metric"]) == (arm, phase, metric) and row["seed"] is not None
-        and (context is None or row["context"] == context)
+        and context in (None, row["context"]) and batch in (None, row["batch"])
     }  # fmt: skip
+
+
+def predicts(verdict: dict) -> str:
+    """A difference within a sentence, e.g. "mamba predicts better, by 0.210 bits per byte (0.200 to 0.220)"."""
+    if not verdict["comparable"]:
+        return f"their bits per byte do not compare ({verdict['reason']})"
+    ends = [abs(verdict["estimate"]), *sorted(abs(verdict[end] or 0) for end in ("ci_low", "ci_high"))]
+    if verdict["resolved"]:
+        size, low, high = (f"{end:.3f}" for end in ends)
+        return f"{verdict['better']} predicts better, by {size} bits per byte ({low} to {high})"
+    spread = f"{verdict['ci_low']:+.3f} to {verdict['ci_high']:+.3f}" if verdict["n"] > 1 else "one seed"
+    return f"the difference in bits per byte is not resolved ({verdict['estimate']:+.3f}, {spread})"
+
+
+def faster(verdict: dict) -> str:
+    """A ratio of speeds within a sentence, e.g. "1.4 times (1.3 to 1.5) as fast"."""
+    size = f"{verdict['estimate']:.3g} times"
+    if not verdict["comparable"]:
+        return f"{size} as fast (not comparable: {verdict['reason']})"
+    if verdict["n"] < 2:
+        return f"{size} as fast (one seed, not resolved)"
+    spread = f"{verdict['ci_low']:.3g} to {verdict['ci_high']:.3g}"
+    return f"{size} ({spread}{'' if verdict['resolved'] else ', not resolved'}) as fast"
 
 
 def _verdict(head: dict, comparison: Comparison, p_holm: float | None, tested: int) -> dict:
@@ -259,18 +319,18 @@ def _verdict(head: dict, comparison: Comparison, p_holm: float | None, tested: i
     if resolved and head["direction"] != "none":
         b_is_lower = interval.estimate < neutral
         better = head["b"] if b_is_lower == (head["direction"] == "lower") else head["a"]
-    verdict = head | {
+    return head | {
         "estimate": interval.estimate, "ci_low": interval.low, "ci_high": interval.high, "n": interval.n,
         "p": comparison.p, "p_holm": p_holm, "resolved": resolved, "better": better,
         "exact": comparison.exact, "tested": tested,
         "more_seeds": None if resolved else comparison.more_seeds(tested),
     }  # fmt: skip
-    return verdict | {"sentence": _sentence(verdict)}
 
 
 def _sentence(v: dict) -> str:
     """One honest sentence; the same words for every arm."""
     at = f" at {v['context']} tokens of context" if v["context"] else ""
+    at += f" and batch {v['batch']}" if v["batch"] not in (None, 1) else ""
     what = {
         "test_bits_per_byte": "test bits per byte",
         "test_masked_token_loss": "the loss of hidden test tokens",

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments import cells
 from experiments.measurement.loading import WAYS
-from experiments.report.numbers import number, scale
+from experiments.report.numbers import size as shown
 from experiments.rows import percentiles, row
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, read_json
@@ -94,15 +94,13 @@ def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: Run
             if configs[other].causal and other not in growing:
                 size = cost.state_bytes(configs[other], 1, 1, element)
                 at = cost.outgrows(config, size, element)
-                text = f"{arm}'s cache outweighs {other}'s state ({_shown(size)} a sequence) from {at:,} tokens on"
+                text = f"{arm}'s cache outweighs {other}'s state ({shown(size)} a sequence) from {at:,} tokens on"
                 found.append({"kind": "cache-outweighs-state", "arm": arm, "against": other, "tokens": at,
                               "sentence": f"{text}, whatever the batch."})  # fmt: skip
         weights = cost.weight_bytes(config, element)
         for batch in experiment.memory.batches:
             at = cost.outgrows(config, weights, element, batch)
-            text = (
-                f"At batch {batch} {arm}'s cache outweighs its own weights ({_shown(weights)}) from {at:,} tokens on."
-            )
+            text = f"At batch {batch} {arm}'s cache outweighs its own weights ({shown(weights)}) from {at:,} tokens on."
             found.append({"kind": "cache-outweighs-weights", "arm": arm, "batch": batch, "tokens": at,
                           "sentence": text})  # fmt: skip
     return found
@@ -125,9 +123,9 @@ def _loading_against_inference(arm: str, table: dict[tuple, float], experiment: 
     measured = sorted(peaks["prefill"].keys() & peaks["decode"].keys())
     if not loads or not measured:
         return None
-    told = [f"loading takes {', '.join(f'{_shown(size)} ({way})' for way, size in loads.items())}"]
+    told = [f"loading takes {', '.join(f'{shown(size)} ({way})' for way, size in loads.items())}"]
     for phase, found in peaks.items():
-        ends = [f"{_shown(found[at])} at {at:,}" for at in dict.fromkeys((measured[0], measured[-1]))]
+        ends = [f"{shown(found[at])} at {at:,}" for at in dict.fromkeys((measured[0], measured[-1]))]
         told.append(f"{phase} {' to '.join(ends)} tokens")
     inference = {at: max(found[at] for found in peaks.values()) for at in measured}
     exceeds = {way: [at for at in measured if inference[at] > size] for way, size in loads.items()}
@@ -151,11 +149,6 @@ def _against(exceeding: Sequence[int], measured: list[int]) -> str:
     if below[-1] < exceeding[0]:
         return f"more than inference up to {below[-1]:,} tokens and less from {exceeding[0]:,} on"
     return f"less than inference at {', '.join(f'{at:,}' for at in exceeding)} tokens and more at the other lengths"
-
-
-def _shown(size: float) -> str:
-    factor, unit = scale([size], "bytes")
-    return f"{number(size * factor)} {unit}"
 
 
 def _load_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:

@@ -124,7 +124,7 @@ def test_mean_over_seeds_only_where_all_have_come() -> None:
 
 @given(st.integers(1, 300))
 def test_bins_of_positions_cover_every_position_once(T: int) -> None:
-    ones, ramp = curves._binned(np.ones(T)), curves._binned(np.arange(1.0, T + 1))
+    ones, ramp = curves.binned(np.ones(T)), curves.binned(np.arange(1.0, T + 1))
     np.testing.assert_allclose(ones[1], 1)
     assert (np.diff(ones[0]) > 0).all()
     assert ramp[1][0] == 1  # the first position stands alone

@@ -1,0 +1,91 @@
+"""The lineage: architectures in the order of history, each compared with the one before it.
+
+Arms are trained, evaluated and measured as in a comparison. Their order in the specification is that of history."""
+
+from itertools import pairwise
+from typing import Any
+
+from experiments.report.numbers import number, size
+from experiments.spec import Experiment
+from experiments.store import RunDirectory
+from experiments.studies import comparison
+from experiments.studies.comparison import Question
+
+MAKES, plan, turns, together = comparison.MAKES, comparison.plan, comparison.turns, comparison.together
+lengths, work, rows = comparison.lengths, comparison.work, comparison.rows
+
+
+def steps(experiment: Experiment) -> list[tuple[str, str]]:
+    """Each arm with its predecessor, and the last with the first where there is something between them."""
+    arms = list(experiment.arms)
+    return [*pairwise(arms), *([(arms[0], arms[-1])] if len(arms) > 2 else [])]
+
+
+def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
+    """The comparison's questions of every step; Holm's correction over the steps, question by question."""
+    asked: dict[tuple[str, str], list[Question]] = {}
+    for a, b in steps(experiment):
+        for one in comparison.questions(experiment, a, b):
+            asked.setdefault((one.phase, one.metric), []).append(one)
+    return [verdict for one in asked.values() for verdict in comparison.compared(rows, one)]
+
+
+def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+    """What each step bought, and what all of them did."""
+    told = {(one["a"], one["b"], one["phase"], one["metric"]): one for one in verdicts(rows, experiment)}
+    arms, found = list(experiment.arms), []
+    for a, b in pairwise(arms):
+        one = _step(rows, experiment, a, b, {key[2:]: verdict for key, verdict in told.items() if key[:2] == (a, b)})
+        found += [one] if one else []
+    means = {arm: value for arm in arms if (value := _mean(rows, arm, "quality", "test_bits_per_byte")) is not None}
+    if len(found) > 1 and len(means) == len(arms):
+        found.append(_overall(found, told[arms[0], arms[-1], "quality", "test_bits_per_byte"], means))
+    return found
+
+
+def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[tuple, dict]) -> dict | None:
+    """One sentence: quality, training, decode, memory of b against its predecessor a."""
+    quality = told.get(("quality", "test_bits_per_byte"))
+    if quality is None:
+        return None
+    figures: dict[str, Any] = {"bits_per_byte": quality["estimate"], "resolved": quality["resolved"]}
+    parts = [comparison.predicts(quality)]
+    for phase, word in (("train", "trains"), ("decode", "decodes")):
+        one = told.get((phase, "tokens_per_s"))
+        if one:
+            figures[f"{phase}_speed_ratio"] = one["estimate"]
+            where = f" after {one['context']:,} tokens" if one["context"] else ""
+            parts.append(f"it {word}{where} {comparison.faster(one)}")
+    longest = experiment.measurement.contexts[-1]
+    before, after = (_mean(rows, arm, "decode", "state_bytes", longest) for arm in (a, b))
+    if before is not None and after is not None:
+        before, after = (held / experiment.measurement.batch for held in (before, after))
+        figures |= {"state_bytes_before": before, "state_bytes": after}
+        instead = "as before" if before == after else f"instead of {size(before)}"
+        parts.append(f"it keeps {size(after)} {instead} as cache or state of a sequence")
+    return {"kind": "step", "arm": b, "against": a, **figures, "sentence": f"{a} → {b}: {'; '.join(parts)}."}
+
+
+def _overall(found: list[dict], whole: dict, means: dict[str, float]) -> dict:
+    lower = [one for one in found if one["resolved"] and one["bits_per_byte"] < 0]
+    higher = [one for one in found if one["resolved"] and one["bits_per_byte"] > 0]
+    best = min(means, key=lambda arm: means[arm])
+    text = (
+        f"Of {len(found)} steps {len(lower)} lowered bits per byte, {len(higher)} raised them and "
+        f"{len(found) - len(lower) - len(higher)} are not resolved. From {whole['a']} to {whole['b']}: "
+        f"{comparison.predicts(whole)}. The lowest mean is that of {best}, {number(means[best], 3)} bits per byte"
+    )
+    sizable = max(lower, key=lambda one: -one["bits_per_byte"], default=None)
+    if sizable:
+        text += f"; the largest resolved gain came from {sizable['against']} to {sizable['arm']}"
+    return {
+        "kind": "overall", "arm": whole["b"], "against": whole["a"], "bits_per_byte": whole["estimate"],
+        "lowered": len(lower), "raised": len(higher), "best": best, "sentence": f"{text}.",
+    }  # fmt: skip
+
+
+def _mean(rows: list[dict], arm: str, phase: str, metric: str, context: int | None = None) -> float | None:
+    """Over seeds; None where no seed has a value."""
+    found = comparison.by_seed(rows, arm, phase, metric, context=context).values()
+    values = [row["value"] for row in found if row["value"] is not None]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,217 @@
+"""Sparse attention: a sliding window against full attention, by position and over context lengths.
+
+Arms are trained, evaluated and measured as in a comparison, at a context longer than the windows. The first arm without
+a window is what the others are compared with."""
+
+from typing import Any
+
+import numpy as np
+
+from experiments import cells
+from experiments.report.curves import binned
+from experiments.report.numbers import number, size
+from experiments.spec import Experiment
+from experiments.statistics import Comparison, mean_interval, paired_difference
+from experiments.store import Cell, RunDirectory
+from experiments.studies import comparison
+from models.config import ModelConfig
+from models.mixers.attention import AttentionConfig
+
+MAKES, plan, turns, together = comparison.MAKES, comparison.plan, comparison.turns, comparison.together
+lengths, work, rows = comparison.lengths, comparison.work, comparison.rows
+
+
+def windows(config: ModelConfig) -> list[int] | None:
+    """Of every layer; None where some layer has none, so that nothing bounds what the model sees."""
+    found = [block.mixer.window for block in config.blocks if isinstance(block.mixer, AttentionConfig)]
+    bounded = [window for window in found if window is not None]
+    return bounded if bounded and len(bounded) == len(config.blocks) else None
+
+
+def reach(config: ModelConfig) -> int | None:
+    """How many tokens, itself included, can influence a position: each layer reaches window - 1 further back."""
+    found = windows(config)
+    return None if found is None else 1 + sum(window - 1 for window in found)
+
+
+def baseline(experiment: Experiment) -> str | None:
+    """The arm that the others are compared with."""
+    vocabulary = experiment.data.vocabulary
+    return next((a for a, arm in experiment.arms.items() if windows(cells.model_config(arm, vocabulary)) is None), None)
+
+
+def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
+    """The comparison's, against full attention where the run has it."""
+    base = baseline(experiment) or next(iter(experiment.arms))
+    asked = [one for arm in experiment.arms if arm != base for one in comparison.questions(experiment, base, arm)]
+    return comparison.compared(rows, asked)
+
+
+def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+    """Of every window: the loss before it is full and after, what it keeps, how fast it is; and which of them lose."""
+    base = baseline(experiment)
+    configs = {name: cells.model_config(arm, vocabulary) for name, arm in experiment.arms.items()}
+    bounded = {arm: config for arm, config in configs.items() if windows(config)}
+    if base is None:
+        return []
+    found, told = _qualities(rows, experiment, base, bounded, run), verdicts(rows, experiment)
+    found += [one for arm in bounded if (one := _cost(rows, told, experiment, base, arm))]
+    after = {one["arm"]: one["after"] for one in found if one["kind"] == "quality" and one["after"]}
+    return found + ([_overall(base, after)] if len(after) > 1 else [])
+
+
+def _losses(experiment: Experiment, arm: str, run: RunDirectory) -> dict[int, np.ndarray]:
+    """seed -> (T,) mean loss by position, of the test text or of what the run evaluated instead."""
+    found = {}
+    for seed in experiment.seeds:
+        splits = (run.result(Cell(arm, seed, MAKES)) or {}).get("splits", {})
+        losses = splits.get("test", splits.get("validation", {})).get("loss_at_position")
+        if losses:
+            found[seed] = np.asarray(losses, dtype=float)
+    return found
+
+
+def _qualities(
+    rows: list[dict], experiment: Experiment, base: str, bounded: dict[str, ModelConfig], run: RunDirectory
+) -> list[dict]:
+    """The paired differences of every window and zone, with one correction over all of them."""
+    drafts: list[tuple[dict, Comparison]] = []
+    curves: dict[str, dict[str, Any]] = {}
+    plain = _losses(experiment, base, run)
+    for arm, config in bounded.items():
+        own = _losses(experiment, arm, run)
+        seeds = [seed for seed in own if seed in plain]
+        if not seeds:
+            continue
+        judged = [
+            row for row in rows
+            if row["phase"] == "quality" and row["arm"] in (base, arm) and row["seed"] in seeds
+        ]  # fmt: skip
+        curves[arm] = _curve([own[seed] - plain[seed] for seed in seeds])
+        for name, (first, last) in _zones(config, len(own[seeds[0]])).items():
+            means = [[float(side[seed][first - 1 : last].mean()) for seed in seeds] for side in (plain, own)]
+            head = {
+                "zone": name, "first": first, "last": last, "a": base, "b": arm, "kind": "difference",
+                "direction": "lower", **comparison.comparability(judged),
+            }  # fmt: skip
+            drafts.append((head, paired_difference(*means)))
+    settled = comparison.settled(drafts)
+    return [
+        _quality(base, arm, config, {one["zone"]: one for one in settled if one["b"] == arm}, curves[arm])
+        for arm, config in bounded.items() if arm in curves
+    ]  # fmt: skip
+
+
+def _zones(config: ModelConfig, T: int) -> dict[str, tuple[int, int]]:
+    """First and last position, from 1: before the smallest window is full, after it, and beyond what layers reach."""
+    bounds, end = windows(config), reach(config)
+    assert bounds is not None
+    assert end is not None
+    zones = {"before": (1, min(bounds)), "after": (min(bounds) + 1, T), "beyond": (end + 1, T)}
+    if min(bounds) >= T:
+        return {"before": (1, T)}
+    return {
+        name: zone for name, zone in zones.items() if zone[0] <= T and not (name == "beyond" and end == min(bounds))
+    }
+
+
+def _curve(differences: list[np.ndarray]) -> dict[str, Any]:
+    """The difference in loss by position, in the bins of the report's curves, with its interval at each."""
+    at, _ = binned(differences[0])
+    each = [mean_interval(list(values)) for values in zip(*(binned(one)[1] for one in differences), strict=True)]
+    return {
+        "positions": at.tolist(), "difference": [one.estimate for one in each],
+        "ci_low": [one.low for one in each], "ci_high": [one.high for one in each],
+    }  # fmt: skip
+
+
+def parting(curve: dict[str, Any]) -> float | None:
+    """The position from which on the loss is higher at every later one, each with its own interval above zero."""
+    apart = [low is not None and low > 0 for low in curve["ci_low"]]
+    last = max((at for at, one in enumerate(apart) if not one), default=-1)
+    return curve["positions"][last + 1] if last + 1 < len(apart) else None
+
+
+def _quality(base: str, arm: str, config: ModelConfig, zones: dict[str, dict], curve: dict[str, Any]) -> dict:
+    before, after, beyond = (zones.get(name) for name in ("before", "after", "beyond"))
+    assert before is not None
+    text = (
+        f"{arm} against {base}: over the first {before['last']:,} positions, where both see all that was read, "
+        f"{_difference(before)}"
+    )
+    worse = bool(after and after["resolved"] and after["estimate"] > 0)
+    part = parting(curve) if worse else None  # intervals position by position tell nothing where their mean does not
+    if after is None:
+        text += "; the window is never full at the length of these texts"
+    else:
+        text += f"; after them {_difference(after)}"
+        if part is not None:
+            text += f", from about position {number(part, 0)} on at every one"
+        elif worse:
+            text += ", though not at every one from some position on"
+    if beyond:
+        layers = f"the {reach(config):,} tokens that its {len(config.blocks)} layers reach together"
+        text += f"; beyond {layers} {_difference(beyond)}"
+    return {
+        "kind": "quality", "arm": arm, "against": base, "windows": windows(config), "reach": reach(config),
+        "before": before, "after": after, "beyond": beyond, "parting": part, "curve": curve, "sentence": f"{text}.",
+    }  # fmt: skip
+
+
+def _difference(one: dict) -> str:
+    """Of losses within a sentence."""
+    if not one["comparable"]:
+        return f"the losses do not compare ({one['reason']})"
+    if one["n"] < 2:
+        return f"the loss differs by {one['estimate']:+.3f} nats/token (one seed, not resolved)"
+    open_ = "" if one["resolved"] else ", not resolved"
+    return (
+        f"the loss differs by {one['estimate']:+.3f} nats/token ({one['ci_low']:+.3f} to {one['ci_high']:+.3f}{open_})"
+    )
+
+
+def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str, arm: str) -> dict | None:
+    """Cache over context lengths, and speed at the longest."""
+    contexts, batch = experiment.measurement.contexts, experiment.measurement.batch
+    kept = {name: {at: held for at in contexts if (held := _mean(rows, name, at)) is not None} for name in (base, arm)}
+    longest = contexts[-1]
+    if any(longest not in held for held in kept.values()):
+        return None
+    here, there = (kept[name][longest] / batch for name in (arm, base))
+    same = min(at for at, held in kept[arm].items() if held == kept[arm][longest])
+    grows = (
+        f", the same from {same:,} tokens on"
+        if same < longest
+        else ", and still grows there"
+        if len(contexts) > 1
+        else ""
+    )
+    text = f"{arm} after {longest:,} tokens: {size(here)} of cache a sequence{grows}, where {base} keeps {size(there)}"
+    speeds = {
+        one["phase"]: one for one in told
+        if one["b"] == arm and one["metric"] == "tokens_per_s" and one["context"] == longest
+    }  # fmt: skip
+    for phase, word in (("prefill", "reads a text of that length"), ("decode", "decodes after it")):
+        if phase in speeds:
+            text += f"; it {word} {comparison.faster(speeds[phase])}"
+    return {
+        "kind": "cost", "arm": arm, "against": base, "context": longest, "cache_bytes": here, "full_cache_bytes": there,
+        "constant_from": same if same < longest else None,
+        **{f"{phase}_speed_ratio": one["estimate"] for phase, one in speeds.items()}, "sentence": f"{text}.",
+    }  # fmt: skip
+
+
+def _overall(base: str, after: dict[str, dict]) -> dict:
+    """Which windows lose, once they are full."""
+    lost = [arm for arm, one in after.items() if one["resolved"] and one["estimate"] > 0]
+    won = [arm for arm, one in after.items() if one["resolved"] and one["estimate"] < 0]
+    groups = {"worse than": lost, "better than": won, "not resolved against": [a for a in after if a not in lost + won]}
+    told = [f"{', '.join(arms)}: {what} {base}" for what, arms in groups.items() if arms]
+    sentence = f"Loss at the positions after the window is full. {'; '.join(told)}."
+    return {"kind": "overall", "against": base, "worse": lost, "better": won, "sentence": sentence}
+
+
+def _mean(rows: list[dict], arm: str, context: int) -> float | None:
+    """Bytes of cache over seeds; None where no seed has them."""
+    found = [row["value"] for row in comparison.by_seed(rows, arm, "decode", "state_bytes", context=context).values()]
+    return sum(found) / len(found) if found else None

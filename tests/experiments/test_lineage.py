@@ -1,0 +1,110 @@
+"""What the lineage study says, from rows made by hand."""
+
+from pathlib import Path
+
+import pytest
+from study_rows import held, quality, speed
+
+from experiments.report.lineage import HISTORY
+from experiments.spec import Arm, Experiment, Measurement, load
+from experiments.store import RunDirectory
+from experiments.studies import lineage
+from models.presets import PRESETS
+
+NOWHERE = RunDirectory(Path("nowhere"))
+ARMS = {name: Arm(model=f"{name}-tiny", learning_rate=1e-3) for name in ("lstm", "transformer", "mamba")}
+
+
+def experiment(batch: int = 1) -> Experiment:
+    measured = Measurement(contexts=(64, 1024), batch=batch)
+    return Experiment(name="x", title="x", study="lineage", arms=ARMS, measurement=measured)
+
+
+def said(rows: list[dict], batch: int = 1) -> list[dict]:
+    return lineage.findings(rows, experiment(batch), 512, NOWHERE)
+
+
+# each value of a seed is that of seed 0 and the same spread for every arm: differences are exact but for 0.001
+LSTM, TRANSFORMER, MAMBA = (3.0, 3.1, 3.2), (2.5, 2.601, 2.7), (2.4, 2.2, 2.9)
+QUALITY = quality("lstm", LSTM) + quality("transformer", TRANSFORMER) + quality("mamba", MAMBA)
+
+
+def test_a_step_that_is_resolved_says_by_how_much() -> None:
+    first, second, whole = said(QUALITY)
+    assert (first["kind"], first["against"], first["arm"]) == ("step", "lstm", "transformer")
+    assert first["bits_per_byte"] == pytest.approx(-(0.5 + 0.499 + 0.5) / 3)
+    # half-width: 4.303 (t, 2 degrees of freedom) times 0.000577 / sqrt(3)
+    assert (
+        first["sentence"] == "lstm → transformer: transformer predicts better, by 0.500 bits per byte (0.498 to 0.501)."
+    )
+    assert first["resolved"]
+    assert not second["resolved"]
+    assert "transformer → mamba: the difference in bits per byte is not resolved (-0.100, " in second["sentence"]
+    assert whole["sentence"].startswith("Of 2 steps 1 lowered bits per byte, 0 raised them and 1 are not resolved. ")
+    assert "The lowest mean is that of mamba, 2.500 bits per byte" in whole["sentence"]
+    assert whole["sentence"].endswith("the largest resolved gain came from lstm to transformer.")
+
+
+def test_a_step_that_made_it_worse_says_so() -> None:
+    worse = quality("lstm", TRANSFORMER) + quality("transformer", LSTM) + quality("mamba", LSTM)
+    first, second, whole = said(worse)
+    assert "lstm → transformer: lstm predicts better, by 0.500 bits" in first["sentence"]
+    assert "not resolved (+0.000" in second["sentence"]
+    assert (whole["lowered"], whole["raised"], whole["best"]) == (0, 1, "lstm")
+    assert "gain" not in whole["sentence"]
+
+
+def test_one_seed_resolves_nothing() -> None:
+    first, _, whole = said([row for row in QUALITY if row["seed"] == 0])
+    assert "not resolved (-0.500, one seed)" in first["sentence"]
+    assert (whole["lowered"], whole["raised"]) == (0, 0)
+
+
+def test_speed_and_bytes_of_the_longest_context_a_sequence() -> None:
+    rows = QUALITY + [
+        row for arm, rate, size in (("lstm", 1000.0, 512), ("transformer", 2500.0, 65536), ("mamba", 1250.0, 65536))
+        for row in (
+            *speed(arm, "train", (rate, rate, rate)),
+            *speed(arm, "decode", (7.0, 7.0, 7.0), context=64, batch=4),
+            *speed(arm, "decode", (rate / 5, rate / 5, rate / 5), context=1024, batch=4),
+            *held(arm, (1, 1, 1), context=64, batch=4), *held(arm, (4 * size,) * 3, context=1024, batch=4),
+        )
+    ]  # fmt: skip
+    first, second, _ = said(rows, batch=4)
+    assert first["train_speed_ratio"] == pytest.approx(2.5)
+    assert first["decode_speed_ratio"] == pytest.approx(2.5)
+    assert "it trains 2.5 times (2.5 to 2.5) as fast; it decodes after 1,024 tokens 2.5 times" in first["sentence"]
+    assert first["sentence"].endswith("it keeps 65.5 kB instead of 512 B as cache or state of a sequence.")
+    assert second["sentence"].endswith("it keeps 65.5 kB as before as cache or state of a sequence.")
+    assert "decodes after 1,024 tokens 0.5 times" in second["sentence"]
+
+
+def test_a_number_that_may_not_be_compared_decides_nothing() -> None:
+    failed = [
+        row | {"comparable": False, "reason": "a gate failed"} if row["arm"] == "mamba" else row for row in QUALITY
+    ]
+    _, second, _ = said(failed)
+    assert "their bits per byte do not compare (a gate failed)" in second["sentence"]
+    assert not second["resolved"]
+
+
+def test_neighbours_and_the_ends_are_compared_with_one_correction_a_question() -> None:
+    verdicts = lineage.verdicts(QUALITY + speed("lstm", "train", (1, 2, 3)) + speed("mamba", "train", (2, 3, 5)),
+                                experiment())  # fmt: skip
+    pairs = [(one["a"], one["b"]) for one in verdicts if one["phase"] == "quality"]
+    assert pairs == [("lstm", "transformer"), ("transformer", "mamba"), ("lstm", "mamba")]
+    assert {one["tested"] for one in verdicts if one["phase"] == "quality"} == {3}
+    assert [one["tested"] for one in verdicts if one["phase"] == "train"] == [1]
+    two = Experiment(name="x", title="x", study="lineage", arms=dict(list(ARMS.items())[:2]))
+    assert lineage.steps(two) == [("lstm", "transformer")]
+    assert [one["kind"] for one in lineage.findings(QUALITY, two, 512, NOWHERE)] == ["step"]
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "cuda"])
+def test_the_catalog_has_eight_arms_in_order_and_the_report_knows_them(profile: str) -> None:
+    arms = load("lineage", profile=profile).arms
+    assert list(arms) == ["lstm", "gpt1", "transformer", "sliding", "mamba", "mamba2", "mamba3", "hybrid"]
+    assert list(HISTORY) == list(arms)
+    sizes = {arm.model.partition("-")[2] for arm in arms.values()}
+    assert len(sizes) == 1
+    assert all(arm.model in PRESETS and arm.model.partition("-")[0] == name for name, arm in arms.items())

@@ -1,0 +1,192 @@
+"""What the study of sliding windows says, from losses and rows made by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from study_rows import held, quality, speed
+
+from experiments.cells import model_config
+from experiments.spec import Arm, Experiment, Measurement, load
+from experiments.store import Cell, RunDirectory
+from experiments.studies import sparse
+from models.language_model import LanguageModel
+
+T, V = 64, 300
+
+
+def arm(window: int, layers: int = 1) -> Arm:
+    overrides = {"mixer": {"window": window}, "layers": layers}
+    return Arm(model="sliding-tiny", learning_rate=1e-3, overrides=overrides)
+
+
+FULL = Arm(model="transformer-tiny", learning_rate=1e-3)
+QUALITY = quality("full", (3.0, 3.1, 3.2)) + quality("narrow", (3.0, 3.1, 3.2)) + quality("wide", (3.0, 3.1, 3.2))
+
+
+def experiment(batch: int = 1, contexts: tuple[int, ...] = (32, 128, 512), **arms: Arm) -> Experiment:
+    return Experiment(name="x", title="x", study="sparse", arms={"full": FULL} | arms, seeds=(0, 1, 2),
+                      measurement=Measurement(contexts=contexts, batch=batch))  # fmt: skip
+
+
+def finish(run: RunDirectory, name: str, added: np.ndarray, spread: tuple[float, ...] = (0.0, 0.001, -0.001)) -> None:
+    """Losses of three seeds: a falling curve of the seed, and what this arm adds to it, give or take `spread`."""
+    for seed, more in enumerate(spread):
+        losses = 5 - 0.5 * np.log2(np.arange(1, T + 1)) + 0.1 * seed + added + more
+        run.finish(Cell(name, seed, "train"), {"splits": {"test": {"loss_at_position": losses.tolist()}}})
+
+
+def kind(found: list[dict], name: str) -> list[dict]:
+    return [one for one in found if one["kind"] == name]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path)
+    finish(run, "full", np.zeros(T), (0, 0, 0))
+    return run
+
+
+def test_a_window_that_loses_after_it_is_full(run: RunDirectory) -> None:
+    after = np.where(np.arange(1, T + 1) > 8, 0.3, 0.0)
+    finish(run, "narrow", after)
+    finish(run, "wide", np.zeros(T))
+    found = sparse.findings(QUALITY, experiment(narrow=arm(8, layers=2), wide=arm(32)), V, run)
+    narrow, wide = kind(found, "quality")
+    assert [narrow[zone]["first"] for zone in ("before", "after", "beyond")] == [1, 9, 16]
+    assert [narrow[zone]["last"] for zone in ("before", "after", "beyond")] == [8, T, T]
+    assert narrow["reach"] == 15  # 7 further back in each of two layers
+    assert narrow["before"]["estimate"] == pytest.approx(0, abs=1e-9)
+    assert narrow["after"]["estimate"] == pytest.approx(0.3)
+    assert narrow["after"]["resolved"]
+    assert not narrow["before"]["resolved"]
+    assert 8 < narrow["parting"] <= 10
+    assert (
+        "after them the loss differs by +0.300 nats/token (+0.298 to +0.302), from about position 9 on at every"
+        in (narrow["sentence"])
+    )
+    assert "beyond the 15 tokens that its 2 layers reach together" in narrow["sentence"]
+    assert wide["beyond"] is None  # one layer reaches no further than its window
+    assert wide["parting"] is None
+    assert "not resolved" in wide["sentence"]
+    (whole,) = kind(found, "overall")
+    assert (whole["worse"], whole["better"]) == (["narrow"], [])
+    assert whole["sentence"].endswith("full. narrow: worse than full; wide: not resolved against full.")
+
+
+def test_the_zones_hold_their_positions(run: RunDirectory) -> None:
+    finish(run, "narrow", 0.01 * np.arange(1, T + 1), (0, 0, 0))
+    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8, layers=2)), V, run), "quality")
+    assert one["before"]["estimate"] == pytest.approx(0.01 * (1 + 8) / 2)
+    assert one["after"]["estimate"] == pytest.approx(0.01 * (9 + T) / 2)
+    assert one["beyond"]["estimate"] == pytest.approx(0.01 * (16 + T) / 2)
+
+
+def test_a_window_that_gains_says_so(run: RunDirectory) -> None:
+    finish(run, "narrow", np.full(T, -0.2))
+    finish(run, "wide", np.full(T, -0.2))
+    found = sparse.findings(QUALITY, experiment(narrow=arm(8), wide=arm(32)), V, run)
+    assert kind(found, "overall")[0]["better"] == ["narrow", "wide"]
+    assert all(one["parting"] is None and "at every" not in one["sentence"] for one in kind(found, "quality"))
+
+
+def test_a_window_that_loses_but_for_the_last_positions(run: RunDirectory) -> None:
+    finish(run, "narrow", np.where((np.arange(1, T + 1) > 8) & (np.arange(1, T + 1) < 48), 0.3, 0.0))
+    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), V, run), "quality")
+    assert one["after"]["resolved"]
+    assert ", though not at every one from some position on" in one["sentence"]
+
+
+def test_chance_at_the_last_position_is_no_parting(run: RunDirectory) -> None:
+    finish(run, "narrow", np.where(np.arange(1, T + 1) == T, 0.3, 0.0), (0.0, 0.1, -0.1))
+    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), V, run), "quality")
+    assert one["parting"] is None
+    assert "at every" not in one["sentence"]
+
+
+def test_a_window_as_long_as_the_text_is_never_full(run: RunDirectory) -> None:
+    finish(run, "wide", np.zeros(T))
+    (one,) = kind(sparse.findings(QUALITY, experiment(wide=arm(T)), V, run), "quality")
+    assert one["after"] is None
+    assert "over the first 64 positions" in one["sentence"]
+    assert "the window is never full at the length of these texts" in one["sentence"]
+
+
+def test_one_seed_and_a_failed_gate_decide_nothing(run: RunDirectory, tmp_path: Path) -> None:
+    finish(run, "narrow", np.full(T, 0.3))
+    failed = [row | {"comparable": False, "reason": "a gate failed"} for row in QUALITY if row["arm"] == "narrow"]
+    (one,) = kind(sparse.findings(failed, experiment(narrow=arm(8)), V, run), "quality")
+    assert "the losses do not compare (a gate failed)" in one["sentence"]
+    alone = RunDirectory(tmp_path / "alone")
+    finish(alone, "full", np.zeros(T), (0,))
+    finish(alone, "narrow", np.full(T, 0.3), (0,))
+    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), V, alone), "quality")
+    assert "+0.300 nats/token (one seed, not resolved)" in one["sentence"]
+    assert "at every" not in one["sentence"]
+    assert not one["after"]["resolved"]
+
+
+@pytest.mark.parametrize(
+    ("low", "expected"),
+    [([-1, 1, 1], 2.0), ([1, -1, 1], 4.0), ([1, 1, -1], None), ([1, 1, 1], 1.0), ([None, None, None], None)],
+)
+def test_the_parting_is_for_good(low: list[float | None], expected: float | None) -> None:
+    assert sparse.parting({"ci_low": low, "positions": [1.0, 2.0, 4.0]}) == expected
+
+
+def test_what_the_cache_saves(run: RunDirectory) -> None:
+    rows: list[dict[str, Any]] = []
+    for context in (32, 128, 512):
+        rows += held("full", (2 * 100 * context,) * 3, context=context, batch=2)
+        rows += held("narrow", (2 * 100 * min(context, 100),) * 3, context=context, batch=2)
+        for name, rate in (("full", 1000.0), ("narrow", 1500.0)):
+            rows += speed(name, "decode", (rate if context == 512 else 1.0,) * 3, context=context, batch=2)
+    (one,) = kind(sparse.findings(rows, experiment(batch=2, narrow=arm(8)), V, run), "cost")
+    assert (one["cache_bytes"], one["full_cache_bytes"], one["constant_from"]) == (10_000, 51_200, 128)
+    assert "10.0 kB of cache a sequence, the same from 128 tokens on, where full keeps 51.2 kB" in one["sentence"]
+    assert "it decodes after it 1.5 times" in one["sentence"]
+    assert one["decode_speed_ratio"] == pytest.approx(1.5)
+    growing = [
+        row | {"value": row["value"] + row["context"]} if row["metric"] == "state_bytes" else row for row in rows
+    ]
+    (one,) = kind(sparse.findings(growing, experiment(batch=2, narrow=arm(8)), V, run), "cost")
+    assert one["constant_from"] is None
+    assert "and still grows there" in one["sentence"]
+
+
+def test_reach_against_the_model() -> None:
+    """The earliest token whose change is felt at the last position."""
+    config = model_config(arm(3, layers=4), V)
+    model = LanguageModel(config, seed=0).double().eval()
+    tokens = torch.randint(V, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(tokens)[0, -1]
+        felt = []
+        for at in range(20):
+            other = tokens.clone()
+            other[0, at] = (other[0, at] + 1) % V
+            felt.append(bool((model(other)[0, -1] - logits).abs().max() > 0))
+    assert 20 - felt.index(True) == sparse.reach(config) == 9
+    assert sparse.reach(model_config(FULL, V)) is None
+
+
+def test_the_baseline_is_the_first_arm_without_a_window(run: RunDirectory) -> None:
+    setting = Experiment(name="x", title="x", study="sparse", arms={"narrow": arm(8), "full": FULL, "wide": arm(32)})
+    pairs = {(one["a"], one["b"]) for one in sparse.verdicts(QUALITY, setting)}
+    assert pairs == {("full", "narrow"), ("full", "wide")}
+    only = Experiment(name="x", title="x", study="sparse", arms={"narrow": arm(8), "wide": arm(32)})
+    assert sparse.findings(QUALITY, only, V, run) == []
+    assert {(one["a"], one["b"]) for one in sparse.verdicts(QUALITY, only)} == {("narrow", "wide")}
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "cuda"])
+def test_the_catalog_trains_beyond_its_windows(profile: str) -> None:
+    setting = load("sparse", profile=profile)
+    for name, one in setting.arms.items():
+        found = sparse.windows(model_config(one, setting.data.vocabulary))
+        assert (found is None) == (name == "full")
+        assert found is None or set(found) == {int(name.removeprefix("window-"))}
+        assert found is None or max(found) < setting.training.context
+    assert sparse.baseline(setting) == "full"
