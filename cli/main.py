@@ -293,33 +293,80 @@ def generate(
         ),
     ],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    arm: Annotated[str | None, typer.Option(help="Which arm; every one by default.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Only these arms, separated by commas; every arm by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     trained_seed: Annotated[int | None, typer.Option(help="Which trained seed; the first by default.")] = None,
     tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="How many tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 always takes the highest score.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the fewest that reach this probability.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the highest score; above 0 tokens are drawn, the higher the wilder.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest that reach this probability.")] = None,
+    show_probabilities: Annotated[
+        bool, typer.Option("--show-probabilities", help="Of every token, and what else was likely.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt with the trained arms of a run, or with the model in a folder."""
-    from experiments import runner
-    from experiments.inference import continuations, source
+    """Continue a prompt with the trained arms of a run, one after the other, or with the model in a folder.
+
+    The text appears as it is made; at the end come the speeds of this one call and the bytes of each state.
+    """
+    from experiments import inference, runner
+    from experiments.report.numbers import number
     from models.generation import Sampling
 
-    texts = continuations(
-        source(name, out), prompt, tokens, Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
-        arm=arm, trained_seed=trained_seed, seed=seed, device=runner.resolve_device(device),
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    on = runner.resolve_device(device)
+    chosen = inference.writers(
+        inference.source(name, out), prompt, tokens, trained_seed=trained_seed,
+        arms=[arm.strip() for arm in arms.split(",")] if arms is not None else (),
     )  # fmt: skip
+    made = []
+    for writer in chosen:
+        heard = typed(f"[{writer.arm}] ") if not as_json else lambda piece: None
+        made.append(inference.write(
+            writer, tokens, sampling, seed=seed, device=on, choices=show_probabilities, heard=heard))  # fmt: skip
+        if not as_json:
+            typer.echo()
+            print_choices(made[-1].choices, inference.described(sampling))
     if as_json:
-        print_json([text.to_dict() for text in texts])
+        print_json([{"sampling": inference.described(sampling), **one.to_dict()} for one in made])
         return
-    for text in texts:
-        typer.echo(f"[{text.arm}] {text.prompt}{text.text}")
-        typer.echo(f"{text.tokens} tokens, {text.tokens_per_s:.0f} tokens/s with prefill, "
-                   f"{text.state_bytes:,} bytes of state", err=True)  # fmt: skip
+    typer.echo(f"{'arm':<20}{'prompt':>8}{'prefill':>16}{'new':>8}{'decode':>16}{'state':>18}", err=True)
+    for one in made:
+        prefill, decode = (
+            "-" if speed is None else f"{number(speed)} tokens/s"
+            for speed in (one.prefill_tokens_per_s, one.decode_tokens_per_s)
+        )
+        typer.echo(f"{one.arm:<20}{one.prompt_tokens:>8,}{prefill:>16}{len(one.token_ids):>8,}{decode:>16}"
+                   f"{f'{one.state_bytes:,} bytes':>18}", err=True)  # fmt: skip
+
+
+def typed(start: str) -> Callable[[str], None]:
+    """Prints pieces of text as they come, `start` before the first of them."""
+    from experiments.report.record import clean
+
+    def heard(piece: str) -> None:
+        nonlocal start
+        typer.echo(start + clean(piece), nl=False)
+        start = ""
+
+    return heard
+
+
+def print_choices(choices: Any, rule: str) -> None:
+    """A line for each token: itself, its probability, and what else was likely. Nothing where none were asked for."""
+    if choices is None:
+        return
+    typer.echo(f"\n{rule}\n{'token':<18}{'probability':>12}   likeliest others")
+    for choice in choices:
+        others = "  ".join(f"{one.text} {one.probability:.3f}" for one in choice.others)
+        typer.echo(f"{choice.chosen.text:<18}{choice.chosen.probability:>12.3f}   {others}".rstrip())
+    typer.echo()
 
 
 @app.command()

@@ -42,7 +42,7 @@ def export(
         arm, *others = experiment.cells()
         if others:
             raise SpecError(f"{directory.path.name} has several arms, choose one: {', '.join((arm, *others))}")
-    model = checkpoint.load(trained(directory, arm, trained_seed)[arm])
+    model = checkpoint.load(trained(directory, [arm], trained_seed)[arm])
     if experiment.cells()[arm].objective == "masked":
         raise SpecError(f"arm '{arm}' fills in hidden tokens; the format holds models that predict the next one")
     end = end_of_text_id(tokenizer.load(directory.path / "tokenizer.json"))

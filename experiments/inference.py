@@ -1,34 +1,77 @@
 """Text from the trained arms of a run, or from a model in a folder of its own."""
 
+import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from experiments import store
+from experiments import reading, store
 from experiments.errors import SpecError
 from experiments.store import Cell, RunDirectory
 from models import folders
 from models.errors import nearest
-from models.generation import Sampling, generate
+from models.generation import Sampling, check_room, steps
+from models.language_model import LanguageModel
+
+OTHERS = 4  # likeliest tokens shown beside the one chosen
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may come next. text: as `reading.name` shows it."""
+
+    token: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """chosen: the token that was taken; others: the likeliest of those that were not, none of probability 0."""
+
+    chosen: Candidate
+    others: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """tokens_per_s counts the prefill of the prompt; state_bytes is the cache or state at the end."""
+    """What an arm wrote, from this one call alone: the speeds are of one pass each.
+
+    prefill_tokens_per_s: tokens of the prompt over the time to the first new token. decode_tokens_per_s: of the tokens
+    after the first; None where there is only one. state_bytes: the cache or state at the end.
+    """
 
     arm: str
     prompt: str
+    prompt_tokens: int
     text: str
-    tokens: int
-    tokens_per_s: float
+    token_ids: tuple[int, ...]
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None
     state_bytes: int
+    choices: tuple[Choice, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without `choices` where none were asked for."""
+        values = asdict(self)
+        return {key: value for key, value in values.items() if key != "choices" or value is not None}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model in a folder, and the prompt in the ids (T,) of its tokenizer."""
+
+    arm: str
+    folder: Path
+    tokenizer: Tokenizer
+    prompt: str
+    ids: tuple[int, ...]
 
 
 def source(name: str, out: Path) -> RunDirectory | Path:
@@ -36,58 +79,146 @@ def source(name: str, out: Path) -> RunDirectory | Path:
     Raises LabError."""
     if folders.is_model(name):
         return Path(name)
+    if os.sep in name and not store.is_run(Path(name)):
+        raise SpecError(f"'{name}' is neither a run directory nor a folder with a model's config.json")
     return store.find(None if name == "latest" else name, out)
 
 
-def trained(directory: RunDirectory, arm: str | None = None, seed: int | None = None) -> dict[str, Path]:
-    """The folders of the trained models of a run by their arms: of all, or of `arm`; of the first seed, or of `seed`.
+def trained(directory: RunDirectory, arms: Sequence[str] = (), seed: int | None = None) -> dict[str, Path]:
+    """The folders of the trained models of a run by their arms: of `arms`, or of all; of `seed`, or of the first one.
     Raises SpecError: no such arm or seed, or it was never trained to the end."""
     experiment = directory.experiment()
-    arms = list(experiment.cells())
-    if arm is not None and arm not in arms:
-        raise SpecError(f"no arm '{arm}' in {directory.path.name}: {nearest(arm, arms)}")
+    known = list(experiment.cells())
+    for arm in arms:
+        if arm not in known:
+            raise SpecError(f"no arm '{arm}' in {directory.path.name}: {nearest(arm, known)}")
     seed = experiment.seeds[0] if seed is None else seed
     if seed not in experiment.seeds:
         raise SpecError(f"no seed {seed} in {directory.path.name}: it has {list(experiment.seeds)}")
-    found = {}
-    for name in [arm] if arm is not None else arms:
-        found[name] = directory.folder(Cell(name, seed, "train")) / "checkpoint"
-        if not found[name].is_dir():
-            raise SpecError(f"arm '{name}', seed {seed} of {directory.path.name} was never trained to the end")
-    return found
+    places = {arm: directory.folder(Cell(arm, seed, "train")) / "checkpoint" for arm in known}
+    finished = [arm for arm, folder in places.items() if folder.is_dir()]
+    for arm in arms or known:
+        if arm not in finished:
+            remedy = f"trained are: {', '.join(finished)}" if finished else "no arm of it was; lab resume goes on"
+            raise SpecError(f"arm '{arm}', seed {seed} of {directory.path.name} was never trained to the end; {remedy}")
+    return {arm: places[arm] for arm in arms or known}
 
 
-def continuations(
-    source: RunDirectory | Path, prompt: str, tokens: int, sampling: Sampling, *, arm: str | None,
-    trained_seed: int | None, seed: int, device: str,
-) -> list[Continuation]:  # fmt: skip
-    """One per arm of a run, or that of `arm`; one of a folder. Raises SpecError: an empty prompt, an arm or seed that
-    was not trained; ConfigError: a folder without a model or a tokenizer."""
-    if isinstance(source, Path):
-        if arm is not None or trained_seed is not None:
-            raise SpecError(f"{source} holds one model: there is no arm and no trained seed to choose")
-        tokenizer = _tokenizer(folders.tokenizer_file(source))
-    else:
-        tokenizer = _tokenizer(source.path / "tokenizer.json")
-    ids = tokenizer.encode(prompt).ids
-    if not ids:
+def writers(
+    source: RunDirectory | Path, prompt: str, tokens: int, *, arms: Sequence[str] = (), trained_seed: int | None = None
+) -> list[Writer]:
+    """One for each of `arms` of a run, by default every arm; one for a folder. All is checked before anything is
+    loaded. Raises SpecError: an empty prompt, one with a token outside a vocabulary, an arm or seed that was not
+    trained, an arm that does not predict the next token; ConfigError: a folder without a model or a tokenizer, more
+    tokens than a model has positions."""
+    if not prompt:
         raise SpecError("the prompt is empty; give some text to continue")
-    chosen = {source.resolve().name: source} if isinstance(source, Path) else trained(source, arm, trained_seed)
-    results = []
-    for name, folder in chosen.items():
-        model = folders.load(folder, device)
-        if max(ids) >= model.config.vocabulary:
-            raise SpecError(f"{folder}: the tokenizer says {max(ids)}, the vocabulary has {model.config.vocabulary}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(f"the prompt is not text: no character at place {error.start + 1}") from None
+    if isinstance(source, Path):
+        if arms or trained_seed is not None:
+            raise SpecError(f"{source} holds one model: there is no arm and no trained seed to choose")
+        chosen, file = {source.resolve().name: source}, folders.tokenizer_file(source)
+    else:
+        chosen, file = trained(source, arms, trained_seed), source.path / "tokenizer.json"
+        able = [arm for arm, one in source.experiment().cells().items() if one.objective == "causal"]
+        for arm in chosen:
+            if arm not in able:
+                remedy = f"; trained for that are: {', '.join(able)}" if able else ""
+                raise SpecError(f"arm '{arm}' fills in hidden tokens, it was not trained to continue a text{remedy}")
+    tokenizer = _tokenizer(file)
+    ids = tuple(tokenizer.encode(prompt).ids)
+    if not ids:
+        raise SpecError("the prompt has no tokens; give some text to continue")
+    for folder in chosen.values():
+        config = folders.read_config(folder)
+        if max(ids) >= config.vocabulary:
+            outside = next(token for token in ids if token >= config.vocabulary)
+            raise SpecError(
+                f"{folder}: '{reading.name(tokenizer, outside)}' of the prompt is token {outside}, outside the model's "
+                f"vocabulary of {config.vocabulary}: the tokenizer is another model's"
+            )
+        check_room(config, len(ids), tokens)
+    return [Writer(arm, folder, tokenizer, prompt, ids) for arm, folder in chosen.items()]
+
+
+def write(
+    writer: Writer, tokens: int, sampling: Sampling, *, seed: int, device: str, choices: bool = False,
+    heard: Callable[[str], object] = lambda piece: None,
+) -> Continuation:  # fmt: skip
+    """Load the model and continue the prompt by `tokens` >= 1 tokens. heard: is given the prompt once the model is
+    ready, then the text in pieces of complete characters, as they come. choices: also what else was likely at every
+    token. Raises SpecError, ConfigError."""
+    model = folders.load(writer.folder, device)
+    prompt = torch.tensor([writer.ids], device=device)
+    _rehearse(model, prompt, tokens, writer.folder)
+    heard(writer.prompt)
+    reader, pieces, made, seconds, likely = reading.Reader(writer.tokenizer, writer.ids), [], [], [], []
+    state_bytes = 0
+    running = steps(model, prompt, tokens, sampling, seed=seed)
+    for _ in range(tokens):
         start = time.perf_counter()
-        made = [int(t) for t in generate(model, torch.tensor([ids], device=device), tokens, sampling, seed=seed)]
-        elapsed = time.perf_counter() - start
-        state = model.make_state(1, len(ids) + tokens).nbytes
-        results.append(Continuation(name, prompt, tokenizer.decode(made), tokens, tokens / elapsed, state))
-    return results
+        step = next(running)
+        made.append(int(step.token))  # waits for the device
+        seconds.append(time.perf_counter() - start)
+        pieces.append(reader.add(made[-1]))
+        heard(pieces[-1])
+        if choices:
+            likely.append(_choice(made[-1], distribution(step.logits, sampling)[0], writer.tokenizer))
+        state_bytes = step.state.nbytes
+    pieces.append(reader.rest())
+    heard(pieces[-1])
+    prefill, *decode = seconds
+    return Continuation(
+        arm=writer.arm, prompt=writer.prompt, prompt_tokens=len(writer.ids), text="".join(pieces),
+        token_ids=tuple(made), prefill_tokens_per_s=len(writer.ids) / prefill,
+        decode_tokens_per_s=len(decode) / sum(decode) if decode else None, state_bytes=state_bytes,
+        choices=tuple(likely) if choices else None,
+    )  # fmt: skip
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """(B, V) -> (B, V): the probabilities that a token was drawn from. Greedy decoding draws nothing: the softmax of
+    the logits, of which it takes the highest."""
+    return logits.float().softmax(1) if sampling.greedy else sampling.probabilities(logits)
+
+
+def described(sampling: Sampling) -> str:
+    """The rule, and which probabilities `distribution` gives."""
+    if sampling.greedy:
+        return "greedy: the highest score is always taken; probabilities are the softmax of the scores"
+    rule = [f"temperature {sampling.temperature:g}"]
+    rule += [f"top-k {sampling.top_k}"] if sampling.top_k is not None else []
+    rule += [f"top-p {sampling.top_p:g}"] if sampling.top_p is not None else []
+    return f"sampled at {', '.join(rule)}; probabilities are those that the tokens were drawn with"
+
+
+def _choice(token: int, p: Tensor, tokenizer: Tokenizer) -> Choice:
+    """p (V,) -> what stood to be chosen."""
+
+    def candidate(one: int) -> Candidate:
+        return Candidate(one, reading.name(tokenizer, one), float(p[one]))
+
+    likeliest = p.topk(min(OTHERS + 1, len(p))).indices.tolist()
+    others = [candidate(one) for one in likeliest if one != token][:OTHERS]
+    return Choice(candidate(token), tuple(one for one in others if one.probability > 0))
+
+
+def _rehearse(model: LanguageModel, prompt: Tensor, tokens: int, folder: Path) -> None:
+    """Read the weights and compile the kernels, neither of which is part of a speed."""
+    for step in steps(model, prompt[:, :2], min(2, tokens), Sampling()):
+        if not step.logits.isfinite().all():
+            raise SpecError(f"{folder}: the model's scores are not finite numbers; its weights are of no use")
 
 
 def _tokenizer(file: Path) -> Tokenizer:
+    """With nothing that it may keep for a model's inputs, a longest text or a padding: a prompt is read as it is."""
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower class
         raise SpecError(f"{file} is no tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -112,12 +112,16 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     return {"run": run.path.name, "status": status, "profile": experiment.profile, "arms": arms}
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / "environment.json").is_file()
+
+
 def find(reference: str | None, folder: Path) -> RunDirectory:
     """A run by its path or by (the start or the end of) its name in `folder`; the latest for None.
 
     Raises LabError, naming what is there.
     """
-    if reference is not None and (Path(reference) / "environment.json").is_file():
+    if reference is not None and is_run(Path(reference)):
         return RunDirectory(Path(reference))
     known = runs(folder)
     if not known:

@@ -5,12 +5,15 @@ B: batch   T: time   V: vocabulary
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.config import ModelConfig
 from models.errors import ConfigError
 from models.language_model import LanguageModel
+from models.state import ModelState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,8 @@ class Sampling:
     """How the next token is chosen from logits. temperature 0 is greedy: always the highest score.
 
     top_k keeps the k likeliest tokens; top_p the fewest whose probability reaches p (arXiv 1904.09751). Both are
-    applied after the temperature. Raises ConfigError on values that mean nothing.
+    applied after the temperature, top_k first. Raises ConfigError on values that mean nothing, which at temperature 0
+    top_k and top_p do: the highest score stays the highest.
     """
 
     temperature: float = 0.0
@@ -32,10 +36,18 @@ class Sampling:
             raise ConfigError(f"top_k must be at least 1, got {self.top_k!r}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        for name in ("top_k", "top_p"):
+            if self.greedy and getattr(self, name) is not None:
+                raise ConfigError(f"{name} changes nothing at temperature 0, which always takes the highest score: "
+                                  f"set a temperature above 0, 1 for the model's own probabilities")  # fmt: skip
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, V) -> (B, V), each row summing to 1; one-hot for temperature 0."""
-        if self.temperature == 0:
+        if self.greedy:
             return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
         p = (logits.float() / self.temperature).softmax(1)
         if self.top_k is not None and self.top_k < p.shape[1]:
@@ -51,31 +63,57 @@ class Sampling:
 
     def choose(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """(B, V) -> token ids (B,)."""
-        if self.temperature == 0:
+        if self.greedy:
             return logits.argmax(1)
         return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
 
 
-@torch.inference_mode()
-def generate(
-    model: LanguageModel, prompt: Tensor, tokens: int, sampling: Sampling, *, seed: int = 0
-) -> Iterator[Tensor]:
-    """Continue `prompt` (B, T), T >= 1, by `tokens` tokens; yields each as (B,) as soon as it is chosen.
+class Step(NamedTuple):
+    """A token (B,), the logits (B, V) from which it was chosen, and the state that gave them: everything before the
+    token has been read into it. The state is valid until the next step."""
 
-    seed: of this call's own random stream; greedy decoding draws nothing from it.
+    token: Tensor
+    logits: Tensor
+    state: ModelState
+
+
+def check_room(config: ModelConfig, prompt: int, tokens: int) -> None:
+    """Raise ConfigError where a prompt of so many tokens, continued by `tokens`, does not fit the learned positions.
+    The last token is chosen and not read."""
+    if config.positions is not None and prompt + tokens - 1 > config.positions:
+        left = config.positions - prompt + 1
+        remedy = f"ask for at most {left}" if left > 0 else "use a shorter prompt"
+        raise ConfigError(f"the model has {config.positions} learned positions, too few for a prompt of {prompt} "
+                          f"tokens and {tokens} more: {remedy}")  # fmt: skip
+
+
+@torch.inference_mode()
+def steps(model: LanguageModel, prompt: Tensor, tokens: int, sampling: Sampling, *, seed: int = 0) -> Iterator[Step]:
+    """Continue `prompt` (B, T), T >= 1, by `tokens` tokens; yields each as soon as it is chosen, the first after the
+    prefill of the prompt, every other one after one step.
+
+    seed: of this call's own random stream; greedy decoding draws nothing from it. Raises ConfigError.
     """
     if prompt.shape[1] < 1:
         raise ConfigError("the prompt has no tokens; give at least one")
     if tokens < 1:
         return
+    check_room(model.config, prompt.shape[1], tokens)
     generator = torch.Generator(model.device).manual_seed(seed)
     state = model.make_state(prompt.shape[0], prompt.shape[1] + tokens)
     logits, state = model.prefill(prompt, state)
     for _ in range(tokens - 1):
         token = sampling.choose(logits, generator)
-        yield token
+        yield Step(token, logits, state)
         logits, state = model.step(token, state)
-    yield sampling.choose(logits, generator)
+    yield Step(sampling.choose(logits, generator), logits, state)
+
+
+def generate(
+    model: LanguageModel, prompt: Tensor, tokens: int, sampling: Sampling, *, seed: int = 0
+) -> Iterator[Tensor]:
+    """The tokens alone of `steps`, each (B,)."""
+    return (step.token for step in steps(model, prompt, tokens, sampling, seed=seed))
 
 
 @torch.inference_mode()

@@ -158,7 +158,7 @@ def test_a_changed_folder_is_another_run(tmp_path: Path) -> None:
     assert folder_hashes(scratch) != shape
 
 
-def test_a_masked_arm_is_not_exported_as_a_causal_one(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
+def test_a_masked_arm_is_not_taken_for_a_causal_one(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
     quick = ["--seeds", 1, "--set", "measurement.enabled=false", "--set", "arms.mamba.objective=masked"]
     code, _, stderr = in_process("run", *small, "--arms", "mamba", *quick, "--out", tmp_path / "runs")
     assert code == 0, stderr
@@ -167,6 +167,9 @@ def test_a_masked_arm_is_not_exported_as_a_causal_one(in_process: InProcess, sma
     assert code == USAGE
     assert "arm 'mamba' fills in hidden tokens" in one_line(stderr)
     assert not (tmp_path / "folder").exists()
+    code, stdout, stderr = in_process("generate", directory, "the cat")
+    assert (code, stdout) == (USAGE, "")
+    assert "arm 'mamba' fills in hidden tokens, it was not trained to continue a text" in one_line(stderr)
 
 
 def test_inspect_takes_the_largest_preset_apart() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -193,8 +194,15 @@ def test_an_arm_that_diverges_stops_alone(diverged: tuple[Path, subprocess.Compl
         (["latest", ""], "the prompt is empty", USAGE),
         (["latest", "the", "--temperature", "-1"], "temperature must be 0 (greedy) or above, got -1.0", USAGE),
         (["latest", "the", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0", USAGE),
-        (["latest", "the", "--arm", "transformr"], "did you mean 'transformer'?", USAGE),
-        (["latest", "the", "--arm", "mamba"], "arm 'mamba', seed 0", USAGE),
+        (["latest", "the", "--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0", USAGE),
+        (["latest", "the", "--top-k", "0"], "top_k must be at least 1, got 0", USAGE),
+        (["latest", "the", "--top-k", "5"], "top_k changes nothing at temperature 0", USAGE),
+        (["latest", "the \udcff"], "the prompt is not text: no character at place 5", USAGE),
+        (["latest", "the"], "arm 'mamba', seed 0 of ", USAGE),
+        (["latest", "the", "--arms", ""], "no arm ''", USAGE),
+        (["latest", "the", "--arms", "transformer,mmba"], "did you mean 'mamba'?", USAGE),
+        (["latest", "the", "--arms", "transformr"], "did you mean 'transformer'?", USAGE),
+        (["latest", "the", "--arms", "mamba"], "trained to the end; trained are: transformer", USAGE),
         (["latest", "the", "--trained-seed", "7"], "no seed 7", USAGE),
         (["nonsense", "the"], "no run named 'nonsense'", 1),
     ],
@@ -206,9 +214,19 @@ def test_generate(
     said: str,
     code: int,
 ) -> None:
-    given, _, stderr = in_process("generate", *arguments, "--out", diverged[0])
-    assert given == code
+    given, stdout, stderr = in_process("generate", *arguments, "--out", diverged[0])
+    assert (given, stdout) == (code, "")
     assert said in one_line(stderr)
+
+
+def test_generate_from_a_run_that_trained_nothing(
+    diverged: tuple[Path, subprocess.CompletedProcess], in_process: InProcess, tmp_path: Path
+) -> None:
+    (directory,) = diverged[0].iterdir()
+    shutil.copytree(directory, tmp_path / directory.name, ignore=shutil.ignore_patterns("cells", "result.json"))
+    code, stdout, stderr = in_process("generate", "latest", "the", "--out", tmp_path)
+    assert (code, stdout) == (USAGE, "")
+    assert "was never trained to the end; no arm of it was; lab resume goes on" in one_line(stderr)
 
 
 def test_no_runs(in_process: InProcess, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from conftest import Finished, InProcess, Lab
 
+from experiments.report.record import clean
+
 ARMS, SEEDS, CONTEXTS = ("transformer", "mamba"), (0, 1), (32, 64, 128)
 QUALITY = {
     "initial_test_bits_per_byte", "test_bits_per_byte", "validation_bits_per_byte", "test_token_perplexity",
@@ -160,7 +162,44 @@ def test_generate_repeats(in_process: InProcess, smoke: Finished, result: dict[s
     assert all(first.values())
     assert texts() == first
     assert (texts("--seed", 1) == first) == (temperature == 0)
-    assert texts("--arm", "mamba") == {"mamba": first["mamba"]}
+    assert texts("--arms", "mamba") == {"mamba": first["mamba"]}
+    assert list(texts("--arms", "mamba, transformer")) == ["mamba", "transformer"]
+
+
+def test_generate_prints_text_and_then_how_fast(in_process: InProcess, smoke: Finished, result: dict[str, Any]) -> None:
+    arguments = ("generate", "latest", "import ", "--out", smoke.out, "--tokens", 12)
+    made = json.loads(in_process(*arguments, "--json")[1])
+    code, stdout, stderr = in_process(*arguments)
+    assert code == 0
+    assert stdout == "".join(f"[{one['arm']}] import {clean(one['text'])}\n" for one in made)
+    heading, *lines = stderr.splitlines()
+    assert heading.split() == ["arm", "prompt", "prefill", "new", "decode", "state"]
+    for line, one in zip(lines, made, strict=True):
+        words = line.split()
+        assert words[0] == one["arm"]
+        assert words[-2:] == [f"{one['state_bytes']:,}", "bytes"]
+        assert words[1] == str(one["prompt_tokens"])
+        assert words[4] == str(len(one["token_ids"])) == "12"
+
+
+def test_generate_shows_probabilities(in_process: InProcess, smoke: Finished, result: dict[str, Any]) -> None:
+    arguments = ("generate", "latest", "import ", "--out", smoke.out, "--tokens", 5, "--arms", "mamba")
+    for rule, said in (
+        (("--temperature", 0), "greedy: "),
+        (("--temperature", 2, "--top-k", 3), "temperature 2, top-k 3;"),
+    ):
+        (made,) = json.loads(in_process(*arguments, *rule, "--show-probabilities", "--json")[1])
+        assert "choices" not in json.loads(in_process(*arguments, *rule, "--json")[1])[0]
+        assert said in made["sampling"]
+        stdout = in_process(*arguments, *rule, "--show-probabilities")[1]
+        assert f"\n{made['sampling']}\n" in stdout
+        shown = stdout.splitlines()[-6:-1]
+        for line, choice, token in zip(shown, made["choices"], made["token_ids"], strict=True):
+            assert choice["chosen"]["token"] == token
+            assert line.split()[:2] == [choice["chosen"]["text"], f"{choice['chosen']['probability']:.3f}"]
+            assert line.endswith(f"{choice['others'][-1]['text']} {choice['others'][-1]['probability']:.3f}")
+            if said != "greedy: ":
+                assert len(choice["others"]) == 2  # what top-k left
 
 
 def test_models(in_process: InProcess) -> None:

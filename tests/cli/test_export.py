@@ -34,7 +34,7 @@ def test_there_and_back(in_process: InProcess, smoke: Finished, tmp_path: Path, 
     ours = checkpoint.load(smoke.directory / "cells" / arm / "seed0" / "checkpoint")
     for mine, theirs in zip(ours.parameters(), hf.load(folder).parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    expected = generated(in_process, "latest", "import ", "--arm", arm, "--out", smoke.out)
+    expected = generated(in_process, "latest", "import ", "--arms", arm, "--out", smoke.out)
     assert generated(in_process, folder, "import ") == {"exported": expected[arm]}
 
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_with_a_tokenizer_beside_it(in_process: InProcess, smoke: F
     assert code == 2
     assert "mine has no tokenizer.json" in stderr
     (folder / "tokenizer.json").write_bytes((smoke.directory / "tokenizer.json").read_bytes())
-    expected = generated(in_process, "latest", "import ", "--arm", "mamba", "--out", smoke.out)
+    expected = generated(in_process, "latest", "import ", "--arms", "mamba", "--out", smoke.out)
     assert generated(in_process, folder, "import ") == {"mine": expected["mamba"]}
 
 
@@ -88,7 +88,7 @@ def test_refused(in_process: InProcess, smoke: Finished, tmp_path: Path, argumen
 
 def test_a_folder_has_no_arms(in_process: InProcess, smoke: Finished) -> None:
     folder = smoke.directory / "cells" / "mamba" / "seed0" / "checkpoint"
-    for option, value in (("--arm", "mamba"), ("--trained-seed", 0)):
+    for option, value in (("--arms", "mamba"), ("--trained-seed", 0)):
         code, _, stderr = in_process("generate", folder, "import ", option, value)
         assert code == 2
         assert "holds one model" in stderr

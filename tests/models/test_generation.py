@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from models import checkpoint
 from models.config import ModelConfig
 from models.errors import ConfigError
-from models.generation import Sampling, generate, generate_by_forward
+from models.generation import Sampling, generate, generate_by_forward, steps
 from models.language_model import LanguageModel
 from models.mixers.attention import AttentionConfig
 from models.mixers.lstm import LSTMConfig
@@ -68,6 +68,20 @@ def test_a_seed_reproduces_a_sample(name):
 
     assert torch.equal(text(1), text(1))
     assert not torch.equal(text(1), text(2))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.5, top_k=20, top_p=0.9)])
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_steps_say_what_each_token_was_chosen_from(name, sampling):
+    model, generator = build(name), torch.Generator().manual_seed(5)
+    text = PROMPT
+    for step in steps(model, PROMPT, 6, sampling, seed=5):
+        torch.testing.assert_close(step.logits, model(text)[:, -1], rtol=1e-3, atol=1e-3)
+        assert torch.equal(step.token, sampling.choose(step.logits, generator))  # one draw for each token, in order
+        assert step.state.length == text.shape[1]
+        text = torch.cat([text, step.token[:, None]], 1)
+    assert torch.equal(text[:, 5:], torch.stack(list(generate(model, PROMPT, 6, sampling, seed=5)), 1))
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
@@ -148,12 +162,21 @@ def test_samples_follow_the_probabilities():
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k"),
+        ({"temperature": 1.0, "top_p": 0}, "top_p"),
     ],
 )
 def test_bad_values_are_user_errors(values, word):
     with pytest.raises(ConfigError, match=f"^{word} must be") as caught:
         Sampling(**values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{"top_k": 3}, {"top_p": 0.5}])
+def test_greedy_refuses_what_would_change_nothing(values):
+    with pytest.raises(ConfigError, match=r"changes nothing at temperature 0.*set a temperature above 0"):
+        Sampling(**values)
+    assert Sampling(temperature=0.1, **values)
 
 
 def test_an_empty_prompt_is_a_user_error():
@@ -184,9 +207,12 @@ def test_learned_positions_end_in_one_line():
     model = LanguageModel(preset("gpt1").with_overrides({"width": 16, "layers": 1, "mixer.heads": 2}), seed=0).eval()
     prompt = torch.zeros(1, 98, dtype=torch.int64)
     assert len(list(generate(model, prompt, 3, Sampling()))) == 3  # the last one is chosen, not read
-    with pytest.raises(ConfigError, match=r"has 100 learned positions, 101 tokens were given: use fewer") as caught:
-        list(generate(model, prompt, 4, Sampling()))
-    assert "\n" not in str(caught.value)
+    long = prompt.repeat(1, 2)
+    for text, said in ((prompt, "98 tokens and 4 more: ask for at most 3"), (long, "use a shorter prompt")):
+        with pytest.raises(ConfigError, match=said) as caught:
+            next(generate(model, text, 4, Sampling()))  # before anything is made
+        assert "the model has 100 learned positions" in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8)], ids=["greedy", "sampled"])
