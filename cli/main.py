@@ -284,6 +284,53 @@ def in_bytes(count: float) -> str:
 
 @app.command()
 @one_line_errors
+def trace(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A preset (see lab models), untrained; a folder with a model and its tokenizer.json; or a run "
+            "directory or the name of one in --out, 'latest' for the latest."
+        ),
+    ],
+    prompt: Annotated[str, typer.Argument(help="The text that the model reads.")],
+    against: Annotated[str | None, typer.Option(help="A second model, as MODEL, on the same prompt.")] = None,
+    arms: Annotated[str | None, typer.Option(help="Of a run: only these arms, separated by commas.")] = None,
+    trained_seed: Annotated[
+        int | None, typer.Option(help="Of a run: which trained seed; the first by default.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Of a preset: change one setting, e.g. layers=2. Repeatable."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of the weights of a preset; 0 by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page with pictures here.")] = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Take a model apart on a prompt: every stage, its shape and size, what it predicts, attends to and remembers."""
+    from experiments import report, runner
+    from experiments.tracing import subjects, take_apart
+
+    chosen = subjects(
+        model, out, against=against, arms=[arm.strip() for arm in arms.split(",")] if arms is not None else (),
+        trained_seed=trained_seed, settings=set_ or (), seed=seed,
+    )  # fmt: skip
+    traced = take_apart(chosen, prompt, runner.resolve_device(device))
+    if html is not None:
+        report.write_text(html, report.render_trace(prompt, traced, "html"))
+    if as_json:
+        print_json({"prompt": prompt, "models": [one.to_dict() for one in traced]})
+    else:
+        typer.echo(report.render_trace(prompt, traced, "table"), nl=False)
+    if html is not None:
+        typer.echo(f"\n{html}", err=True)
+
+
+@app.command()
+@one_line_errors
 def generate(
     name: Annotated[
         str,

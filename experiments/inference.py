@@ -111,12 +111,7 @@ def writers(
     loaded. Raises SpecError: an empty prompt, one with a token outside a vocabulary, an arm or seed that was not
     trained, an arm that does not predict the next token; ConfigError: a folder without a model or a tokenizer, more
     tokens than a model has positions."""
-    if not prompt:
-        raise SpecError("the prompt is empty; give some text to continue")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise SpecError(f"the prompt is not text: no character at place {error.start + 1}") from None
+    check_prompt(prompt)
     if isinstance(source, Path):
         if arms or trained_seed is not None:
             raise SpecError(f"{source} holds one model: there is no arm and no trained seed to choose")
@@ -128,7 +123,7 @@ def writers(
             if arm not in able:
                 remedy = f"; trained for that are: {', '.join(able)}" if able else ""
                 raise SpecError(f"arm '{arm}' fills in hidden tokens, it was not trained to continue a text{remedy}")
-    tokenizer = _tokenizer(file)
+    tokenizer = read_tokenizer(file)
     ids = tuple(tokenizer.encode(prompt).ids)
     if not ids:
         raise SpecError("the prompt has no tokens; give some text to continue")
@@ -213,7 +208,17 @@ def _rehearse(model: LanguageModel, prompt: Tensor, tokens: int, folder: Path) -
             raise SpecError(f"{folder}: the model's scores are not finite numbers; its weights are of no use")
 
 
-def _tokenizer(file: Path) -> Tokenizer:
+def check_prompt(prompt: str) -> None:
+    """Raises SpecError."""
+    if not prompt:
+        raise SpecError("the prompt is empty; give some text to continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(f"the prompt is not text: no character at place {error.start + 1}") from None
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
     """With nothing that it may keep for a model's inputs, a longest text or a padding: a prompt is read as it is."""
     try:
         tokenizer = Tokenizer.from_file(str(file))

@@ -9,7 +9,7 @@ from experiments.report.record import clean
 
 UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no character, or not yet one
 _ONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how a tokenizer with byte fallback names a byte
-_SIGNS = str.maketrans({" ": "␣", "\n": "␊", "\t": "␉"})
+_SIGNS = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
 def _bytes_by_sign() -> dict[str, int]:
@@ -20,7 +20,7 @@ def _bytes_by_sign() -> dict[str, int]:
     return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
 
 
-_BYTES = _bytes_by_sign()
+BYTES_BY_SIGN = _bytes_by_sign()
 
 
 class Reader:
@@ -72,8 +72,8 @@ def name(tokenizer: Tokenizer, token: int) -> str:
         text = spelt
     elif byte := _ONE_BYTE.fullmatch(spelt):
         text = bytes([int(byte[1], 16)]).decode("utf-8", "backslashreplace")
-    elif _byte_level(tokenizer) and all(sign in _BYTES for sign in spelt):
-        text = bytes(_BYTES[sign] for sign in spelt).decode("utf-8", "backslashreplace")
+    elif _byte_level(tokenizer) and all(sign in BYTES_BY_SIGN for sign in spelt):
+        text = bytes(BYTES_BY_SIGN[sign] for sign in spelt).decode("utf-8", "backslashreplace")
     else:
         text = spelt.replace("▁", " ")
     return clean(text.translate(_SIGNS))

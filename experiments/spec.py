@@ -368,17 +368,22 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _assign(raw: dict[str, Any], assignment: str) -> None:
-    """Apply `a.b=c`; the key must exist in the specification's schema (checked here for a near name)."""
+def assigned(assignment: str) -> tuple[str, Any]:
+    """`a.b=c` -> ("a.b", c), c in TOML syntax; a bare word counts as a string. Raises SpecError."""
     key, equals, literal = assignment.partition("=")
     if not equals or not key.strip():
         raise SpecError(f"--set takes KEY=VALUE, got '{assignment}'")
-    parts = key.strip().split(".")
-    _check_key(parts, raw)
     try:
-        value = tomllib.loads(f"value = {literal.strip()}")["value"]
+        return key.strip(), tomllib.loads(f"value = {literal.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        value = literal.strip()
+        return key.strip(), literal.strip()
+
+
+def _assign(raw: dict[str, Any], assignment: str) -> None:
+    """Apply `a.b=c`; the key must exist in the specification's schema (checked here for a near name)."""
+    key, value = assigned(assignment)
+    parts = key.split(".")
+    _check_key(parts, raw)
     table = raw
     for depth, part in enumerate(parts[:-1]):
         table = table.setdefault(part, {})

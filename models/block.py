@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from models.config import BlockConfig, ModelConfig
-from models.feedforward import FEEDFORWARDS, FeedForward, Routing
+from models.feedforward import FEEDFORWARDS, ExpertChoice, FeedForward, Routing
 from models.mixers import MIXERS, Mixer
+from models.mixers.explanation import Explanation
 from models.norm import NORMS, Norm, dropout
 from models.state import State
 
@@ -46,6 +47,15 @@ class Block(nn.Module):
         if self.feedforward is not None and self.feedforward_norm is not None:
             x = self.feedforward.branch_step(x, self.feedforward_norm)
         return x, state
+
+    def explain(self, x: Tensor) -> tuple[Explanation | None, ExpertChoice | None]:
+        """What the mixer and the feed-forward layer say of x (B, T, D), the input of the block."""
+        normed = self._before(x, self.mixer_norm)
+        said = self.mixer.explain(normed)
+        if self.feedforward is None or self.feedforward_norm is None:
+            return said, None
+        x = self._after(x, self.mixer(normed)[0], self.mixer_norm)
+        return said, self.feedforward.choice(self._before(x, self.feedforward_norm))
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
         if self.feedforward is None or self.feedforward_norm is None:

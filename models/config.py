@@ -152,11 +152,10 @@ class ModelConfig:
         return build(cls, values, "model")
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "ModelConfig":
-        """A copy with dotted or nested settings changed, e.g. {"mixer.state": 32} or {"mixer": {"state": 32}}."""
-        config = self
+        """A copy with dotted or nested settings changed, e.g. {"mixer.state": 32} or {"mixer": {"state": 32}}; all at
+        once, so that settings may depend on each other."""
         flat = _flat(overrides)
-        for key, value in flat.items():
-            config = _changed(config, key, key.split("."), value)
+        config = _changed(self, "", _nested(flat))
         for key in flat:
             parts = key.split(".")
             if config.hybrid and parts[:2] == ["hybrid", "blocks"] and parts[2] not in config.hybrid.pattern:
@@ -173,28 +172,31 @@ def _block(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _changed(config: Any, key: str, path: list[str], value: Any) -> Any:
-    """`config` with the setting at `path` replaced; `key` is how the person wrote it."""
-    name, *rest = path
+def _changed(config: Any, path: str, changes: Mapping[str, Any]) -> Any:
+    """`config`, which stands at `path`, with all `changes` made at once."""
     table = isinstance(config, Mapping)
     known = list(config) if table else [field.name for field in fields(config)]
-    if name not in known:
-        raise ConfigError(f"unknown model setting '{key}': {nearest(name, known)}")
-    if name == "kind":
-        raise ConfigError(f"'{key}' is what the table is, not a setting of it: take a preset of the other kind")
-    now: Any = config[name] if table else getattr(config, name)
-    if rest:
-        if now is None:
+    changed = {}
+    for name, value in changes.items():
+        key = next(iter(_flat({name: value}, path)))  # as the person wrote it
+        if name not in known:
+            raise ConfigError(f"unknown model setting '{key}': {nearest(name, known)}")
+        if name == "kind":
+            raise ConfigError(f"'{key}' is what the table is, not a setting of it: take a preset of the other kind")
+        now: Any = config[name] if table else getattr(config, name)
+        replaced = value is None or is_dataclass(value)
+        inside = (table or name in ("mixer", "feedforward", "hybrid", "blocks")) and not replaced
+        if now is None and (inside or isinstance(value, Mapping)):
             raise ConfigError(f"this model has no {name}, so '{key}' means nothing")
-        if not is_dataclass(now) and not isinstance(now, Mapping):
-            raise ConfigError(f"unknown model setting '{key}': '{name}' is one value, not a table")
-        value = _changed(now, key, rest, value)
-    elif (table or name in ("mixer", "feedforward", "hybrid", "blocks")) and not (value is None or is_dataclass(value)):
-        if now is None:
-            raise ConfigError(f"this model has no {name}, so '{key}' means nothing")
-        inner = list(now) if isinstance(now, Mapping) else [field.name for field in fields(now)]
-        raise ConfigError(f"'{key}' is a table; set one of its keys: {', '.join(f'{key}.{k}' for k in inner)}")
-    return {**config, name: value} if table else replace(config, **{name: value})
+        if isinstance(value, Mapping):
+            if not is_dataclass(now) and not isinstance(now, Mapping):
+                raise ConfigError(f"unknown model setting '{key}': '{name}' is one value, not a table")
+            value = _changed(now, f"{path}{name}.", value)
+        elif inside:
+            parts = list(now) if isinstance(now, Mapping) else [field.name for field in fields(now)]  # type: ignore[arg-type]
+            raise ConfigError(f"'{key}' is a table; set one of its keys: {', '.join(f'{key}.{k}' for k in parts)}")
+        changed[name] = value
+    return {**config, **changed} if table else replace(config, **changed)
 
 
 def _flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -205,3 +207,18 @@ def _flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        table = nested
+        for step in path:
+            table = table.setdefault(step, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"'{key}' is part of what another setting replaces: give only one of them")
+        if last in table:
+            raise ConfigError(f"'{key}' replaces what another setting is part of: give only one of them")
+        table[last] = value
+    return nested

@@ -15,9 +15,13 @@ from experiments.report.record import COLUMNS, Record, read
 from models.errors import nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
-__all__ = ["FORMATS", "Format", "frame", "render", "write_report"]
+    from experiments.tracing import Traced
+
+__all__ = ["FORMATS", "Format", "frame", "render", "render_trace", "write_report", "write_text"]
 
 Format = Literal["table", "md", "html", "csv", "json"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -35,7 +39,7 @@ def write_report(run: Path) -> None:
     files = {f"figures/{name}.svg": variants["wide"] for name, variants in drawn.items()}
     files |= {"report.md": formats.markdown(document), "report.html": formats.html(document, drawn)}
     for name, text in files.items():
-        _write(Path(run) / name, text)
+        write_text(Path(run) / name, text)
 
 
 def render(run: Path, format: Format) -> str:
@@ -57,6 +61,20 @@ def render(run: Path, format: Format) -> str:
     return formats.markdown(document) if format == "md" else formats.terminal(document)
 
 
+def render_trace(prompt: str, traced: "Sequence[Traced]", format: Literal["table", "html"]) -> str:
+    """Models taken apart on `prompt`, for a terminal or as one self-contained page."""
+    from experiments.report import figures, trace, trace_figures
+
+    document = trace.document(prompt, traced)
+    if format == "table":
+        return formats.terminal(document)
+    plots = trace_figures.plots(traced)
+    drawn = {
+        name: figures.variants(lambda layout, plot=plot: figures.svg(plot, layout)) for name, plot in plots.items()
+    }
+    return formats.html(document, drawn)
+
+
 def frame(run: Path) -> "pd.DataFrame":
     """The rows of result.json, one line each; missing whole numbers (seed, context, batch) are <NA>."""
     import pandas as pd
@@ -75,17 +93,13 @@ def _drawn(record: Record, document: Document) -> dict[str, formats.Drawn]:
     for section in document.sections:
         for block in section.blocks:
             if isinstance(block, Figure):
-                wide, narrow = (figures.draw(record, block.name, layout) for layout in ("wide", "narrow"))
-                drawn[block.name] = {
-                    "wide": wide,
-                    "narrow": narrow,
-                    "wide-dark": figures.dark(wide),
-                    "narrow-dark": figures.dark(narrow),
-                }
+                name = block.name
+                drawn[name] = figures.variants(lambda layout, name=name: figures.draw(record, name, layout))
     return drawn
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Atomically. Raises EnvironmentLacksError where it cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(exist_ok=True)

@@ -71,11 +71,15 @@ def panels(layout: Layout, count: int, height: float, stacked: bool = True) -> t
 
 def loglog(axes: Axes, contexts: list[int]) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     ticks(axes, contexts)
     pad_x(axes, contexts[0], contexts[-1])
     axes.set_xlabel("context, tokens")
-    low, high = axes.dataLim.ymin, axes.dataLim.ymax
+    log_y(axes, axes.dataLim.ymin, axes.dataLim.ymax)
+
+
+def log_y(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic axis over `low` to `high`, with labels at 1, 2 and 5, or at powers of ten where these are many."""
+    axes.set_yscale("log")
     ladder = [
         m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2) for m in (1, 2, 5)
     ]

@@ -44,13 +44,23 @@ from experiments.report.record import Record
 
 def draw(record: Record, name: str, layout: Layout) -> str:
     """The figure `name` of PLOTS as SVG text, in the light palette."""
+    return svg(lambda layout: PLOTS[name](record, layout), layout)
+
+
+def variants(drawn: Callable[[Layout], str]) -> dict[str, str]:
+    """A figure on a page and on a phone, light and dark, under the names that `formats.html` takes. drawn: its SVG."""
+    wide, narrow = drawn("wide"), drawn("narrow")
+    return {"wide": wide, "narrow": narrow, "wide-dark": dark(wide), "narrow-dark": dark(narrow)}
+
+
+def svg(plot: Callable[[Layout], Figure], layout: Layout) -> str:
     size = SIZES[layout]
     settings: Any = RC | {
         "font.size": size, "axes.titlesize": size + 0.5, "axes.labelsize": size, "legend.fontsize": size,
         "xtick.labelsize": size - 0.5, "ytick.labelsize": size - 0.5,
     }  # fmt: skip
     with matplotlib.rc_context(settings):
-        figure = PLOTS[name](record, layout)
+        figure = plot(layout)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     # hundredths of a point in outlines, no indentation: half the size

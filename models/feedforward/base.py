@@ -5,6 +5,7 @@ forward(x) -> (y, Routing | None)     x, y (..., D), each position by itself
 branch_step(x, norm)                  x + forward(norm(x)), x (B, D), for a layer that has it in one call
 needs_host(dtype, device)             why its step cannot be recorded for a GPU to repeat; None if it can
 reset_parameters(generator), output_weight     as of a mixer
+choice(x) -> ExpertChoice | None      where each token goes; None where there are no experts
 Config                                its settings, with
   parameters(D), active_parameters(D) exact; active: those that one token meets
   touched_parameters(D, tokens)       that so many tokens at once meet, the mean where they choose experts evenly
@@ -39,6 +40,16 @@ class Routing:
     balance: Tensor
 
 
+@dataclass(frozen=True)
+class ExpertChoice:
+    """chosen (..., K): expert numbers, the one with the largest weight first. weight (..., K): of their outputs.
+    probability (..., X): of each expert, before the choice."""
+
+    chosen: Tensor
+    weight: Tensor
+    probability: Tensor
+
+
 class FeedForward(nn.Module):
     """backend: of the mixer beside it; a model of references is one throughout."""
 
@@ -58,6 +69,10 @@ class FeedForward(nn.Module):
     @classmethod
     def needs_host(cls, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why a step of this layer, in this type, has to ask the host for a number; None: it does not."""
+        return None
+
+    def choice(self, x: Tensor) -> ExpertChoice | None:
+        """x (..., D), what forward reads."""
         return None
 
     @property

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ConfigError
-from models.feedforward.base import FeedForward, Routing
+from models.feedforward.base import ExpertChoice, FeedForward, Routing
 from models.initialisation import reset_linear, reset_weight
 from models.ops.experts import load
 from models.ops.precision import without_autocast
@@ -79,15 +79,25 @@ class MoE(FeedForward):
         return "outside bfloat16 the number of tokens of each expert is read by the host"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        X, K = self.config.experts, self.config.top_k
+        X = self.config.experts
         rows = x.reshape(-1, x.shape[-1])
-        wide = torch.promote_types(x.dtype, torch.float32)
-        with without_autocast(x.device):  # a rounded score can send a token elsewhere
-            scores = F.linear(rows.to(wide), self.router.weight.to(wide))
-        best, chosen = scores.topk(K, -1)
-        # among one alone a softmax is 1 and teaches the router nothing: then its share among all, as in 2101.03961
-        weight = best.softmax(-1) if K > 1 else scores.softmax(-1).gather(-1, chosen)
+        probability, chosen, weight = self._route(rows)
         y = self.ops.experts(rows, chosen, weight, self.gate_up, self.down)
         share = load(chosen, X) / chosen.numel()
-        balance = self.config.balance * X * (share * scores.softmax(-1).mean(0)).sum()
+        balance = self.config.balance * X * (share * probability.mean(0)).sum()
         return y.view(x.shape).to(x.dtype), Routing(share, balance)
+
+    def choice(self, x: Tensor) -> ExpertChoice:
+        probability, chosen, weight = self._route(x)
+        return ExpertChoice(chosen, weight, probability)
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> the probability of each expert (..., X), the chosen ones and their weights (..., K)."""
+        K = self.config.top_k
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with without_autocast(x.device):  # a rounded score can send a token elsewhere
+            scores = F.linear(x.to(wide), self.router.weight.to(wide))
+        best, chosen = scores.topk(K, -1)
+        probability = scores.softmax(-1)
+        # among one alone a softmax is 1 and teaches the router nothing: then its share among all, as in 2101.03961
+        return probability, chosen, best.softmax(-1) if K > 1 else probability.gather(-1, chosen)

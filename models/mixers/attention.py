@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from models.errors import ConfigError, nearest
 from models.initialisation import reset_bias, reset_convolution, reset_linear
 from models.mixers.base import Mixer
+from models.mixers.explanation import AttentionExplanation
 from models.norm import Norm, RMSNorm
-from models.ops.attention import ATTENTION, of_slots
+from models.ops.attention import ATTENTION, of_slots, weights
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection, load, select
 from models.settings import divides, flags, numbers, positive, positive_or_none
@@ -140,7 +141,6 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         B, T, _ = x.shape
-        H, K = self.heads, self.kv_heads
         start = state.length if state is not None else 0
         if state is not None and not self.config.causal:
             raise ConfigError("attention without a mask (causal = false) reads a whole text at once; it cannot decode")
@@ -152,15 +152,29 @@ class Attention(Mixer):
             qkv = self.ops.causal_conv1d(projected, self.conv_weight, self.conv_bias, before)
             if state is not None and state.conv is not None:
                 state.conv.copy_(last_inputs(projected, self.conv_weight.shape[1], before))
-        qkv = qkv.view(B, T, H + 2 * K, self.head_width)
-        if self.config.rotary:
-            q, k, v = self.ops.rotary_qkv(qkv, K, start, self.config.rotary_base)
-        else:
-            q, k, v = qkv.transpose(1, 2).split([H, K, K], 1)
+        q, k, v = self._heads(qkv, start)
         if state is not None:
             state, k, v = state.extend(k, v)
         y = self.attend(q, k, v, causal=self.config.causal, window=self.config.window)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), state
+
+    def _heads(self, qkv: Tensor, start: int | Place) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, channels), the first at position `start` -> q (B, H, T, P), k and v (B, K, T, P)."""
+        H, K = self.heads, self.kv_heads
+        qkv = qkv.view(*qkv.shape[:2], H + 2 * K, self.head_width)
+        if self.config.rotary:
+            return self.ops.rotary_qkv(qkv, K, start, self.config.rotary_base)
+        q, k, v = qkv.transpose(1, 2).split([H, K, K], 1)
+        return q, k, v
+
+    def explain(self, x: Tensor) -> AttentionExplanation:
+        qkv = self.qkv_proj(x)
+        if self.conv_weight is not None:
+            qkv = self.ops.causal_conv1d(qkv, self.conv_weight, self.conv_bias, None)
+        q, k, v = self._heads(qkv, 0)
+        scores, weight = weights(q, k, causal=self.config.causal, window=self.config.window)
+        mixed = (weight @ v.repeat_interleave(self.heads // self.kv_heads, 1)).transpose(1, 2)
+        return AttentionExplanation(scores, weight, mixed, self.o_proj(mixed.flatten(2)))
 
     def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         if state.place is not None:
@@ -179,15 +193,10 @@ class Attention(Mixer):
 
     def _recorded_step(self, x: Tensor, state: KVCache, place: Place) -> Tensor:
         """`step` with its position on the device. It reads every slot of the cache, filled or not."""
-        H, K = self.heads, self.kv_heads
         qkv = self.qkv_proj(x)
         if state.conv is not None:
             qkv = self.ops.causal_conv1d_step(qkv, self.conv_weight, self.conv_bias, state.conv)
-        qkv = qkv.view(x.shape[0], 1, H + 2 * K, self.head_width)
-        if self.config.rotary:
-            q, k, v = self.ops.rotary_qkv(qkv, K, place, self.config.rotary_base)
-        else:
-            q, k, v = qkv.transpose(1, 2).split([H, K, K], 1)
+        q, k, v = self._heads(qkv[:, None], place)
         y = of_slots(q, *state.put(k, v, place))
         return self.o_proj(y.flatten(1))
 

@@ -7,6 +7,7 @@
     make_state(batch, max_len, dtype, device) -> state
     reset_parameters(generator)           its own initialisation
     output_weight                         of the projection that writes to the residual stream
+    explain(x) -> Explanation or None     what is behind forward(x), for models/trace.py; None: it says nothing
     Config                                its settings, a frozen dataclass that also says what it costs
 
 and of every `Config`, D being the model's width:
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import BackendUnavailableError
+from models.mixers.explanation import Explanation
 from models.norm import Norm
 from models.ops.kernels import Selection, load, select
 
@@ -77,6 +79,10 @@ class Mixer(nn.Module):
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> Any:
         raise NotImplementedError
+
+    def explain(self, x: Tensor) -> Explanation | None:
+        """x (B, T, D), what forward reads."""
+        return None
 
     @property
     def output_weight(self) -> Tensor:

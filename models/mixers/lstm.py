@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.initialisation import reset_linear, reset_weight
 from models.mixers.base import Mixer
+from models.mixers.explanation import MemoryExplanation, half_lives, remaining
+from models.ops.lstm import reference as lstm
 from models.settings import positive_or_none
 from models.state import LSTMState
 
@@ -83,6 +86,17 @@ class LSTM(Mixer):
         state.hidden.copy_(hidden)
         state.cell.copy_(cell)
         return y, LSTMState(state.hidden, state.cell, state.length + x.shape[1])
+
+    def explain(self, x: Tensor) -> MemoryExplanation:
+        """The cells; no matrix, because the gates read what the cells gave before."""
+        nothing = x.new_zeros(x.shape[0], self.hidden_weight.shape[1])
+        h, _, _ = lstm(x, self.input_weight, self.hidden_weight, self.bias, nothing, nothing)
+        before = torch.cat([nothing[:, None], h[:, :-1]], 1)
+        gates = x @ self.input_weight.t() + before @ self.hidden_weight.t() + self.bias
+        i, f, g, _ = gates.chunk(4, -1)
+        rate, written = F.softplus(-f), (i.sigmoid() * g.tanh()).abs()  # softplus(-f) = -log sigmoid(f)
+        left, output = written * remaining(rate), self.out_proj(h)
+        return MemoryExplanation("channel", half_lives(rate)[..., None], written, left, output)
 
     def step(self, x: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
         y, after = self(x[:, None], state)

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
+from models.mixers.explanation import MemoryExplanation, half_lives, remaining
 from models.norm import Norm, RMSNorm
 from models.ops.causal_conv1d import last_inputs
+from models.ops.impulses import response
 from models.ops.kernels import Selection
-from models.ops.selective_scan import forward_flops
+from models.ops.selective_scan import decay_rate, forward_flops
+from models.ops.selective_scan import reference as selective_scan
 from models.settings import flags, positive, positive_or_none, step_sizes
 from models.state import RecurrentState
 
@@ -142,6 +146,28 @@ class Mamba(Mixer):
         state.conv.copy_(conv)
         state.ssm.copy_(h)
         return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
+
+    def explain(self, x: Tensor) -> MemoryExplanation:
+        u, z = self.ops.projections(x, self.in_proj.weight, self.gate_sizes)
+        u = self.ops.causal_conv1d(u, self.conv_weight, self.conv_bias, None)
+        dt, B, C = self.x_proj(u).split(self.split_sizes, -1)
+        dt, negative = self.dt_proj(dt), self.config.negative_eigenvalues
+        rows, T, E = u.shape
+
+        def scan(inputs: Tensor, D: Tensor) -> Tensor:
+            step_size, B_, C_ = (m.repeat_interleave(len(inputs) // rows, 0) for m in (dt, B, C))
+            return selective_scan(inputs, step_size, self.A, B_, C_, D, None, self.dt_bias, None, negative)[0]
+
+        matrix = response(lambda impulses: scan(impulses, torch.zeros_like(self.D)), rows, T, E, self.A)
+        y = scan(u, self.D)
+        delta = F.softplus(dt + self.dt_bias)
+        rate = decay_rate(delta[..., None] * self.A, negative)  # (B, T, E, N)
+        write = (delta * u)[..., None] * B[:, :, None]
+        return MemoryExplanation(
+            unit="channel", half_life=half_lives(rate), written=write.norm(dim=-1),
+            left=(write * remaining(rate)).norm(dim=-1), output=self.out_proj((y * F.silu(z)).to(u.dtype)),
+            inputs=u[..., None], matrix=matrix, skip=self.D, scanned=y[..., None],
+        )  # fmt: skip
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         uz = self.ops.linear_step(x, self.in_proj.weight)

@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ConfigError
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
+from models.mixers.explanation import MemoryExplanation, half_lives, remaining
 from models.norm import Norm, RMSNorm
 from models.ops.causal_conv1d import last_inputs
+from models.ops.impulses import response
 from models.ops.kernels import Selection
-from models.ops.ssd import forward_flops
+from models.ops.selective_scan import decay_rate
+from models.ops.ssd import for_heads, forward_flops
+from models.ops.ssd import reference as ssd
 from models.settings import divides, flags, numbers, positive, step_sizes
 from models.state import RecurrentState
 
@@ -155,6 +160,27 @@ class Mamba2(Mixer):
         state.conv.copy_(conv)
         state.ssm.copy_(h)
         return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
+
+    def explain(self, x: Tensor) -> MemoryExplanation:
+        z, xBC, dt = self.ops.projections(x, self.in_proj.weight, self.split_sizes)
+        u, B, C = self._heads(self.ops.causal_conv1d(xBC, self.conv_weight, self.conv_bias, None))
+        negative = self.config.negative_eigenvalues
+        rows, T, H, _ = u.shape
+
+        def scan(inputs: Tensor, D: Tensor) -> Tensor:
+            step_size, B_, C_ = (m.repeat_interleave(len(inputs) // rows, 0) for m in (dt, B, C))
+            return ssd(inputs, step_size, self.A, B_, C_, D, self.dt_bias, None, negative)[0]
+
+        # one channel stands for all of its head
+        alone = response(lambda one: scan(one[..., None], torch.zeros_like(self.D))[..., 0], rows, T, H, self.A)
+        y = scan(u, self.D)
+        delta = F.softplus(dt + self.dt_bias)
+        rate = decay_rate(delta * self.A, negative)  # (B, T, H)
+        written = delta * u.norm(dim=-1) * for_heads(B, H).norm(dim=-1)
+        return MemoryExplanation(
+            unit="head", half_life=half_lives(rate)[..., None], written=written, left=written * remaining(rate),
+            output=self.out_proj(self._normed(y.flatten(-2), z)), inputs=u, matrix=alone, skip=self.D, scanned=y,
+        )  # fmt: skip
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         projected = self.ops.linear_step(x, self.in_proj.weight)

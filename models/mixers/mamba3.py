@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from models.errors import BackendUnavailableError, ConfigError
 from models.initialisation import reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
+from models.mixers.explanation import MemoryExplanation, half_lives, remaining
+from models.ops.impulses import response
 from models.ops.kernels import Selection
-from models.ops.trapezoid import State, forward_flops
+from models.ops.trapezoid import State, forward_flops, log_alpha_and_delta
+from models.ops.trapezoid import reference as trapezoid
 from models.settings import divides, numbers, one_of, positive, step_sizes
 from models.state import RotatingState
 
@@ -167,6 +170,33 @@ class Mamba3(Mixer):
         before = self._read(state, inputs[0].dtype)
         y, after = self.ops.trapezoid_step(*inputs, self.D, self.dt_bias, self.config.A_floor, before)
         return self._out(y, z), self._write(state, after, 1)
+
+    def explain(self, x: Tensor) -> MemoryExplanation | None:
+        """None for the MIMO form, whose ranks mix channels of a head before and after the recurrence."""
+        if self.config.rank > 1:
+            return None
+        z, u, *given = self._inputs(x)
+        dt, a, trap, _, B, _ = given
+        rows, T, H, _ = u.shape
+        A_floor = self.config.A_floor
+
+        def scan(inputs: Tensor, D: Tensor) -> Tensor:
+            dt_, a_, trap_, angle_, B_, C_ = (m.repeat_interleave(len(inputs) // rows, 0) for m in given)
+            return trapezoid(inputs, dt_, a_, trap_, angle_, B_, C_, D, self.dt_bias, A_floor)[0]
+
+        # one channel stands for all of its head
+        alone = response(lambda one: scan(one[..., None], torch.zeros_like(self.D))[..., 0], rows, T, H, self.D)
+        y = scan(u, self.D)
+        log_alpha, delta = log_alpha_and_delta(dt, a, self.dt_bias, A_floor)
+        own = trap.to(delta.dtype).sigmoid() * delta
+        # the next step writes the rest of a token, and decays it at once: as if it had stood there a step earlier
+        weight = own + F.pad((delta - own)[:, 1:], (0, 0, 0, 1))
+        written = weight * u.norm(dim=-1) * B[:, :, 0].norm(dim=-1)
+        return MemoryExplanation(
+            unit="head", half_life=half_lives(-log_alpha)[..., None], written=written,
+            left=written * remaining(-log_alpha), output=self._out(y, z),
+            inputs=u, matrix=alone, skip=self.D, scanned=y,
+        )  # fmt: skip
 
     def _inputs(self, x: Tensor) -> list[Tensor]:
         """x (..., D) -> z and x (..., [R,] H, P); dt, a, trap (..., H); angle (..., S); B, C (..., R, H, N)."""

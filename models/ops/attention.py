@@ -21,11 +21,17 @@ from models.state import Place
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
     """The definition, with the (T, S) matrix of scores in memory."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    _, weight = weights(q, k, causal=causal, window=window)
+    return weight @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+def weights(q: Tensor, k: Tensor, *, causal: bool = True, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """The scores Q K^T / sqrt(P), -inf where a query does not see a key, and their softmax, each (B, H, T, S)."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
     if causal:
         scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], window, q.device), float("-inf"))
-    return scores.softmax(-1) @ v
+    return scores, scores.softmax(-1)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:

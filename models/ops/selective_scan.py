@@ -42,6 +42,11 @@ def decay(exponent: Tensor, negative: bool) -> Tensor:
     return 2 * a - 1 if negative else a
 
 
+def decay_rate(exponent: Tensor, negative: bool) -> Tensor:
+    """-log |a| of a = decay(exponent, negative), at least 0: what is forgotten per step."""
+    return -decay(exponent, True).abs().log() if negative else -exponent
+
+
 def reference(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
     initial_state: Tensor | None = None, negative: bool = False,

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import Lab
 
-COMMANDS = ("run", "resume", "report", "runs", "models", "inspect", "generate", "export", "doctor")
+COMMANDS = ("run", "resume", "report", "runs", "models", "inspect", "trace", "generate", "export", "doctor")
 
 
 def test_help_lists_every_command(lab: Lab) -> None:

@@ -119,9 +119,9 @@ _ID_OF_BYTE = {
 @pytest.mark.parametrize(
     ("kind", "token", "shown"),
     [
-        ("byte_level", "Ġ", "␣"), ("byte_level", "Ċ", "␊"), ("byte_level", "ĉ", "␉"), ("byte_level", "ě", "␛"),
+        ("byte_level", "Ġ", "␣"), ("byte_level", "Ċ", "↵"), ("byte_level", "ĉ", "⇥"), ("byte_level", "ě", "␛"),
         ("byte_level", "<|endoftext|>", "<|endoftext|>"), ("byte_level", "Ġthe", "␣the"),
-        ("byte_fallback", "▁the", "␣the"), ("byte_fallback", "é", "é"), ("byte_fallback", "<0x0A>", "␊"),
+        ("byte_fallback", "▁the", "␣the"), ("byte_fallback", "é", "é"), ("byte_fallback", "<0x0A>", "↵"),
         ("byte_fallback", "<s>", "<s>"), ("suffixes", "cat</w>", "cat</w>"),
     ],
 )  # fmt: skip

@@ -319,6 +319,25 @@ def test_overrides_dotted_and_nested_are_the_same():
     assert MAMBA.with_overrides({}) == MAMBA
 
 
+def test_overrides_that_need_each_other_are_made_together():
+    phi = PRESETS["phi3-mini"]
+    for order in (["vocabulary", "padding_index"], ["padding_index", "vocabulary"]):
+        changed = phi.with_overrides({key: {"vocabulary": 300, "padding_index": 299}[key] for key in order})
+        assert changed == replace(phi, vocabulary=300, padding_index=299)
+    with pytest.raises(ConfigError, match="padding_index = 32000 is not in a vocabulary of 300"):
+        phi.with_overrides({"vocabulary": 300})
+    with pytest.raises(ConfigError, match="padding_index needs a head of its own"):
+        phi.with_overrides({"tie_embeddings": True})
+    assert phi.with_overrides({"tie_embeddings": True, "padding_index": None}).tie_embeddings
+
+
+@pytest.mark.parametrize("keys", [("feedforward", "feedforward.hidden"), ("feedforward.hidden", "feedforward")])
+def test_a_setting_and_what_replaces_it_are_not_both_taken(keys):
+    values = {"feedforward": None, "feedforward.hidden": 8}
+    with pytest.raises(ConfigError, match="another setting"):
+        TRANSFORMER.with_overrides({key: values[key] for key in keys})
+
+
 def test_overrides_reach_into_the_blocks_of_a_hybrid():
     changed = HYBRID.with_overrides({"hybrid.blocks.M.mixer.state": 9, "hybrid.blocks.A.feedforward.hidden": 64})
     assert changed == HYBRID.with_overrides(
