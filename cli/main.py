@@ -93,7 +93,8 @@ def run(
 
     Built in: compare (transformer or Mamba?), learning-rate (which rate, by validation?), memory (loading against
     inference), speed (from which length on is which faster?), masking (what is a causal mask for?), lineage (what did
-    each step of history buy?), sparse (what does a sliding window lose?), moe (what do experts buy?).
+    each step of history buy?), sparse (what does a sliding window lose?), moe (what do experts buy?), vocabulary (how
+    large?).
     The same specification continues an unfinished run in --out. Exit codes: 0 complete, 1 failed, 2 bad usage,
     3 the machine lacks something, 5 some cells failed, 130 interrupted (repeat the command to go on).
     """

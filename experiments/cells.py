@@ -117,15 +117,18 @@ def compile_kernels(send: Send, experiment: Experiment, dataset_folder: Path) ->
 
 
 def train_cell(
-    send: Send, experiment: Experiment, name: str, arm: Arm, seed: int, dataset_folder: Path, folder: Path
-) -> dict[str, Any]:
-    """Train, evaluate, sample, and keep everything under `folder`. Messages: ("step", done, total)."""
+    send: Send, experiment: Experiment, name: str, arm: Arm, seed: int, dataset_folder: Path, folder: Path,
+    batches: Batches | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, evaluate, sample, and keep everything under `folder`. Messages: ("step", done, total). batches: None draws
+    windows of the training tokens."""
     device = prepare_process(experiment)
     dataset = Dataset.load(dataset_folder)
     settings, evaluation = experiment.training, experiment.evaluation
     config = model_config(arm, dataset.vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
-    batches = Batches(dataset.splits["train"].tokens, context=settings.context, batch=settings.batch, seed=seed)
+    if batches is None:
+        batches = Batches(dataset.splits["train"].tokens, context=settings.context, batch=settings.batch, seed=seed)
     length = {"context": settings.context, "precision": settings.precision}
     curve = {"sequences": evaluation.curve_sequences, **length}
     objective = Objective(arm.objective, dataset.vocabulary, seed)

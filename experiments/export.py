@@ -45,14 +45,15 @@ def export(
     model = checkpoint.load(trained(directory, [arm], trained_seed)[arm])
     if experiment.cells()[arm].objective == "masked":
         raise SpecError(f"arm '{arm}' fills in hidden tokens; the format holds models that predict the next one")
-    end = end_of_text_id(tokenizer.load(directory.path / "tokenizer.json"))
+    own = directory.tokenizer_file(arm)
+    end = end_of_text_id(tokenizer.load(own))
     settings = {
-        "max_position_embeddings": experiment.training.context,
+        "max_position_embeddings": directory.seen_by(arm).training.context,
         "bos_token_id": end,
         "eos_token_id": end,
     }
     try:
-        architecture = hf.export(model, folder, directory.path / "tokenizer.json", settings=settings)
+        architecture = hf.export(model, folder, own, settings=settings)
     except OSError as error:
         raise EnvironmentLacksError(f"cannot write '{folder}': {error.strerror or error}") from None
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

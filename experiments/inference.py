@@ -115,28 +115,33 @@ def writers(
     if isinstance(source, Path):
         if arms or trained_seed is not None:
             raise SpecError(f"{source} holds one model: there is no arm and no trained seed to choose")
-        chosen, file = {source.resolve().name: source}, folders.tokenizer_file(source)
+        chosen = {source.resolve().name: (source, folders.tokenizer_file(source))}
     else:
-        chosen, file = trained(source, arms, trained_seed), source.path / "tokenizer.json"
+        chosen = {
+            arm: (folder, source.tokenizer_file(arm)) for arm, folder in trained(source, arms, trained_seed).items()
+        }
         able = [arm for arm, one in source.experiment().cells().items() if one.objective == "causal"]
         for arm in chosen:
             if arm not in able:
                 remedy = f"; trained for that are: {', '.join(able)}" if able else ""
                 raise SpecError(f"arm '{arm}' fills in hidden tokens, it was not trained to continue a text{remedy}")
-    tokenizer = read_tokenizer(file)
+    return [_writer(arm, folder, file, prompt, tokens) for arm, (folder, file) in chosen.items()]
+
+
+def _writer(arm: str, folder: Path, tokenizer_file: Path, prompt: str, tokens: int) -> Writer:
+    tokenizer = read_tokenizer(tokenizer_file)
     ids = tuple(tokenizer.encode(prompt).ids)
     if not ids:
         raise SpecError("the prompt has no tokens; give some text to continue")
-    for folder in chosen.values():
-        config = folders.read_config(folder)
-        if max(ids) >= config.vocabulary:
-            outside = next(token for token in ids if token >= config.vocabulary)
-            raise SpecError(
-                f"{folder}: '{reading.name(tokenizer, outside)}' of the prompt is token {outside}, outside the model's "
-                f"vocabulary of {config.vocabulary}: the tokenizer is another model's"
-            )
-        check_room(config, len(ids), tokens)
-    return [Writer(arm, folder, tokenizer, prompt, ids) for arm, folder in chosen.items()]
+    config = folders.read_config(folder)
+    if max(ids) >= config.vocabulary:
+        outside = next(token for token in ids if token >= config.vocabulary)
+        raise SpecError(
+            f"{folder}: '{reading.name(tokenizer, outside)}' of the prompt is token {outside}, outside the model's "
+            f"vocabulary of {config.vocabulary}: the tokenizer is another model's"
+        )
+    check_room(config, len(ids), tokens)
+    return Writer(arm, folder, tokenizer, prompt, ids)
 
 
 def write(

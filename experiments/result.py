@@ -11,7 +11,10 @@ from experiments.studies import STUDIES
 from models import cost
 
 SCHEMA_VERSION = 1
-UNTOUCHED = {"file_bytes", "state_bytes", "flops_per_token"}  # metrics that do not depend on the form that ran
+UNTOUCHED = {  # metrics that do not depend on the form that ran
+    "file_bytes", "state_bytes", "flops_per_token", "flops_per_byte", "tokens_per_byte", "bytes_seen", "parameters",
+    "embedding_parameters", "embedding_share", "state_bytes_per_byte",
+}  # fmt: skip
 Results = dict[Cell, dict[str, Any]]
 
 
@@ -24,7 +27,7 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
     cells = study.plan(experiment)
     environment = run.environment()
     made = {cell: result for cell in cells if cell.kind == study.MAKES and (result := run.result(cell))}
-    _check_same_data(made)
+    _check_same_data(made, experiment)
     rows = [row for cell in cells if (result := run.result(cell)) for row in study.rows(cell, result, experiment, run)]
     for row in rows:
         reason = _taint(row, made.get(Cell(row["arm"], row["seed"], study.MAKES)))
@@ -46,29 +49,32 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
         "failures": failures,
         "warnings": _warnings(run, cells, environment, made),
         "baselines": facts["baselines"] if tested else None,
-        "arms": _arms(experiment, facts["vocabulary"], environment, made),
+        "arms": _arms(experiment, environment, made),
         "verdicts": study.verdicts(rows, experiment),
-        "findings": study.findings(rows, experiment, facts["vocabulary"], run),
+        "findings": study.findings(rows, experiment, experiment.data.vocabulary, run),
         "rows": rows,
     }
 
 
-def _check_same_data(made: Results) -> None:
-    by_seed: dict[int, dict[str, str]] = {}
+def _check_same_data(made: Results, experiment: Experiment) -> None:
+    """The same tokens for every arm of a seed; with several tokenizers for those that share one, and the same places of
+    the text for all."""
+    same: dict[tuple, dict[str, str]] = {}
     for cell, result in made.items():
-        if "data_sha256" in result:
-            by_seed.setdefault(cell.seed, {})[cell.arm] = result["data_sha256"]
-    for seed, hashes in by_seed.items():
+        keys = ("tokens", cell.seed, experiment.vocabulary_of(cell.arm)), ("text", cell.seed)
+        for key, name in zip(keys, ("data_sha256", "places_sha256"), strict=True):
+            if name in result:
+                same.setdefault(key, {})[cell.arm] = result[name]
+    for (what, seed, *_), hashes in same.items():
         if len(set(hashes.values())) > 1:
-            raise RunFailedError(f"the arms of seed {seed} were trained on different tokens: {hashes}")
+            raise RunFailedError(f"the arms of seed {seed} were trained on different {what}: {hashes}")
 
 
-def _arms(experiment: Experiment, vocabulary: int, environment: dict[str, Any], made: Results) -> dict[str, Any]:
+def _arms(experiment: Experiment, environment: dict[str, Any], made: Results) -> dict[str, Any]:
     arms = {}
     for name, arm in experiment.cells().items():
-        config = model_config(arm, vocabulary)
+        config = model_config(arm, experiment.vocabulary_of(name))
         count = cost.parameters(config)
-        base = name if name in environment["backends"] else name.rpartition("-lr")[0]
         hashes = {str(c.seed): r["data_sha256"] for c, r in made.items() if c.arm == name and "data_sha256" in r}
         arms[name] = {
             "model": arm.model,
@@ -78,7 +84,7 @@ def _arms(experiment: Experiment, vocabulary: int, environment: dict[str, Any], 
             "non_embedding_parameters": count.non_embedding,
             "active_parameters": count.active,
             "data_sha256": hashes,
-            "backends": {"mixer": environment["backends"][base]["name"]},
+            "backends": {"mixer": environment["backends"][experiment.arm_of(name)]["name"]},
             "state_bytes_formula": cost.state_formula(config),
         }
     return arms

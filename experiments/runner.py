@@ -17,7 +17,8 @@ import torch
 
 from experiments import cells, report, store
 from experiments.data.batches import require_length
-from experiments.data.dataset import Dataset, default_cache, prepare
+from experiments.data.dataset import default_cache
+from experiments.data.prepared import Prepared, prepare_all, tokens_per_byte
 from experiments.environment import describe, source_sha256
 from experiments.errors import EnvironmentLacksError, LabError, RunFailedError, SpecError
 from experiments.measurement.process import CellFailedError, Job, run_fresh, take_turns
@@ -113,7 +114,10 @@ def run(
     neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
     """
     check(experiment)
-    dataset = prepare(experiment.data, cache or default_cache(), lambda message: listener(Event("note", message)))
+    dataset = prepare_all(
+        experiment.data, experiment.vocabularies, cache or default_cache(),
+        lambda message: listener(Event("note", message)),
+    )  # fmt: skip
     _check_lengths(experiment, dataset)
     with _writable(out):
         directory = into or _unfinished(experiment, dataset, out)
@@ -139,24 +143,26 @@ def run(
     return directory
 
 
-def run_hash(experiment: Experiment, dataset: Dataset) -> str:
+def run_hash(experiment: Experiment, dataset: Prepared) -> str:
     """Over every field of the resolved specification, the data, the tokenizer, model folders, and the code."""
     parts = [experiment.to_toml(), json.dumps(dataset.facts["files"], sort_keys=True), source_sha256()]
     parts.append(json.dumps(cells.folder_hashes(experiment), sort_keys=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
-def _create(experiment: Experiment, dataset: Dataset, out: Path, command: str, listener: Listener) -> RunDirectory:
+def _create(experiment: Experiment, dataset: Prepared, out: Path, command: str, listener: Listener) -> RunDirectory:
     listener(Event("note", "compiling kernels"))
     try:
-        backends = run_fresh(cells.compile_kernels, experiment, dataset.folder)
+        backends = run_fresh(cells.compile_kernels, experiment, dataset.first.folder)
     except CellFailedError as error:
         raise RunFailedError(f"the models cannot be built and run here: {error}{error.detail}") from None
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = out / f"{stamp}-{experiment.name}-{run_hash(experiment, dataset)}"
     path.mkdir(parents=True)
     (path / "spec.toml").write_text(experiment.to_toml(), encoding="utf-8")
-    shutil.copy(dataset.tokenizer_path, path / "tokenizer.json")
+    for cell in experiment.cells():
+        own = dataset.datasets[experiment.vocabulary_of(cell)]
+        shutil.copy(own.tokenizer_path, path / experiment.tokenizer_file(cell))
     environment = {
         "created": store.now(),
         "command": command,
@@ -170,7 +176,7 @@ def _create(experiment: Experiment, dataset: Dataset, out: Path, command: str, l
     return directory
 
 
-def _unfinished(experiment: Experiment, dataset: Dataset, out: Path) -> RunDirectory | None:
+def _unfinished(experiment: Experiment, dataset: Prepared, out: Path) -> RunDirectory | None:
     suffix = f"-{experiment.name}-{run_hash(experiment, dataset)}"
     for candidate in reversed(store.runs(out)):
         if candidate.path.name.endswith(suffix):
@@ -180,7 +186,7 @@ def _unfinished(experiment: Experiment, dataset: Dataset, out: Path) -> RunDirec
     return None
 
 
-def _check_same_machine(directory: RunDirectory, experiment: Experiment, dataset: Dataset) -> None:
+def _check_same_machine(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> None:
     then, here = directory.environment(), describe(experiment.device, experiment.threads)
     for key in ("source_sha256", "cpu", "gpu", "threads", "packages", "python"):
         if then[key] != here[key]:
@@ -194,11 +200,13 @@ def _check_same_machine(directory: RunDirectory, experiment: Experiment, dataset
         raise RunFailedError(f"{directory.path} was begun with other data; start a new run in another --out")
 
 
-def _check_lengths(experiment: Experiment, dataset: Dataset) -> None:
+def _check_lengths(experiment: Experiment, dataset: Prepared) -> None:
     if STUDIES[experiment.study].MAKES != "train":
         return  # its text is repeated where it is short
-    for name in {"train", "validation", *experiment.evaluation.splits}:
-        require_length(f"{name} split", dataset.splits[name].tokens, experiment.training.context)
+    for vocabulary, one in dataset.datasets.items():
+        context = experiment.seen_with(tokens_per_byte(one.facts, vocabulary)).training.context
+        for name in {"train", "validation", *experiment.evaluation.splits}:
+            require_length(f"{name} split", one.splits[name].tokens, context)
 
 
 def _todo(directory: RunDirectory, experiment: Experiment, retry: bool) -> list[Cell]:
@@ -215,7 +223,7 @@ def _todo(directory: RunDirectory, experiment: Experiment, retry: bool) -> list[
 
 
 def _run_cells(
-    directory: RunDirectory, experiment: Experiment, dataset: Dataset, todo: list[Cell], listener: Listener
+    directory: RunDirectory, experiment: Experiment, dataset: Prepared, todo: list[Cell], listener: Listener
 ) -> None:
     study = STUDIES[experiment.study]
     ended = 0
@@ -233,7 +241,8 @@ def _run_cells(
         for shared in _processes(able, study.together):
             alone = len(shared) == 1
             work, details = study.work(shared[0], experiment) if alone else study.work_together(shared, experiment)
-            jobs[tuple(shared)] = (work, (experiment, *details, dataset.folder, directory.folder(shared[0])))
+            folder = dataset.datasets[experiment.vocabulary_of(shared[0].arm)].folder
+            jobs[tuple(shared)] = (work, (experiment, *details, folder, directory.folder(shared[0])))
         turns = f", taking turns with {len(able) - 1} more" if len(able) > 1 else ""
         listener(Event("start", cell=f"{able[0].name}{turns}" if able else None, done=ended, total=len(todo)))
 
@@ -277,7 +286,7 @@ def _groups(todo: list[Cell], turns: Callable[[Cell], Any]) -> Iterator[list[Cel
         yield from [group] if key is not None else ([cell] for cell in group)
 
 
-def _finish(directory: RunDirectory, experiment: Experiment, dataset: Dataset) -> dict[str, Any]:
+def _finish(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> dict[str, Any]:
     result = build_result(directory, experiment, dataset.facts)
     write_json(directory.path / "result.json", result)
     report.write_report(directory.path)

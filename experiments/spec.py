@@ -165,6 +165,21 @@ class Experts(Settings):
     )
 
 
+class Vocabulary(Settings):
+    """What the vocabulary study varies. Lengths are in bytes of text; each tokenizer says how many tokens they are."""
+
+    sizes: Ascending = Field(default=(257, 1024, 4096), description="entries of each tokenizer, 257 being bytes alone")
+    window_bytes: int = Field(default=512, ge=8, description="text of a training sequence, about")
+    text_bytes: int = Field(default=2048, ge=8, description="text that decode stands on, about")
+
+    @field_validator("sizes")
+    @classmethod
+    def _several(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if len(sizes) < 2 or sizes[0] < 257 or sizes[-1] > 1_000_000:
+            raise ValueError(f"must be two sizes or more, from 257 to 1000000, got {list(sizes)}")
+        return sizes
+
+
 TRAINS = {"training", "evaluation", "measurement"}
 SECTIONS = {  # what each study reads beside names, seeds, device, arms and data
     "comparison": TRAINS | {"learning_rates"},
@@ -174,8 +189,17 @@ SECTIONS = {  # what each study reads beside names, seeds, device, arms and data
     "memory": {"memory"},
     "speed": {"speed"},
     "masking": TRAINS | {"masking"},
+    "vocabulary": TRAINS | {"vocabulary"},
 }
-Study = Literal["comparison", "lineage", "sparse", "moe", "masking", "memory", "speed"]
+UNREAD: dict[str, dict[str, set[str]]] = {  # and what of those tables it does not read
+    "vocabulary": {
+        "data": {"vocabulary", "tokenizer"},
+        "training": {"context"},
+        "evaluation": {"samples", "sample_tokens", "temperature"},
+        "measurement": {"contexts"},
+    },
+}
+Study = Literal["comparison", "lineage", "sparse", "moe", "masking", "vocabulary", "memory", "speed"]
 
 
 class Experiment(Settings):
@@ -203,12 +227,16 @@ class Experiment(Settings):
     speed: Speed = Speed()
     masking: Masking = Masking()
     experts: Experts = Experts()
+    vocabulary: Vocabulary = Vocabulary()
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> "Experiment":
         every = {name for sections in SECTIONS.values() for name in sections}
         for name in sorted(self.model_fields_set & (every - SECTIONS[self.study])):
             raise ValueError(f"the {self.study} study does not read '{name}'")
+        for table, keys in UNREAD.get(self.study, {}).items():
+            for key in sorted(getattr(self, table).model_fields_set & keys):
+                raise ValueError(f"the {self.study} study does not read '{table}.{key}'")
         for name, arm in self.arms.items():
             if self.trains and arm.learning_rate is None and not self.learning_rates:
                 raise ValueError(f"arm '{name}' needs a learning_rate")
@@ -243,6 +271,21 @@ class Experiment(Settings):
         return self
 
     @model_validator(mode="after")
+    def _vocabularies_can_vary(self) -> "Experiment":
+        if self.study != "vocabulary":
+            return self
+        if "test" not in self.evaluation.splits:
+            raise ValueError("the vocabulary study compares test bits per byte: evaluation.splits must name test")
+        for name, arm in self.arms.items():
+            if arm.objective != "causal":
+                raise ValueError(f"the vocabulary study compares bits per byte, which objective {arm.objective} "
+                                 f"of arm '{name}' has not")  # fmt: skip
+            if arm.start == "weights" or "vocabulary" in arm.overrides:
+                raise ValueError(f"the vocabulary study gives arm '{name}' its vocabulary: "
+                                 f"leave out start = weights and overrides.vocabulary")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _arm_names_are_folders(self) -> "Experiment":
         for name in self.arms:
             if not name.replace("-", "").replace("_", "").isalnum():
@@ -254,7 +297,10 @@ class Experiment(Settings):
         return SECTIONS[self.study] >= TRAINS
 
     def cells(self) -> "dict[str, Arm]":
-        """The arms that actually train: with `learning_rates`, one per (arm, rate), named `arm-lr<rate>`."""
+        """The arms that actually train: with `learning_rates`, one per (arm, rate), named `arm-lr<rate>`; of the
+        vocabulary study one per (arm, size), named `arm-v<size>`."""
+        if self.study == "vocabulary":
+            return {f"{name}-v{size}": arm for size in self.vocabulary.sizes for name, arm in self.arms.items()}
         if not self.learning_rates:
             return dict(self.arms)
         return {
@@ -263,10 +309,44 @@ class Experiment(Settings):
             for rate in self.learning_rates
         }
 
+    def arm_of(self, cell: str) -> str:
+        """The arm that one of `cells` comes from."""
+        mark = "-v" if self.study == "vocabulary" else "-lr"
+        return cell.rpartition(mark)[0] if self.study == "vocabulary" or self.learning_rates else cell
+
+    def vocabulary_of(self, cell: str) -> int:
+        """The entries of the tokenizer that one of `cells` reads with."""
+        return int(cell.rpartition("-v")[2]) if self.study == "vocabulary" else self.data.vocabulary
+
+    @property
+    def vocabularies(self) -> tuple[int, ...]:
+        """The sizes of all tokenizers."""
+        return self.vocabulary.sizes if self.study == "vocabulary" else (self.data.vocabulary,)
+
+    def tokenizer_file(self, cell: str) -> str:
+        """The name, in the run directory, of the tokenizer that one of `cells` reads with."""
+        return f"tokenizer-{self.vocabulary_of(cell)}.json" if self.study == "vocabulary" else "tokenizer.json"
+
+    def seen_with(self, tokens_per_byte: float) -> "Experiment":
+        """The experiment as those cells see it whose tokenizer spends so many tokens on a byte of training text: with
+        the lengths of the vocabulary study in tokens. Any other study as it is."""
+        if self.study != "vocabulary":
+            return self
+        tokens = {
+            name: max(2, round(size * tokens_per_byte))
+            for name, size in (("window", self.vocabulary.window_bytes), ("text", self.vocabulary.text_bytes))
+        }
+        return self.model_copy(update={
+            "training": self.training.model_copy(update={"context": tokens["window"]}),
+            "evaluation": self.evaluation.model_copy(update={"samples": 0}),
+            "measurement": self.measurement.model_copy(update={"contexts": (tokens["text"],)}),
+        })  # fmt: skip
+
     def resolved(self) -> dict[str, Any]:
         """Every field that the study reads, as plain values; validates to this experiment again."""
         every = {name for sections in SECTIONS.values() for name in sections}
         unread: dict[str, Any] = dict.fromkeys(every - SECTIONS[self.study], True)
+        unread |= UNREAD.get(self.study, {})
         if not self.trains:
             unread["arms"] = {"__all__": {"learning_rate", "objective"}}
         return self.model_dump(mode="json", exclude=unread, exclude_none=True)

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from experiments.data.prepared import tokens_per_byte
 from experiments.errors import LabError, RunFailedError
 from experiments.spec import Experiment, load
 
@@ -92,6 +93,16 @@ class RunDirectory:
 
     def experiment(self) -> Experiment:
         return load(str(self.path / "spec.toml"), device=self.environment()["device"])
+
+    def tokenizer_file(self, arm: str) -> Path:
+        """The tokenizer that the arm reads with."""
+        return self.path / self.experiment().tokenizer_file(arm)
+
+    def seen_by(self, arm: str) -> Experiment:
+        """The experiment with the lengths in tokens that the arm's tokenizer makes of them."""
+        experiment = self.experiment()
+        vocabulary = experiment.vocabulary_of(arm)
+        return experiment.seen_with(tokens_per_byte(self.environment()["data"], vocabulary))
 
     def environment(self) -> dict[str, Any]:
         return read_json(self.path / "environment.json")

@@ -30,12 +30,17 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """(inputs, targets) of step `step` >= 0: int64 (B, T) each."""
-        # Raw words, not Generator.integers: numpy promises that only the former never change. The modulo
-        # favours some places over others by less than n / 2^64.
-        words = np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)).random_raw(self.batch)
-        starts = (words % np.uint64(len(self.tokens) - self.context)).astype(np.int64)
+        # the modulo favours some places over others by less than n / 2^64
+        drawn = words(self.seed, step, self.batch)
+        starts = (drawn % np.uint64(len(self.tokens) - self.context)).astype(np.int64)
         window = np.arange(self.context + 1)
-        return _shifted(self.tokens[starts[:, None] + window])
+        return shifted(self.tokens[starts[:, None] + window])
+
+
+def words(seed: int, step: int, count: int) -> np.ndarray:
+    """(count,) uint64, a function of (seed, step) alone."""
+    # Raw words, not Generator.integers: numpy promises that only the former never change.
+    return np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(count)
 
 
 class StreamHash:
@@ -76,12 +81,12 @@ def _windows(tokens: np.ndarray, context: int, batch: int) -> Iterator[Batch]:
     rows, rest = divmod(len(tokens) - 1, context)
     for row in range(0, rows, batch):
         starts = context * np.arange(row, min(row + batch, rows))
-        yield _shifted(tokens[starts[:, None] + np.arange(context + 1)])
+        yield shifted(tokens[starts[:, None] + np.arange(context + 1)])
     if rest:
-        yield _shifted(tokens[None, -rest - 1 :])
+        yield shifted(tokens[None, -rest - 1 :])
 
 
-def _shifted(window: np.ndarray) -> Batch:
+def shifted(window: np.ndarray) -> Batch:
     """(B, T + 1) -> inputs and targets, (B, T)."""
     whole = torch.from_numpy(np.asarray(window, dtype=np.int64))
     return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()

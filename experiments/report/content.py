@@ -12,6 +12,7 @@ from experiments.report import curves, lineage, moe, sparse
 from experiments.report import masking as masking_study
 from experiments.report import memory as memory_study
 from experiments.report import speed as speed_study
+from experiments.report import vocabulary as vocabulary_study
 from experiments.report.document import Block, Cell, Code, Column, Document, Figure, Notice, Section, Table, Text, Tone
 from experiments.report.numbers import DASH, count, interval, number, plural, scale
 from experiments.report.record import Record
@@ -40,9 +41,9 @@ from experiments.report.verdict import machine, notices, verdict
 SPEED = {"tokens_per_s", "time_to_first_token_ms", "ms_per_token"}
 
 
-# the sections of a study that measures untrained models; what a study that trains says before the comparison's sections
-MEASURING: dict[str, Callable[[Record], list[Section]]] = {
-    "memory": memory_study.sections, "speed": speed_study.sections,
+# the sections of a study that has its own; what a study that compares arms says before the comparison's sections
+STANDALONE: dict[str, Callable[[Record], list[Section]]] = {
+    "memory": memory_study.sections, "speed": speed_study.sections, "vocabulary": vocabulary_study.sections,
 }  # fmt: skip
 SAYING: dict[str, Callable[[Record], list[Section]]] = {
     "masking": masking_study.sections,
@@ -53,8 +54,8 @@ SAYING: dict[str, Callable[[Record], list[Section]]] = {
 
 
 def document(record: Record) -> Document:
-    if record.study in MEASURING:
-        sections = [*MEASURING[record.study](record), Section("arms", "What was measured", "", [arms_table(record)])]
+    if record.study in STANDALONE:
+        sections = [*STANDALONE[record.study](record), Section("arms", "What was measured", "", [arms_table(record)])]
     elif record.sweep:
         sections = [verdict(record), sweep(record), training_curves(record), samples(record)]
     else:
@@ -514,8 +515,9 @@ def _environment_table(record: Record) -> Table:
 
 
 def _hash_table(record: Record) -> Table:
+    which = "one seed and vocabulary" if record.study == "vocabulary" else "one seed"
     table = Table(
-        "SHA-256 of the training tokens that each arm consumed; arms of one seed must agree",
+        f"SHA-256 of the training tokens that each arm consumed; arms of {which} must agree",
         [Column("Seed", key=True), Column("SHA-256"), Column("Arms")],
     )
     found: dict[tuple[int, str], list[str]] = {}

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.report import curves, masking_figures, speed_figures, study_figures
+from experiments.report import curves, masking_figures, speed_figures, study_figures, vocabulary_figures
 from experiments.report.bundles import bundle, tokens_axis
 from experiments.report.drawing import (
     ARMS,
@@ -278,6 +278,9 @@ PLOTS: dict[str, Callable[[Record, Layout], Figure]] = {
     "lineage": study_figures.lineage,
     "sparse": study_figures.sparse,
     "moe": study_figures.moe,
+    "vocabulary-quality": vocabulary_figures.quality,
+    "vocabulary-speed": vocabulary_figures.speed,
+    "vocabulary-state": vocabulary_figures.state,
 }
 
 

@@ -77,7 +77,15 @@ ANALYTIC = (
 )
 
 
-TITLES = {(one.phase, one.metric): one.title for one in QUALITY + TRAINING + LOADING + PREFILL + DECODE + ANALYTIC}
+IN_TEXT = (
+    Metric("train", "bytes_per_s", "Training throughput in bytes of text"),
+    Metric("decode", "bytes_per_s", "Decode throughput in bytes of text"),
+)
+
+
+TITLES = {
+    (one.phase, one.metric): one.title for one in QUALITY + TRAINING + LOADING + PREFILL + DECODE + ANALYTIC + IN_TEXT
+}
 
 
 def standing(one: dict[str, Any]) -> tuple[Tone, str]:

@@ -49,12 +49,13 @@ def _first(points: list[str], limit: int = 8) -> tuple[str, ...]:
 
 
 def _differing_data(record: Record) -> list[str]:
-    """Seeds whose arms report different hashes of the training tokens."""
-    found: dict[str, set[str]] = {}
+    """Seeds whose arms report different hashes of the training tokens; where the vocabulary varies, of one size."""
+    found: dict[tuple[str, Any], set[str]] = {}
     for arm in record.result["arms"].values():
+        size = arm["config"]["vocabulary"] if record.study == "vocabulary" else None
         for seed, digest in (arm.get("data_sha256") or {}).items():
-            found.setdefault(seed, set()).add(digest)
-    return sorted(seed for seed, digests in found.items() if len(digests) > 1)
+            found.setdefault((seed, size), set()).add(digest)
+    return sorted({seed for (seed, _), digests in found.items() if len(digests) > 1})
 
 
 def verdict(record: Record) -> Section:
@@ -82,7 +83,7 @@ def verdict(record: Record) -> Section:
             alone = len(record.arms) < 2
             said = "This run has one arm, so it compares nothing." if alone else "This run recorded no comparison."
             blocks.append(Text(said))
-    blocks.append(Text(_limits(record)))
+    blocks.append(Text(limits(record)))
     return Section("verdict", "Verdict", intro, blocks)
 
 
@@ -98,7 +99,7 @@ def headlines(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return ranked[:HEADLINES]
 
 
-def _limits(record: Record) -> str:
+def limits(record: Record) -> str:
     """What nobody may read into this run."""
     sizes = sorted({arm["parameters"] for arm in record.result["arms"].values() if arm.get("parameters")})
     if not sizes:

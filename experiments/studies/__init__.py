@@ -16,9 +16,9 @@ Each study is a module with
 
 from types import ModuleType
 
-from experiments.studies import comparison, lineage, masking, memory, moe, sparse, speed
+from experiments.studies import comparison, lineage, masking, memory, moe, sparse, speed, vocabulary
 
 STUDIES: dict[str, ModuleType] = {
-    "comparison": comparison, "lineage": lineage, "sparse": sparse, "moe": moe, "masking": masking, "memory": memory,
-    "speed": speed,
+    "comparison": comparison, "lineage": lineage, "sparse": sparse, "moe": moe, "masking": masking,
+    "vocabulary": vocabulary, "memory": memory, "speed": speed,
 }  # fmt: skip

@@ -338,6 +338,7 @@ def _sentence(v: dict) -> str:
         "peak_bytes": f"peak memory in {v['phase']}{at}",
         "state_bytes": f"cache or state in {v['phase']}{at}",
         "tokens_per_s": f"{v['phase']} tokens/s{at}",
+        "bytes_per_s": f"bytes of text per second in {'training' if v['phase'] == 'train' else v['phase']}",
     }[v["metric"]]
     seeds = f"{v['n']} paired seed{'s' if v['n'] > 1 else ''}"
     if v["kind"] == "difference":
