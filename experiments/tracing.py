@@ -146,13 +146,12 @@ def _meant(
             raise SpecError(f"{source} holds one model: there is no arm and no trained seed to choose")
         tokenizer = inference.read_tokenizer(folders.tokenizer_file(source))
         return [Subject(source.resolve().name, f"the folder {source}", folders.read_config(source), tokenizer, source)]
-    tokenizer = inference.read_tokenizer(source.path / "tokenizer.json")
     experiment = source.experiment()
     shown = experiment.seeds[0] if trained_seed is None else trained_seed
     return [
         Subject(
-            arm, f"arm {arm}, seed {shown} of the run {source.path.name}", folders.read_config(folder), tokenizer,
-            folder, fills_in=experiment.cells()[arm].objective == "masked",
+            arm, f"arm {arm}, seed {shown} of the run {source.path.name}", folders.read_config(folder),
+            inference.read_tokenizer(source.tokenizer_file(arm)), folder, fills_in=experiment.cells()[arm].objective == "masked",
         )
         for arm, folder in inference.trained(source, arms, trained_seed).items()
     ]  # fmt: skip
