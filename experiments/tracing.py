@@ -151,7 +151,8 @@ def _meant(
     return [
         Subject(
             arm, f"arm {arm}, seed {shown} of the run {source.path.name}", folders.read_config(folder),
-            inference.read_tokenizer(source.tokenizer_file(arm)), folder, fills_in=experiment.cells()[arm].objective == "masked",
+            inference.read_tokenizer(source.tokenizer_file(arm)), folder,
+            fills_in=experiment.cells()[arm].objective == "masked",
         )
         for arm, folder in inference.trained(source, arms, trained_seed).items()
     ]  # fmt: skip
