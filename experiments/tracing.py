@@ -13,7 +13,7 @@ from experiments.errors import EnvironmentLacksError, SpecError
 from experiments.spec import assigned
 from models import cost, folders
 from models.config import ModelConfig
-from models.errors import nearest
+from models.errors import ConfigError, nearest
 from models.language_model import LanguageModel
 from models.presets import PRESETS, preset
 from models.trace import AttentionTrace, MemoryTrace, Trace, trace
@@ -201,7 +201,10 @@ def _taken_apart(subject: Subject, prompt: str, device: str) -> Traced:
         model = folders.load(subject.folder, device)
     else:
         model = LanguageModel(subject.config, seed=subject.seed, device=device).eval()
-    found = trace(model, ids)
+    try:
+        found = trace(model, ids)
+    except ConfigError as error:
+        raise ConfigError(f"{subject.name}: {error}") from None
     if not found.logits.isfinite().all():
         raise SpecError(f"{subject.origin}: the model's scores are not finite numbers; its weights are of no use")
     reader = reading.Reader(subject.tokenizer, ids)

@@ -280,14 +280,14 @@ def _mixing(traced: Sequence[Traced]) -> Section:
     ]  # fmt: skip
     figure = Figure("mixing", "; ".join(alt) + ".", (
         "Each row is a token that reads, each column a token that is read; the stronger the colour, the more counts. "
-        f"Hatched: masked, what comes later and is never seen, or lies beyond a window. {_upper('; '.join(kinds))}. "
+        f"{_hatched(traced)}{_upper('; '.join(kinds))}. "
         f"Each panel is relative to its own largest entry.{_cut(traced)}"
     ))  # fmt: skip
     silent = [f"{clean(one.subject.name)} has none" for one in traced if not mixing(one)]
     columns = [Column("Block", key=True), Column("Mixer"), Column("Most from (share of its row)")]
     table = Table("What the last token takes most from, by these matrices", columns)
     blocks: list[Block] = [table]
-    for one in traced:
+    for one in [one for one in traced if mixing(one)]:
         table.group(clean(one.subject.name) if len(traced) > 1 else "")
         for layer in mixing(one):
             row = layer.matrix[-1] / max(layer.matrix[-1].sum(), 1e-30)
@@ -302,6 +302,12 @@ def _mixing(traced: Sequence[Traced]) -> Section:
     if silent:
         blocks.append(Text("; ".join(silent) + ": no mixer of it can be read as a matrix, or says so."))
     return Section("mixing", "Which earlier tokens count", intro, blocks)
+
+
+def _hatched(traced: Sequence[Traced]) -> str:
+    if all(layer.seen.all() for one in traced for layer in mixing(one)):
+        return "Nothing is masked: each token sees every other. " if len(traced[0].names) > 1 else ""
+    return "Hatched: masked, because it comes later or lies beyond a window, and never seen. "
 
 
 def _reach(layer: Mixing) -> str:

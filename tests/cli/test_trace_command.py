@@ -123,7 +123,7 @@ def test_a_page(in_process: InProcess, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["mamba-tiny", ""], "the prompt is empty"),
-        (["gpt1", "x" * 101], "100 learned positions, 101 tokens"),
+        (["mamba-tiny", "x" * 101, "--against", "gpt1"], "gpt1: the model has 100 learned positions, 101 tokens"),
         (["mamba-tiny", "x" * (LONGEST_TEXT + 1)], f"at most {LONGEST_TEXT}"),
         (["mamba-tny", "x"], "no preset, run or folder 'mamba-tny': did you mean 'mamba-tiny'?"),
         (["mamba-tiny", "x", "--against", "gpt2"], "no preset, run or folder 'gpt2': did you mean 'gpt1'?"),

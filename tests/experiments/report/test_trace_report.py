@@ -55,7 +55,7 @@ def test_text_says_what_the_trace_says(models):
         assert f"{one.subject.name} chooses token {found.chosen}, " in text
         for stage in found.stages:
             shapes = (" x ".join(map(str, shape)) for shape in (stage.input_shape, stage.output_shape))
-            assert re.search(rf"^{re.escape(stage.name)} \[\w\] +{' +'.join(shapes)} ", text, re.MULTILINE)
+            assert re.search(rf"^ *{re.escape(stage.name)} \[\w\] +{' +'.join(shapes)} ", text, re.MULTILINE)
             assert stage.does.split(";")[0] in " ".join(text.split())
     assert "These mixers say nothing" not in text
     assert "Untrained: hybrid-tiny, moe-tiny, lstm-tiny" in text
@@ -131,6 +131,8 @@ def test_what_is_remembered(tmp_path):
             line[6].text
             == f"{'abcdef'[share.index(min(share))]} at {share.index(min(share)) + 1}, {min(share):.3f} left"
         )
+    (figure,) = [figure for figure in named(page, "figure") if figure.name == "mixing"]
+    assert "Hatched: masked" in figure.caption
     matrix = next(t for t in named(page, "table") if "|M|" in t.caption)
     ((_, lines),) = matrix.groups
     first = one.trace.blocks[0].mixer
@@ -169,6 +171,8 @@ def test_a_model_that_fills_in_is_not_said_to_continue(tmp_path):
     said = one.trace.blocks[0].mixer
     assert isinstance(said, AttentionTrace)
     assert said.seen.all()
+    (figure,) = [figure for figure in named(trace.document("ab", [one]), "figure") if figure.name == "mixing"]
+    assert "Nothing is masked" in figure.caption
     assert "fill in hidden tokens" not in render_trace("ab", [one], "table")
     trained = replace(one, subject=replace(one.subject, fills_in=True))
     assert "Trained to fill in hidden tokens: transformer-tiny" in render_trace("ab", [trained], "table")
