@@ -117,14 +117,15 @@ def writers(
             raise SpecError(f"{source} holds one model: there is no arm and no trained seed to choose")
         chosen = {source.resolve().name: (source, folders.tokenizer_file(source))}
     else:
-        chosen = {
-            arm: (folder, source.tokenizer_file(arm)) for arm, folder in trained(source, arms, trained_seed).items()
-        }
-        able = [arm for arm, one in source.experiment().cells().items() if one.objective == "causal"]
+        places = trained(source, arms, trained_seed)
+        chosen = {arm: (folder, source.tokenizer_file(arm)) for arm, folder in places.items()}
+        objectives = {arm: one.objective for arm, one in source.experiment().cells().items()}
+        able = [arm for arm, objective in objectives.items() if objective == "causal"]
         for arm in chosen:
             if arm not in able:
+                does = "fills in hidden tokens" if objectives[arm] == "masked" else "reads the token that it predicts"
                 remedy = f"; trained for that are: {', '.join(able)}" if able else ""
-                raise SpecError(f"arm '{arm}' fills in hidden tokens, it was not trained to continue a text{remedy}")
+                raise SpecError(f"arm '{arm}' {does}, it was not trained to continue a text{remedy}")
     return [_writer(arm, folder, file, prompt, tokens) for arm, (folder, file) in chosen.items()]
 
 
