@@ -1,5 +1,7 @@
 """Each gate passes for a sound model and fails for the defect it is there for."""
 
+import math
+
 import pytest
 import torch
 
@@ -44,6 +46,18 @@ class WrongFast(LanguageModel):
 @pytest.mark.parametrize("name", [*TINY, "gpt1"])
 def test_sound_models_pass(name: str) -> None:
     assert failed(sound(name)) == []
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_text_of_bytes_that_repeats_itself_is_no_defect(name: str, seed: int) -> None:
+    """With tied embeddings the plain loss of such a text begins far from ln V, by more than the tolerance."""
+    model = LanguageModel(preset(name).with_overrides({"vocabulary": 257}), seed=seed)
+    tokens = torch.tensor([[1, 2, 3, 4] + 20 * [32], [5, 6, 7, 8] + 20 * [32]])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert abs(loss / math.log(257) - 1) > 0.02
+    assert all(gate.passed for gate in check(model, tokens))
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "gpt1"])
