@@ -30,7 +30,7 @@ def _compiled_too_late(send: cells.Send, experiment: Experiment, dataset: Path, 
     for name, arm in experiment.arms.items():
         cells.train_cell(send, experiment, name, arm, 0, dataset, folder / name)
         for phase in ("load", "prefill", "decode"):
-            cells.measure_cell(send, experiment, phase, 8, dataset, folder / name)
+            cells.measure_cell(send, experiment, phase, 8, None, dataset, folder / name)
     return len(before), sorted(f"{module}.{name}{types}" for module, name, types in _kernels() - before)
 
 

@@ -170,7 +170,7 @@ def test_bytes_that_repeat_are_no_defect_of_a_model(name: str) -> None:
 def rows_of(values: dict[str, list[float]], phase: str, metric: str, direction: str = "lower") -> list[dict]:
     """Rows of each cell's seeds and over them."""
     common = {"phase": phase, "metric": metric, "unit": "u", "direction": direction, "comparable": True,
-              "reason": None, "context": None}  # fmt: skip
+              "reason": None, "context": None, "batch": None}  # fmt: skip
     found = []
     for name, seeds in values.items():
         found += [common | {"arm": name, "seed": seed, "value": value} for seed, value in enumerate(seeds)]
@@ -202,7 +202,7 @@ def test_tokens_per_byte() -> None:
 @pytest.mark.parametrize(
     ("values", "said", "size", "resolved"),
     [
-        (([3.0, 3.1], [2.0, 2.1001], [2.5, 2.6]), "at 512 entries: −1.000 bits per byte against 257", 512, True),
+        (([3.0, 3.1], [2.0, 2.1001], [2.5, 2.6]), "at 512 entries: −1.000 bits per byte (95% interval", 512, True),
         (([3.0, 3.1], [2.0, 3.05], [3.5, 3.6]), "not resolved.", 512, False),
         (([3.0], [2.0], [2.5]), "one seed says nothing about the spread over seeds", 512, False),
         (([3.0, 3.1], [2.5, 2.7], [2.0, 2.1]), "It is the largest size tried", 1024, True),
