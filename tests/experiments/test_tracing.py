@@ -1,4 +1,4 @@
-"""What is taken apart: a preset reads bytes, names are told apart, nothing is finite that is not."""
+"""What is taken apart: a preset reads bytes, equal names are told apart, and every number is finite."""
 
 import json
 
