@@ -103,7 +103,8 @@ class TestCacheKeyedBySomeSettings:
     def test_a_changed_width_is_another_run(self, study: str):
         name = {"comparison": "compare"}.get(study, study)
         dataset = SimpleNamespace(facts={"files": {}})
-        widths = ([], ["arms.mamba.overrides.width=96"], ["arms.mamba.overrides.mixer.state=4"])
+        arm = next(iter(load(name, profile="smoke").arms))
+        widths = ([], [f"arms.{arm}.overrides.width=96"], [f"arms.{arm}.overrides.norm_eps=0.1"])
         hashes = {run_hash(load(name, profile="smoke", assignments=one), dataset) for one in widths}  # type: ignore[arg-type]
         assert len(hashes) == 3
 
