@@ -15,7 +15,7 @@ from experiments import cells
 from experiments.data.dataset import Dataset
 from experiments.data.places import PlacedBatches, token_bytes
 from experiments.data.prepared import tokens_per_byte
-from experiments.report.numbers import interval, number, plural, scale
+from experiments.report.numbers import number, plural, scale
 from experiments.rows import row
 from experiments.spec import Arm, Experiment
 from experiments.store import Cell, RunDirectory, read_json
@@ -242,7 +242,7 @@ def _interval(one: dict, unit: str) -> str:
     size = f"{number(estimate, 3, sign=True)} {unit}" if sign else f"{estimate:.3g} times {unit}"
     if low is None:
         return f"{size} ({plural(one['n'], 'paired seed')})"
-    ends = interval(estimate, low, high, sign=sign).partition("[")[2].removesuffix("]").replace(", ", " to ")
+    ends = f"{number(low, 3, sign=True)} to {number(high, 3, sign=True)}" if sign else f"{low:.3g} to {high:.3g}"
     return f"{size} (95% interval {ends}, {plural(one['n'], 'paired seed')})"
 
 
