@@ -25,7 +25,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 class PlacedBatches(Batches):
     """Windows of T tokens that begin with the first token at or after a place of the text. The places depend on (seed,
     step), on the length of the text and on `window_bytes`, the text that a window has room for on average: not on the
-    tokenizer. The last windows are moved forward until they fit.
+    tokenizer. Windows beyond the end begin earlier, so that they fit.
 
     sizes: (V,), see `token_bytes`. Raises CorpusError where the text is shorter than one window.
     """

@@ -64,7 +64,9 @@ def _caution(record: Record) -> str:
     text = (
         "One learning rate serves every size of an arm, and no sweep has chosen it for any of them. All sizes "
         "get as much text, not as much computation: a small vocabulary reads more tokens, a large one weighs each "
-        "against more entries. At equal computation the order of the sizes may be another."
+        "against more entries. At equal computation the order of the sizes may be another. Windows span as many "
+        "bytes of the training text, from which the tokenizers were learned; of other text a larger vocabulary may "
+        "need more tokens than that, and its windows then span less of it."
     )
     if not seen or not whole:
         return text
@@ -182,10 +184,11 @@ def memory(record: Record) -> Section:
     intro = (
         "What one sequence keeps while it is being continued: attention's cache has an entry for every token, so it "
         "shrinks with the tokens of a text; a recurrent state has one size. Per byte of text, after "
-        f"{text:,} bytes, in float32, by formula from shapes; beside it the bytes that the decode cells measured, "
+        f"{text:,} bytes at the training text's tokens per byte, in float32, by formula from shapes; beside it the "
+        "bytes that the decode cells measured, "
         "whose cache also has room for what they wrote."
     )
-    table = Table(f"Cache or state after {text:,} bytes of text", [
+    table = Table(f"Cache or state after {text:,} bytes of training text", [
         Column("Arm", key=True), Column("Entries", numeric=True, key=True), Column("Text in tokens", numeric=True),
         Column("Bytes per byte of text", numeric=True), Column("Measured in decode, bytes", numeric=True),
         Column("by formula", numeric=True),

@@ -155,8 +155,7 @@ def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: Run
         for arm in arms
     ]
     found += [
-        _speed(arm, phase, by_size(arm, phase, "bytes_per_s"), by_size(arm, phase, "tokens_per_s"), decided)
-        for phase in PHASES for arm in arms
+        _speed(arm, phase, by_size(arm, phase, "bytes_per_s"), rows, decided) for phase in PHASES for arm in arms
     ]  # fmt: skip
     text = experiment.vocabulary.text_bytes
     found += [_state(arm, by_size(arm, "model", "state_bytes_per_byte"), text) for arm in arms]
@@ -272,7 +271,7 @@ def _parameters(arm: str, total: dict[int, float], embedding: dict[int, float]) 
             "sentence": sentence}  # fmt: skip
 
 
-def _speed(arm: str, phase: str, values: dict[int, float], tokens: dict[int, float], decided: dict) -> dict | None:
+def _speed(arm: str, phase: str, values: dict[int, float], rows: list[dict], decided: dict) -> dict | None:
     if len(values) < 2:
         return None
     first, *_, last = values
@@ -283,7 +282,8 @@ def _speed(arm: str, phase: str, values: dict[int, float], tokens: dict[int, flo
     if not one["comparable"]:
         sentence = f"How many bytes per second {arm} {PHASES[phase]} does not compare between sizes: {one['reason']}."
     else:
-        ratio = tokens[last] / tokens[first]
+        tokens = Question(one["a"], one["b"], phase, "tokens_per_s", "ratio")  # over the same pairs of seeds
+        ratio = comparison.compared(rows, [tokens])[0]["estimate"]
         times = _interval(one, "the bytes of text per second")
         sentence = (
             f"At {last:,} entries {arm} {PHASES[phase]} {times} that it does at {first:,}, {_standing(one)}; of "
@@ -299,18 +299,19 @@ def _state(arm: str, values: dict[int, float], text_bytes: int) -> dict | None:
     factor, unit = scale([max(values.values()) * text_bytes], "bytes")
     first, *_, last = values
     held = {size: number(values[size] * text_bytes * factor) for size in (first, last)}
+    after = f"After {text_bytes:,} bytes of training text"
     if len(set(values.values())) == 1:
         kind = "constant"
         sentence = (
-            f"After {text_bytes:,} bytes of text {arm}'s state takes {held[first]} {unit} whatever the vocabulary: "
-            f"{number(values[first])} bytes for each byte of text."
+            f"{after} {arm}'s state takes {held[first]} {unit} whatever the vocabulary: "
+            f"{number(values[first])} bytes for each of them."
         )
     else:
         kind = "falling" if falling(values) else "mixed"
         course = "falling at every step of size" if kind == "falling" else "not falling at every step of size"
         sentence = (
-            f"After {text_bytes:,} bytes of text {arm}'s cache takes {held[first]} {unit} at {first:,} entries and "
-            f"{held[last]} {unit} at {last:,}, {course}; bytes for each byte of text: {_listed(values)}."
+            f"{after} {arm}'s cache takes {held[first]} {unit} at {first:,} entries and "
+            f"{held[last]} {unit} at {last:,}, {course}; for each of them, bytes: {_listed(values)}."
         )
     return {"kind": "state-per-byte", "arm": arm, "course": kind, "values": list(values.values()),
             "sizes": list(values), "sentence": sentence}  # fmt: skip

@@ -259,7 +259,8 @@ def test_embeddings() -> None:
 
 
 def test_speed() -> None:
-    tokens = rows_of(three([100.0, 101.0], [90.0, 91.0], [50.0, 50.5]), "train", "tokens_per_s", "higher")
+    # the paired token ratio is sqrt(0.4 x 0.625), not the ratio of the means, 0.551
+    tokens = rows_of(three([100.0, 40.0], [90.0, 91.0], [40.0, 25.0]), "train", "tokens_per_s", "higher")
     text = rows_of(three([100.0, 101.0], [150.0, 151.0], [120.0, 121.201]), "train", "bytes_per_s", "higher")
     one = told(tokens, text)["bytes-per-s"]
     assert one["sentence"].startswith(
@@ -277,7 +278,7 @@ def test_speed() -> None:
 @pytest.mark.parametrize(
     ("values", "course", "said"),
     [
-        (([40.0], [40.0], [40.0]), "constant", "20.5 kB whatever the vocabulary: 40.0 bytes for each byte of text."),
+        (([40.0], [40.0], [40.0]), "constant", "20.5 kB whatever the vocabulary: 40.0 bytes for each of them."),
         (([40.0], [30.0], [20.0]), "falling", "20.5 kB at 257 entries and 10.2 kB at 1,024, falling at every step"),
         (([40.0], [30.0], [30.0]), "mixed", "not falling at every step of size;"),
     ],
