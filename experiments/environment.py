@@ -45,6 +45,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "device": device,
         "gpu": None if gpu is None else gpu.name,
+        "gpu_capability": None if gpu is None else f"{gpu.major}.{gpu.minor}",
         "gpu_memory_bytes": None if gpu is None else gpu.total_memory,
         "cuda": torch.version.cuda,
         "packages": {name: version for name in PACKAGES if (version := _version(name))},

@@ -4,11 +4,13 @@ from typing import Any
 
 from experiments.cells import model_config
 from experiments.errors import RunFailedError
+from experiments.kernels.check import doubt
 from experiments.spec import Experiment
 from experiments.statistics import mean_interval
 from experiments.store import Cell, RunDirectory, now
 from experiments.studies import STUDIES
 from models import cost
+from models.mixers import MIXERS
 
 SCHEMA_VERSION = 1
 UNTOUCHED = {  # metrics that do not depend on the form that ran
@@ -29,8 +31,10 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
     made = {cell: result for cell in cells if cell.kind == study.MAKES and (result := run.result(cell))}
     _check_same_data(made, experiment)
     rows = [row for cell in cells if (result := run.result(cell)) for row in study.rows(cell, result, experiment, run)]
+    doubts = _doubts(experiment, facts["vocabulary"], environment, made)
     for row in rows:
-        reason = _taint(row, made.get(Cell(row["arm"], row["seed"], study.MAKES)))
+        cell = Cell(row["arm"], row["seed"], study.MAKES)
+        reason = _taint(row, made.get(cell)) or doubts.get(cell)
         row["comparable"], row["reason"] = row["comparable"] and reason is None, row["reason"] or reason
     rows += _over_seeds(rows)
     failures = [{"cell": f["cell"], "message": f["message"]} for cell in cells if (f := run.failure(cell))]
@@ -47,7 +51,7 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
         "status": "partial" if missing or failures else "complete",
         "missing": missing,
         "failures": failures,
-        "warnings": _warnings(run, cells, environment, made),
+        "warnings": _warnings(run, cells, environment, made, doubts),
         "baselines": facts["baselines"] if tested else None,
         "arms": _arms(experiment, environment, made),
         "verdicts": study.verdicts(rows, experiment),
@@ -101,6 +105,20 @@ def _taint(row: dict, made: dict[str, Any] | None) -> str | None:
     return None
 
 
+def _doubts(experiment: Experiment, vocabulary: int, environment: dict[str, Any], made: Results) -> dict[Cell, str]:
+    """Of each model whose kernels were not checked on this GPU, or failed: why no number of it may be compared."""
+    doubts = {}
+    for cell, result in made.items():
+        mixers = [block.mixer for block in model_config(experiment.cells()[cell.arm], vocabulary).kinds]
+        kernels = {MIXERS[mixer.kind].operation: None for mixer in mixers}
+        if any(hasattr(mixer, "conv_width") for mixer in mixers):
+            kernels["causal_conv1d"] = None
+        reason = doubt(environment, result["backend"]["name"].split("+"), kernels)
+        if reason:
+            doubts[cell] = reason
+    return doubts
+
+
 def _over_seeds(rows: list[dict]) -> list[dict]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -119,8 +137,11 @@ def _over_seeds(rows: list[dict]) -> list[dict]:
     return summary
 
 
-def _warnings(run: RunDirectory, cells: list[Cell], environment: dict[str, Any], made: Results) -> list[str]:
-    warnings = []
+def _warnings(
+    run: RunDirectory, cells: list[Cell], environment: dict[str, Any], made: Results, doubts: dict[Cell, str]
+) -> list[str]:
+    by_arm = {cell.arm: reason for cell, reason in doubts.items()}
+    warnings = [f"{arm}: no number of it is comparable, {reason}" for arm, reason in by_arm.items()]
     for arm, backend in environment["backends"].items():
         if backend["fallback"]:
             warnings.append(f"{arm}: speed and memory are not comparable, {backend['fallback']}")

@@ -21,6 +21,7 @@ from experiments.data.dataset import default_cache
 from experiments.data.prepared import Prepared, prepare_all, tokens_per_byte
 from experiments.environment import describe, source_sha256
 from experiments.errors import EnvironmentLacksError, LabError, RunFailedError, SpecError
+from experiments.kernels.check import of_this_gpu
 from experiments.measurement.process import CellFailedError, Job, run_fresh, take_turns
 from experiments.result import build_result
 from experiments.spec import Experiment
@@ -122,7 +123,7 @@ def run(
     with _writable(out):
         directory = into or _unfinished(experiment, dataset, out)
         if directory is None:
-            directory = _create(experiment, dataset, out, command, listener)
+            directory = _create(experiment, dataset, out, command, listener, cache or default_cache())
         else:
             _check_same_machine(directory, experiment, dataset)
             listener(Event("note", f"continuing {directory.path}"))
@@ -150,12 +151,16 @@ def run_hash(experiment: Experiment, dataset: Prepared) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
-def _create(experiment: Experiment, dataset: Prepared, out: Path, command: str, listener: Listener) -> RunDirectory:
+def _create(
+    experiment: Experiment, dataset: Prepared, out: Path, command: str, listener: Listener, cache: Path
+) -> RunDirectory:
     listener(Event("note", "compiling kernels"))
     try:
         backends = run_fresh(cells.compile_kernels, experiment, dataset.first.folder)
     except CellFailedError as error:
         raise RunFailedError(f"the models cannot be built and run here: {error}{error.detail}") from None
+    gpu = experiment.device == "cuda"
+    kernels = of_this_gpu(cache, lambda message: listener(Event("note", message))) if gpu else None
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = out / f"{stamp}-{experiment.name}-{run_hash(experiment, dataset)}"
     path.mkdir(parents=True)
@@ -170,7 +175,8 @@ def _create(experiment: Experiment, dataset: Prepared, out: Path, command: str, 
         "folders": cells.folder_hashes(experiment),
     }
     environment |= describe(experiment.device, experiment.threads)
-    write_json(path / "environment.json", environment | {"backends": backends, "data": dataset.facts})
+    environment |= {"backends": backends, "kernels": kernels, "data": dataset.facts}
+    write_json(path / "environment.json", environment)
     directory = RunDirectory(path)
     directory.event("progress", f"started: {command}")
     return directory

@@ -129,7 +129,7 @@ def prepare(data: Data, cache: Path, progress: Callable[[str], None] = lambda me
         except CorpusError as error:
             progress(f"{error}: making it anew")
             damaged = True
-    with _writing(cache):
+    with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=cache, ignore_cleanup_errors=True) as scratch:
             made = Path(scratch, "made")
@@ -389,8 +389,8 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _writing(cache: Path) -> Iterator[None]:
-    """Corpora turn their own OSErrors into CorpusErrors, so one that arrives here is the cache's."""
+def writing(cache: Path) -> Iterator[None]:
+    """Raises EnvironmentLacksError for an OSError, which is the cache's: corpora turn theirs into CorpusErrors."""
     try:
         yield
     except BrokenPipeError:  # nobody listens to the progress any more

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.kernels.verdict import by_form
 from experiments.report import curves, lineage, moe, sparse
 from experiments.report import masking as masking_study
 from experiments.report import memory as memory_study
@@ -468,6 +469,7 @@ LABELS = {
     "git_dirty": "Uncommitted changes",
     "cpu": "CPU",
     "gpu": "GPU",
+    "gpu_capability": "Compute capability",
     "cuda": "CUDA",
     "omp_wait_policy": "OMP_WAIT_POLICY",
     "threads": "Threads used",
@@ -478,7 +480,9 @@ WITHOUT = {
     "git_commit": "the lab did not run from a git checkout of its own",
     "git_dirty": "the lab did not run from a git checkout of its own",
     "gpu": "the run used no GPU",
+    "gpu_capability": "the run used no GPU",
     "gpu_memory_bytes": "the run used no GPU",
+    "kernels": "they are checked on GPUs",
     "cuda": "this build of torch has no CUDA",
     "omp_wait_policy": "the variable was not set",
 }
@@ -496,6 +500,9 @@ def _environment_table(record: Record) -> Table:
     for key, value in environment.items():
         if key in groups or key == "repeat":
             continue
+        if key == "kernels" and value is not None:
+            _kernels(table, value)
+            continue
         label = LABELS.get(key, key.replace("_", " ").capitalize())
         if value is None:
             table.add(label, table.cell(DASH, WITHOUT.get(key, "not recorded")))
@@ -512,6 +519,16 @@ def _environment_table(record: Record) -> Table:
             label = key if group != "data" else key.replace("_", " ")
             table.add(label, text if text not in ("", DASH) else table.cell(DASH, "none"))
     return table
+
+
+def _kernels(table: Table, check: dict[str, Any]) -> None:
+    """What the check of the kernels on this GPU said, by form."""
+    if check["problem"]:
+        table.add("Kernels", f"not checked: {check['problem']}")
+    for name, reason in check["absent"].items():
+        table.add(f"Kernels, form {name}", f"not here: {reason}")
+    for form, said in by_form(check["rows"]).items():
+        table.add(f"Kernels, form {form}", f"{said} (checked {check['checked']})")
 
 
 def _hash_table(record: Record) -> Table:

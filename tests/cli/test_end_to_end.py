@@ -217,6 +217,8 @@ def test_doctor(lab: Lab) -> None:
     assert forms["torch", "cpu"] is None
     assert forms["numba", "cpu"] is None
     assert "CUDA" in forms["cuda", "cpu"]
+    checked = {row["operation"] for row in json.loads(process.stdout)["checks"]}
+    assert {"selective scan", "convolution, decode", "ssd", "trapezoid"} <= checked
 
 
 def test_the_kept_specification_repeats_the_run_bit_for_bit(lab: Lab, small: list[str], tmp_path: Path) -> None:

@@ -182,6 +182,36 @@ def test_a_fallback_taints_speed_and_memory_but_not_quality(run: RunDirectory) -
     assert any(FALLBACK in warning for warning in result["warnings"])
 
 
+@pytest.mark.parametrize("checked", [None, "failed", "passed"])
+def test_on_a_gpu_no_number_of_unchecked_kernels_compares(run: RunDirectory, checked: str | None) -> None:
+    """mamba runs the CUDA kernels, which were not checked, or failed, or passed; attention has a library of its own."""
+    for arm, form in (("mamba", "cuda"), ("transformer", "sdpa")):
+        for seed in EXPERIMENT.seeds:
+            change(run, arm, seed, lambda result, form=form: result["backend"].update(name=form))
+    rows = [
+        {"form": "cuda", "kernel": kernel, "operation": "convolution", "dtype": "bfloat16", "shape": "one token",
+         "problem": "y is off by 2" if (kernel, checked) == ("causal_conv1d", "failed") else None}
+        for kernel in ("selective_scan", "causal_conv1d")
+    ]  # fmt: skip
+    kernels = None if checked is None else {"checked": "2030", "problem": None, "absent": {}, "rows": rows}
+    write_json(run.path / "environment.json", run.environment() | {"device": "cuda", "kernels": kernels})
+    result = build_result(run, EXPERIMENT, FACTS)
+    reason = {
+        None: "its kernels were not checked on this GPU",
+        "failed": "its kernels failed their check on this GPU (cuda: convolution, bfloat16, one token: y is off by 2)",
+        "passed": None,
+    }[checked]
+    for one in result["rows"]:
+        doubted = reason is not None and one["arm"] == "mamba"
+        assert one["comparable"] is not doubted
+        if doubted and one["metric"] != "device_peak_bytes":
+            assert one["reason"] == reason
+    assert [f"mamba: no number of it is comparable, {reason}"] * (reason is not None) == [
+        warning for warning in result["warnings"] if "no number" in warning
+    ]
+    assert {verdict["comparable"] for verdict in result["verdicts"]} == {reason is None}
+
+
 def test_missing_and_failed_cells(run: RunDirectory) -> None:
     cells = {cell.name: cell for cell in plan(EXPERIMENT)}
     run.result_file(cells["mamba/seed1/decode-8"]).unlink()

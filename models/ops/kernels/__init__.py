@@ -22,10 +22,7 @@ import torch
 from models.errors import BackendUnavailableError, ConfigError, nearest
 
 BACKENDS = ("reference", "torch", "numba", "cuda")
-INSTALL_CUDA = (
-    "MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE "
-    "pip install --no-build-isolation --no-deps einops causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1"
-)
+INSTALL_CUDA = "lab kernels install"
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def _probe_cuda(operation: str) -> str | None:
         kernels.causal_conv1d(x, torch.randn(64, 4, device="cuda"), ones, None)
         if operation == "selective_scan":
             kernels.selective_scan(x, x, -torch.rand(64, 64, device="cuda"), x, x, ones, x, ones, None)
-        else:
+        elif operation != "causal_conv1d":
             head, one = x[:, :, None], ones[:1]  # one head of 64, one group of 64
             rate = head[..., 0]
             if operation == "ssd":

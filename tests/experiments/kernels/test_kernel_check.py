@@ -1,0 +1,311 @@
+"""The check of the kernels passes what is right, the calls of the CUDA form included, and no mistake gets past it."""
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import official_stubs
+import pytest
+import torch
+from torch import Tensor
+
+from experiments import doctor, runner
+from experiments.kernels import check as checking
+from experiments.kernels.check import OPERATIONS, absent, check, doubt, of_this_gpu, tolerance
+from experiments.kernels.verdict import by_form
+from experiments.measurement.process import CellFailedError
+from experiments.report import content
+from experiments.report.numbers import DASH
+from experiments.spec import load
+from models.ops import kernels
+
+CUDA_FORM = "models.ops.kernels.cuda_form"
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The CUDA form over stand-ins for its libraries, as if it could run on this machine."""
+    for name, module in official_stubs.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, CUDA_FORM, raising=False)
+    monkeypatch.setattr(checking, "unavailable", lambda *of: None)
+    yield kernels.load("cuda")
+    del sys.modules[CUDA_FORM]
+
+
+def wrong(outcomes) -> dict[str, str]:
+    return {f"{o.operation}, {o.shape}": o.problem for o in outcomes if o.problem}
+
+
+def test_the_cuda_form_calls_its_libraries_rightly(cuda):
+    """With the arguments that their signatures have, the layouts and types that they insist on, and right numbers from
+    outputs to gradients."""
+    outcomes = check("cpu", ["cuda"])
+    assert wrong(outcomes) == {}
+    assert {outcome.operation for outcome in outcomes} == {operation.name for operation in OPERATIONS}
+    assert max(outcome.worst for outcome in outcomes) < 1e-5  # the stand-ins compute in float32
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_every_form_in_16_bits(cuda, operation):
+    for shape, sizes in operation.shapes.items():
+        for continued in (True,) if operation.decodes else (False, True):
+            if sizes[1] > checking.LONG:
+                continue
+            inputs = checking._inputs(operation, sizes, continued, torch.bfloat16)
+            expected = checking.differentiate(operation, kernels.load("reference"), inputs)
+            for form in ("cuda", "torch", "reference"):
+                outcome = checking._compare(operation, form, "cpu", "bfloat16", shape, inputs, expected)
+                assert outcome.problem is None
+                assert outcome.worst < outcome.tolerance / 2  # or another card's rounding may pass it
+                assert outcome.worst > 1e-5 or operation.name == "convolution, decode"  # there is rounding to be seen
+
+
+def test_every_form_of_this_machine_agrees():
+    outcomes = check("cpu")
+    assert {outcome.form for outcome in outcomes} == {"reference", "torch", "numba"}
+    assert wrong(outcomes) == {}
+    continued = [outcome for outcome in outcomes if outcome.shape.endswith("continued")]
+    for name, states in (("selective scan", {"state"}), ("convolution", {"before"}), ("ssd", {"state"})):
+        fresh, carried = (
+            {gradient for o in group if o.operation == name for gradient in o.gradients}
+            for group in ([o for o in outcomes if o not in continued], continued)
+        )
+        assert carried - fresh == states
+    assert "need a CUDA GPU" in absent("cpu")["cuda"]
+
+
+def test_a_kernel_that_cannot_run_here_is_absent_and_not_wrong(monkeypatch):
+    def unavailable(form: str, device: str, kernel: str) -> str | None:
+        return "no such thing" if form == "numba" or (form, kernel) == ("torch", "ssd") else None
+
+    monkeypatch.setattr(checking, "unavailable", unavailable)
+    assert absent("cpu") == {"numba": "no such thing", "torch, ssd": "no such thing"}
+    outcomes = check("cpu", ["torch", "numba"])
+    assert {(outcome.form, outcome.kernel) for outcome in outcomes} == {
+        ("torch", "selective_scan"), ("torch", "causal_conv1d"), ("torch", "trapezoid")
+    }  # fmt: skip
+    assert wrong(outcomes) == {}
+
+
+def test_what_a_kernel_raises_is_told_in_a_line(monkeypatch):
+    def raises(*of: Any) -> Any:
+        raise RuntimeError("CUDA error:\nan illegal memory access\n" + 1000 * "and so on ")
+
+    monkeypatch.setattr(kernels.load("torch"), "ssd_step", raises)
+    (problem,) = wrong(check("cpu", ["torch"])).values()
+    assert problem.startswith("does not run (RuntimeError: CUDA error: an illegal memory access and so on ")
+    assert len(problem) < 250
+
+
+def half_of_a_gradient(function):
+    """Right outputs, of whose gradient half is missing."""
+
+    def call(*inputs: Any, **rest: Any) -> Any:
+        result = function(*inputs, **rest)
+        y, *others = result if isinstance(result, tuple) else (result,)
+        y = (y + y.detach()) / 2
+        return (y, *others) if others else y
+
+    return call
+
+
+def changing(change):
+    def wrong(function):
+        def call(*inputs: Any, **rest: Any) -> Any:
+            y, *others = function(*inputs, **rest)
+            return (change(y), *others)
+
+        return call
+
+    return wrong
+
+
+def last_token(y: Tensor) -> Tensor:
+    return torch.cat([y[:, :-1], y[:, -1:] * 1.05], 1)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (half_of_a_gradient, r"^the gradient of \w+ is off by 0\.5"),
+        (changing(last_token), r"off by 0\.0\d+ of its largest entry, more than 0\.0001$"),
+        (changing(lambda y: y * torch.nan), r"^y is off by inf"),
+        (changing(lambda y: y[:, :-1]), r"^does not run \(ValueError: shape"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("operation", ["selective_scan", "ssd", "trapezoid"])
+def test_a_wrong_kernel_is_caught(monkeypatch, operation, mistake, said):
+    form = kernels.load("torch")
+    monkeypatch.setattr(form, operation, mistake(getattr(form, operation)))
+    outcomes = [outcome for outcome in check("cpu", ["torch", "reference"]) if outcome.problem]
+    assert {(o.form, o.kernel) for o in outcomes} == {("torch", operation)}
+    odd = next(o for o in outcomes if o.shape == "odd length")
+    assert re.search(said, odd.problem), odd.problem
+    assert "nan" not in str(odd.to_dict()).lower()
+    many = len(outcomes)
+    assert by_form([o.to_dict() for o in outcomes])["torch"].startswith(f"{many} of {many} cases failed")
+
+
+def test_a_step_that_leaves_a_wrong_state_is_caught(monkeypatch):
+    form = kernels.load("torch")
+    step = form.causal_conv1d_step
+
+    def forgets(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
+        return step(x, weight, bias, state.clone())
+
+    monkeypatch.setattr(form, "causal_conv1d_step", forgets)
+    assert set(wrong(check("cpu", ["torch"]))) == {"convolution, decode, 3 tokens"}
+
+
+def test_an_error_is_relative_to_what_was_summed():
+    large, small, zero = torch.tensor([4.0, 1.0]), torch.tensor([0.1]), torch.tensor([0.0])
+    beside = {"large": large, "small": small, "zero": zero}
+    assert checking._error(large + 0.2, large, beside) == pytest.approx(0.05)
+    assert checking._error(small + 0.2, small, beside) == pytest.approx(0.2)
+    assert checking._error(zero + 0.2, zero, beside) == pytest.approx(0.05)
+    assert checking._error(zero + 0.2, zero, {"zero": zero}) == pytest.approx(0.2)
+
+
+def test_tolerances_follow_what_a_form_multiplies_in():
+    assert tolerance("numba", "ssd", "float32") == tolerance("cuda", "selective_scan", "float32") == 1e-4
+    assert tolerance("cuda", "ssd", "float32") == 16 * 2**-11
+    assert tolerance("cuda", "trapezoid", "float32") == tolerance("cuda", "ssd", "bfloat16") == 16 * 2**-8
+
+
+# ----------------------------------------------------------------------------------------------- what a run keeps of it
+
+
+def row(form: str, kernel: str, problem: str | None = None) -> dict[str, Any]:
+    return {
+        "operation": kernel, "kernel": kernel, "form": form, "device": "cuda", "dtype": "float32",
+        "shape": "one token", "tolerance": 1e-4, "outputs": {"y": 0.0}, "gradients": {}, "problem": problem,
+    }  # fmt: skip
+
+
+PASS = {"absent": {}, "rows": [row(form, kernel) for form in ("torch", "cuda")
+                               for kernel in ("selective_scan", "causal_conv1d", "ssd", "trapezoid")]}  # fmt: skip
+FAIL = {"absent": {}, "rows": [*PASS["rows"][:5], row("cuda", "causal_conv1d", "y is off by 2"), *PASS["rows"][6:]]}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU whose check gives what the test puts in `found`, and how often it was made."""
+    card = {"gpu": "A card", "gpu_capability": "9.0", "cuda": "13.0", "python": "3.12.1", "source_sha256": "f00",
+            "packages": {"torch": "2.11.0", "mamba-ssm": "2.3.2.post1"}}  # fmt: skip
+    state = SimpleNamespace(card=card, found=PASS, made=0)
+
+    def run_fresh(function, **rest):
+        assert function is checking.checked_here
+        state.made += 1
+        if isinstance(state.found, Exception):
+            raise state.found
+        return state.found
+
+    monkeypatch.setattr(checking, "run_fresh", run_fresh)
+    monkeypatch.setattr(checking, "describe", lambda device, threads: state.card)
+    return state
+
+
+def test_a_pass_is_kept_for_the_same_card_versions_and_code(gpu, tmp_path: Path):
+    said: list[str] = []
+    first = of_this_gpu(tmp_path, said.append)
+    assert (first["problem"], first["rows"], len(said)) == (None, PASS["rows"], 1)
+    assert of_this_gpu(tmp_path, said.append) == first
+    assert (gpu.made, len(said)) == (1, 1)
+    for change in ({"gpu": "Another"}, {"packages": {"torch": "2.11.0", "mamba-ssm": "2.4"}}, {"source_sha256": "b"}):
+        gpu.card = gpu.card | change
+        made = gpu.made
+        of_this_gpu(tmp_path)
+        assert gpu.made == made + 1, change
+
+
+def test_what_failed_is_checked_again_and_no_pass_outlives_it(gpu, tmp_path: Path):
+    of_this_gpu(tmp_path)
+    for found in (FAIL, CellFailedError("the process was killed by SIGSEGV")):
+        gpu.found = found
+        failed = of_this_gpu(tmp_path, again=True)
+        assert failed["problem"] == (str(found) if isinstance(found, Exception) else None)
+        gpu.found, made = PASS, gpu.made
+        assert of_this_gpu(tmp_path)["rows"] == PASS["rows"]
+        assert gpu.made == made + 1
+
+
+SCAN = ("selective_scan", "causal_conv1d")
+CHECKED = {"checked": "2030-01-01", "problem": None}
+
+
+@pytest.mark.parametrize(
+    ("environment", "forms", "of", "reason"),
+    [
+        ({"device": "cpu"}, ["numba"], SCAN, None),
+        ({"device": "cuda", "kernels": CHECKED | PASS}, ["cuda"], SCAN, None),
+        ({"device": "cuda", "kernels": CHECKED | PASS}, ["reference"], SCAN, "were not checked on this GPU (reference"),
+        ({"device": "cuda"}, ["sdpa"], SCAN, None),
+        ({"device": "cuda"}, ["cuda", "sdpa"], SCAN, "were not checked on this GPU"),
+        ({"device": "cuda", "kernels": CHECKED | PASS | {"problem": "it died"}}, ["torch"], SCAN, "(it died)"),
+        ({"device": "cuda", "kernels": CHECKED | FAIL}, ["cuda"], SCAN, "failed their check on this GPU (cuda: causal"),
+        ({"device": "cuda", "kernels": CHECKED | FAIL}, ["torch"], SCAN, None),
+        ({"device": "cuda", "kernels": CHECKED | FAIL}, ["cuda"], ("trapezoid",), None),
+    ],
+)
+def test_which_models_are_doubted(environment, forms, of, reason):
+    found = doubt(environment, forms, of)
+    assert found is None if reason is None else reason in found
+
+
+def test_a_run_on_a_gpu_records_the_check(gpu, monkeypatch, tmp_path: Path):
+    """Up to where it would measure: the compilation of the kernels, and the machine, are made up."""
+    monkeypatch.setattr(runner, "run_fresh", lambda *of: {"mamba": {"name": "cuda", "fallback": None}})
+    monkeypatch.setattr(runner, "describe", lambda device, threads: {"device": device})
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    dataset: Any = SimpleNamespace(folder=tmp_path, tokenizer_path=tokenizer, facts={"files": {}})
+    for device, expected in (("cuda", PASS["rows"]), ("cpu", None)):
+        experiment = load("compare", profile="smoke").model_copy(update={"device": device})
+        events: list[runner.Event] = []
+        run = runner._create(experiment, dataset, tmp_path / device, "lab run", events.append, tmp_path / "cache")
+        recorded = run.environment()["kernels"]
+        assert (recorded and recorded["rows"]) == expected
+        assert any("checking the kernels" in event.message for event in events) is (device == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [
+        (None, {"Kernels": DASH}),
+        (CHECKED | PASS, {"Kernels, form torch": "all 4 cases agree with the float64 reference (checked 2030-01-01)"}),
+        (CHECKED | FAIL, {"Kernels, form cuda": "1 of 4 cases failed, first cuda: causal_conv1d, float32, one token: "
+                                                "y is off by 2 (checked 2030-01-01)"}),
+        (CHECKED | {"problem": "it died", "absent": {}, "rows": []}, {"Kernels": "not checked: it died"}),
+    ],
+)  # fmt: skip
+def test_the_report_says_how_the_check_came_out(recorded, said):
+    record: Any = SimpleNamespace(environment={"device": "cuda", "kernels": recorded})
+    groups = content._environment_table(record).groups
+    assert said.items() <= {what.text: value.text for _, lines in groups for what, value in lines}.items()
+
+
+def test_the_doctor_tells_of_every_form_on_every_device(gpu, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "describe", lambda device, threads: {"device": device})
+    monkeypatch.setattr(doctor, "check", lambda device: [])
+    for found, cuda, torch_form in (
+        (PASS, None, None),
+        (
+            FAIL,
+            "do not use it: 1 of 4 cases failed, first cuda: causal_conv1d, float32, one token: y is off by 2",
+            None,
+        ),
+        (PASS | {"absent": {"cuda": "not installed"}}, "not installed", None),
+        (CellFailedError("killed"), "killed", "killed"),
+    ):
+        gpu.found = found
+        findings = doctor.examine()
+        said = {(one["form"], one["device"]): one["problem"] for one in findings["forms"]}
+        assert (said["cuda", "cuda"], said["torch", "cuda"]) == (cuda, torch_form)
+        assert said["numba", "cpu"] is None
+        assert findings["environment"] == {"device": "cuda"}
