@@ -4,6 +4,7 @@ Imports that cost time (torch, pandas, the experiments) stand inside the command
 """
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -459,6 +460,111 @@ def doctor(as_json: AsJson = False) -> None:
     typer.echo()
     for form in findings["forms"]:
         typer.echo(f"{form['form']:<10} on {form['device']:<5} {form['problem'] or 'runs, agrees with the reference'}")
+    typer.echo("case by case: lab kernels check")
+
+
+kernels = typer.Typer(help="The CUDA kernels: build and install them, check their numbers.", no_args_is_help=True)
+app.add_typer(kernels, name="kernels")
+
+
+@kernels.command("install")
+@one_line_errors
+def kernels_install(
+    arch: Annotated[
+        str | None,
+        typer.Option(help="Compute capabilities to build for, such as 9.0 or 8.0,9.0; this GPU's by default."),
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A folder of source archives or wheels, to use without a network.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Compilations at a time; by default what cores and memory allow.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and what stands in the way.")
+    ] = False,
+) -> None:
+    """Build mamba-ssm and causal-conv1d for this GPU alone, install them, and check them.
+
+    Says first what it will do. Wheels are kept in the cache for later environments; torch is left as it is.
+    """
+    from experiments.data.dataset import default_cache
+    from experiments.errors import EnvironmentLacksError
+    from experiments.kernels import build, recipe
+
+    plan = recipe.plan(default_cache(), architectures=arch, source=source, jobs=jobs)
+    for sentence in plan.sentences():
+        typer.echo(sentence)
+    problems = recipe.problems(plan)
+    for problem in problems[:-1]:
+        typer.echo(f"lab: {problem}", err=True)
+    if problems:
+        raise EnvironmentLacksError(problems[-1])
+    if dry_run:
+        return
+    try:
+        checked = build.install(plan, default_cache(), lambda line: typer.echo(line, err=True), print_check)
+    except KeyboardInterrupt:
+        fail("interrupted; finished wheels are kept, the same command goes on", INTERRUPTED)
+    if checked is None:
+        typer.echo("installed, not checked: no GPU is visible here; on the GPU run: lab kernels check")
+    else:
+        finish_check(checked)
+
+
+@kernels.command("check")
+@one_line_errors
+def kernels_check(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto", as_json: AsJson = False
+) -> None:
+    """Run every form of the kernels, forward and backward, and compare with the float64 reference.
+
+    On a GPU over float32 and bfloat16, and a pass is kept for the runs that follow; exit code 1 where a case fails,
+    3 where mamba-ssm's kernels are not there.
+    """
+    from experiments.data.dataset import default_cache
+    from experiments.kernels.check import absent, check, of_this_gpu
+    from experiments.runner import resolve_device
+
+    show = (lambda row: None) if as_json else print_check
+    if resolve_device(device) == "cuda":
+        checked = of_this_gpu(default_cache(), again=True, on_row=show)
+    else:
+        rows = [outcome.to_dict() for outcome in check("cpu", on_outcome=lambda outcome: show(outcome.to_dict()))]
+        checked = {"problem": None, "absent": absent("cpu"), "rows": rows}
+    if as_json:
+        print_json(checked)
+    finish_check(checked, as_json)
+
+
+def print_check(row: dict[str, Any]) -> None:
+    """A line of the table of the check."""
+    outputs, gradients = (
+        "-" if not row[kind] else f"{max((math.inf if e is None else e) for e in row[kind].values()):.1e}"
+        for kind in ("outputs", "gradients")
+    )
+    typer.echo(f"{row['operation']:<23} {row['form']:<10}{row['dtype']:<9} {row['shape']:<36}{outputs:>8}{gradients:>9}"
+               f"  {row['tolerance']:.1e}  {row['problem'] or 'ok'}")  # fmt: skip
+
+
+def finish_check(checked: dict[str, Any], as_json: bool = False) -> None:
+    """Say how the check came out, and leave with the code for it."""
+    from experiments.kernels.verdict import by_form
+
+    if checked["problem"]:
+        fail(f"the kernels could not be checked: {checked['problem']}", FAILED)
+    if not as_json:
+        typer.echo("errors: largest of the outputs, of the gradients, and what is allowed, over the largest entry")
+        for form, said in by_form(checked["rows"]).items():
+            typer.echo(f"{form}: {said}")
+        for form, reason in checked["absent"].items():
+            typer.echo(f"{form}: not here, {reason}")
+    wrong = sum(row["problem"] is not None for row in checked["rows"])
+    if wrong:
+        fail(f"{wrong} of {len(checked['rows'])} cases failed: numbers of these forms are not to be trusted", FAILED)
+    missing = {name: reason for name, reason in checked["absent"].items() if name.startswith("cuda")}
+    if missing and any(row["device"] == "cuda" for row in checked["rows"]):
+        fail(f"not checked: {'; '.join(f'{name}: {reason}' for name, reason in missing.items())}", LACKING)
 
 
 def _command() -> str:

@@ -6,7 +6,9 @@ import sys
 import pytest
 from conftest import Lab
 
-COMMANDS = ("run", "resume", "report", "runs", "models", "inspect", "trace", "generate", "export", "doctor")
+COMMANDS = (
+    "run", "resume", "report", "runs", "models", "inspect", "trace", "generate", "export", "doctor", "kernels",
+)  # fmt: skip
 
 
 def test_help_lists_every_command(lab: Lab) -> None:
