@@ -84,10 +84,11 @@ def quality(record: Record) -> Section:
         "Bits per byte is how many bits the model needs, on average, to store one byte of that text; it is per byte, "
         "so sizes of vocabulary compare by it, while loss or perplexity per token would not. Lower is better."
     )
-    table = Table(f"Text and quality by size of the vocabulary, mean over n seeds with {WITHIN}", [
-        Column("Arm", key=True), Column("Entries", numeric=True, key=True), Column("Tokens per byte", numeric=True),
-        Column("Context, tokens", numeric=True), Column("Text to predict, bytes", numeric=True),
-        Column("Token frequencies, bits per byte", numeric=True), Column("Test bits per byte", numeric=True),
+    what = "context in tokens; bits per byte by the frequencies of tokens alone, and of the model"
+    table = Table(f"Text and quality by size of the vocabulary: {what}, mean over n seeds with {WITHIN}", [
+        Column("Arm", key=True), Column("Entries", numeric=True, key=True), Column("Tokens/byte", numeric=True),
+        Column("Context", numeric=True), Column("Bytes to predict", numeric=True),
+        Column("Frequencies alone", numeric=True), Column("Test bits per byte", numeric=True),
         Column("n", numeric=True),
     ])  # fmt: skip
     told = []
