@@ -106,7 +106,7 @@ def run(
 
     spec = load(
         experiment, profile=profile, assignments=set_ or (), seeds=seeds, device=runner.resolve_device(device),
-        arms=[arm.strip() for arm in arms.split(",")] if arms is not None else (),
+        arms=names(arms),
     )  # fmt: skip
     if dry_run:
         runner.check(spec)
@@ -317,8 +317,7 @@ def trace(
     from experiments.tracing import subjects, take_apart
 
     chosen = subjects(
-        model, out, against=against, arms=[arm.strip() for arm in arms.split(",")] if arms is not None else (),
-        trained_seed=trained_seed, settings=set_ or (), seed=seed,
+        model, out, against=against, arms=names(arms), trained_seed=trained_seed, settings=set_ or (), seed=seed
     )  # fmt: skip
     traced = take_apart(chosen, prompt, runner.resolve_device(device))
     if html is not None:
@@ -371,8 +370,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     on = runner.resolve_device(device)
     chosen = inference.writers(
-        inference.source(name, out), prompt, tokens, trained_seed=trained_seed,
-        arms=[arm.strip() for arm in arms.split(",")] if arms is not None else (),
+        inference.source(name, out), prompt, tokens, trained_seed=trained_seed, arms=names(arms)
     )  # fmt: skip
     made = []
     for writer in chosen:
@@ -393,6 +391,11 @@ def generate(
         )
         typer.echo(f"{one.arm:<20}{one.prompt_tokens:>8,}{prefill:>16}{len(one.token_ids):>8,}{decode:>16}"
                    f"{f'{one.state_bytes:,} bytes':>18}", err=True)  # fmt: skip
+
+
+def names(listed: str | None) -> list[str]:
+    """Of "a, b" the names; of None, no option given, none."""
+    return [] if listed is None else [name.strip() for name in listed.split(",")]
 
 
 def typed(start: str) -> Callable[[str], None]:

@@ -23,7 +23,8 @@ def examine() -> dict[str, Any]:
         for form in BACKENDS:
             failed = any(row["form"] == form and row["problem"] for row in found["rows"])
             wrong = f"do not use it: {said[form]}" if failed else None
-            problem = found["problem"] or found["absent"].get(form) or wrong
+            lacking = [why for one, why in found["absent"].items() if one == form or one.startswith(f"{form}, ")]
+            problem = found["problem"] or next(iter(lacking), None) or wrong
             forms.append({"form": form, "device": device, "problem": problem})
     return {"environment": describe(devices[-1], 0), "forms": forms, "checks": rows}
 

@@ -31,7 +31,7 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
     made = {cell: result for cell in cells if cell.kind == study.MAKES and (result := run.result(cell))}
     _check_same_data(made, experiment)
     rows = [row for cell in cells if (result := run.result(cell)) for row in study.rows(cell, result, experiment, run)]
-    doubts = _doubts(experiment, facts["vocabulary"], environment, made)
+    doubts = _doubts(experiment, environment, made)
     for row in rows:
         cell = Cell(row["arm"], row["seed"], study.MAKES)
         reason = _taint(row, made.get(cell)) or doubts.get(cell)
@@ -105,12 +105,14 @@ def _taint(row: dict, made: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _doubts(experiment: Experiment, vocabulary: int, environment: dict[str, Any], made: Results) -> dict[Cell, str]:
+def _doubts(experiment: Experiment, environment: dict[str, Any], made: Results) -> dict[Cell, str]:
     """Of each model whose kernels were not checked on this GPU, or failed: why no number of it may be compared."""
     doubts = {}
     for cell, result in made.items():
-        mixers = [block.mixer for block in model_config(experiment.cells()[cell.arm], vocabulary).kinds]
-        kernels = {MIXERS[mixer.kind].operation: None for mixer in mixers}
+        config = model_config(experiment.cells()[cell.arm], experiment.vocabulary_of(cell.arm))
+        mixers = [block.mixer for block in config.kinds]
+        # the others have forms that torch itself brings
+        kernels = {MIXERS[mixer.kind].operation: None for mixer in mixers if "cuda" in MIXERS[mixer.kind].forms}
         if any(hasattr(mixer, "conv_width") for mixer in mixers):
             kernels["causal_conv1d"] = None
         reason = doubt(environment, result["backend"]["name"].split("+"), kernels)

@@ -52,18 +52,18 @@ def sampled(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def attention(one: Traced, every: bool = False) -> list[Layer[AttentionTrace]]:
-    return _layers(one, [(b.mixer if isinstance(b.mixer, AttentionTrace) else None) for b in one.trace.blocks], every)
+    return _layers([(b.mixer if isinstance(b.mixer, AttentionTrace) else None) for b in one.trace.blocks], every)
 
 
 def memory(one: Traced, every: bool = False) -> list[Layer[MemoryTrace]]:
-    return _layers(one, [(b.mixer if isinstance(b.mixer, MemoryTrace) else None) for b in one.trace.blocks], every)
+    return _layers([(b.mixer if isinstance(b.mixer, MemoryTrace) else None) for b in one.trace.blocks], every)
 
 
 def experts(one: Traced, every: bool = False) -> list[Layer[ExpertChoice]]:
-    return _layers(one, [block.experts for block in one.trace.blocks], every)
+    return _layers([block.experts for block in one.trace.blocks], every)
 
 
-def _layers(one: Traced, said: Sequence[Any], every: bool) -> list[Layer]:
+def _layers(said: Sequence[Any], every: bool) -> list[Layer]:
     found = [Layer(at + 1, value) for at, value in enumerate(said) if value is not None]
     return found if every else sampled(found, LAYERS)
 

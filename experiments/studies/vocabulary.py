@@ -50,7 +50,7 @@ def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
 def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]:
     if cell.kind == "train":
         return train_cell, (cell.arm, experiment.cells()[cell.arm], cell.seed)
-    return decode_cell, (cell.arm,)
+    return decode_cell, ()
 
 
 def train_cell(
@@ -70,9 +70,7 @@ def train_cell(
     return result | {"text_bytes": text_bytes, "places_sha256": places}
 
 
-def decode_cell(
-    send: cells.Send, experiment: Experiment, name: str, dataset_folder: Path, folder: Path
-) -> dict[str, Any]:
+def decode_cell(send: cells.Send, experiment: Experiment, dataset_folder: Path, folder: Path) -> dict[str, Any]:
     dataset = Dataset.load(dataset_folder)
     seen = experiment.seen_with(tokens_per_byte(dataset.facts, dataset.vocabulary))
     return cells.measure_cell(send, seen, "decode", seen.measurement.contexts[0], None, dataset_folder, folder)

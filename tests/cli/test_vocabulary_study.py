@@ -104,5 +104,5 @@ def test_each_arm_generates_and_is_exported_with_its_own_tokenizer(
     model = checkpoint.load(run / "cells" / "mamba-v257" / "seed0" / "checkpoint")
     with torch.inference_mode():
         first = kept.decode([int(model(torch.tensor([ids]))[0, -1].argmax())])
-    code, stdout, _ = in_process("generate", run, "the cat", "--tokens", 1, "--arm", "mamba-v257", "--json")
+    code, stdout, _ = in_process("generate", run, "the cat", "--tokens", 1, "--arms", "mamba-v257", "--json")
     assert json.loads(stdout)[0]["text"] == first

@@ -262,9 +262,11 @@ def test_a_run_on_a_gpu_records_the_check(gpu, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(runner, "describe", lambda device, threads: {"device": device})
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
-    dataset: Any = SimpleNamespace(folder=tmp_path, tokenizer_path=tokenizer, facts={"files": {}})
+    one = SimpleNamespace(folder=tmp_path, tokenizer_path=tokenizer)
+    smoke = load("compare", profile="smoke")
+    dataset: Any = SimpleNamespace(first=one, datasets={smoke.data.vocabulary: one}, facts={"files": {}})
     for device, expected in (("cuda", PASS["rows"]), ("cpu", None)):
-        experiment = load("compare", profile="smoke").model_copy(update={"device": device})
+        experiment = smoke.model_copy(update={"device": device})
         events: list[runner.Event] = []
         run = runner._create(experiment, dataset, tmp_path / device, "lab run", events.append, tmp_path / "cache")
         recorded = run.environment()["kernels"]
