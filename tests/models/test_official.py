@@ -72,8 +72,12 @@ def official():
 
 
 def its_modules() -> list[str]:
-    """The Python of triton; its compiled module is loaded once in a process."""
-    return [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]
+    """The Python of triton, whose compiled module is loaded once in a process, and of the packages with kernels in it:
+    transformers may have imported some of them."""
+    packages = ("triton", "mamba_ssm", "causal_conv1d")
+    return [
+        name for name in sys.modules if name.partition(".")[0] in packages and not name.startswith("triton._C")
+    ]  # fmt: skip
 
 
 def run_smallest_blocks(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
