@@ -4,7 +4,7 @@ A state handed to a mixer is consumed: its buffers may be written in place, and 
 `clone` gives an independent copy.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, Self
 
 import torch
@@ -28,10 +28,12 @@ class State(Protocol):
 @dataclass(frozen=True)
 class Place:
     """Where the next token of a recorded decode step goes: a position `at` (0-dimensional, int64) on the device, which
-    the step itself moves on, below `limit`."""
+    the step itself moves on, below `limit`. tables: those that the step reads, which must outlive every cache of them,
+    since a recording knows their memory alone."""
 
     at: Tensor
     limit: int
+    tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

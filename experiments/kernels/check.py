@@ -74,11 +74,6 @@ class Outcome:
     gradients: dict[str, float]
     problem: str | None
 
-    @property
-    def worst(self) -> float | None:
-        errors = [*self.outputs.values(), *self.gradients.values()]
-        return max(errors) if errors else None
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: an error that is no number is None."""
         finite = {

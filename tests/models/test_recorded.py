@@ -17,6 +17,7 @@ from models.mixers.lstm import LSTM, LSTMConfig
 from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
+from models.ops.attention import forget_tables
 from models.recorded import RecordedDecode, RepeatableStep
 
 CASES = {
@@ -130,6 +131,7 @@ class Operations(TorchDispatchMode):
 
 def operations(step: RepeatableStep) -> list:
     fixed = {step.token: "token", step.logits: "logits", step.place.at: "place"}
+    fixed |= {table: "table" for tables in step.place.tables.values() for table in tables}
     fixed |= {p: name for name, p in step.model.named_parameters()}
     fixed |= {b: f"{i}.{name}" for i, block in enumerate(step.state.blocks) for name, b in block.buffers.items()}
     with Operations({t.untyped_storage().data_ptr(): name for t, name in fixed.items()}) as seen:
@@ -148,6 +150,18 @@ def test_every_position_takes_the_same_operations_on_the_same_memory(name):
         first = operations(step)
         for _ in range(LIMIT - PROMPT - 2):
             assert operations(step) == first
+
+
+def test_a_recording_keeps_the_tables_that_it_reads():
+    """Others may push them out of the cache, and what is freed there would be read all the same."""
+    with torch.inference_mode():
+        made = model(CASES["attention"])
+        step = RepeatableStep(made, after_prompt(made)[0], LIMIT)
+        step()
+        before = operations(step)
+        forget_tables()
+        assert operations(step) == before
+        assert "'table'" in repr(before)
 
 
 def test_the_comparison_sees_an_ordinary_step_change():
