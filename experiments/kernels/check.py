@@ -34,6 +34,7 @@ Tensors = dict[str, Tensor]
 TOLERANCES = {"float32": 1e-4, "tf32": 16 * 2.0**-11, "bfloat16": 16 * 2.0**-8}
 STEPS = 3  # tokens that a decode step is tried on
 A_FLOOR = 1e-4
+EPS = 1e-5
 NOTHING = 1e-9  # of float64 terms of about 1
 LONG = 1000  # tokens; checked on a GPU only, whose scan has a chunk of 2048: the reference takes seconds
 
@@ -57,6 +58,11 @@ class Operation:
     narrow: tuple[str, ...]
     state: tuple[str, ...]
     decodes: bool = False
+
+    @property
+    def starts(self) -> tuple[bool, ...]:
+        """Whether it continues a sequence, of the cases to try."""
+        return (True,) if self.decodes else (False, True) if self.state else (False,)
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,16 @@ def _ssd_step(form: ModuleType, given: Tensors) -> Tensors:
     return {"y": torch.stack(ys, 1), "last state": state}
 
 
+def _draw_norm(draw: Callable[..., Tensor], rows: int, T: int, G: int, E: int) -> Tensors:
+    """The weight by group, which is how their number is told."""
+    return {"x": draw(rows, T, G * E), "z": draw(rows, T, G * E), "weight": draw(G, E)}
+
+
+def _norm(form: ModuleType, given: Tensors) -> Tensors:
+    weight = given["weight"]
+    return {"y": form.gated_rms_norm(given["x"], given["z"], weight.flatten(), EPS, weight.shape[0])}
+
+
 def _draw_trapezoid(draw: Callable[..., Tensor], rows: int, T: int, H: int, P: int, N: int, S: int) -> Tensors:
     return {
         "x": draw(rows, T, H, P), "dt": draw(rows, T, H) - 2, "a": draw(rows, T, H), "trap": draw(rows, T, H),
@@ -198,6 +214,9 @@ OPERATIONS = (
         _draw_ssd, _ssd_step, ("x", "dt", "B", "C", "state"), ("state",), decodes=True,
     ),
     Operation(
+        "gated norm", "ssd", {"one group": (2, 37, 1, 48), "two groups": (2, 1, 2, 24)}, _draw_norm, _norm, ("x", "z"), (),
+    ),
+    Operation(
         "trapezoid", "trapezoid",
         {"one token": (2, 1, 2, 16, 16, 4), "odd length": (2, 37, 2, 16, 16, 8), "past a chunk": (1, 73, 2, 16, 32, 8)},
         _draw_trapezoid, _trapezoid, ("x", "dt", "a", "trap", "angle", "B", "C", "previous B", "previous x"),
@@ -245,7 +264,7 @@ def check(
         for shape, sizes in operation.shapes.items():
             if sizes[1] > LONG and device != "cuda":
                 continue
-            for continued in (True,) if operation.decodes else (False, True):
+            for continued in operation.starts:
                 named = f"{shape}, continued" if continued and not operation.decodes else shape
                 for dtype in dtypes:
                     inputs = _inputs(operation, sizes, continued, getattr(torch, dtype))

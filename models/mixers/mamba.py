@@ -130,15 +130,16 @@ class Mamba(Mixer):
         return -torch.exp(self.A_log)
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState | None]:
-        u, z = self.ops.projections(x, self.in_proj.weight, self.gate_sizes)
+        u, z = self.ops.channel_projections(x, self.in_proj.weight, self.gate_sizes)
         before = initial = None
         if state is not None and state.length > 0:
             before, initial = state.conv.to(u.dtype), state.ssm.to(self.A_log.dtype)
         conv = None if state is None else last_inputs(u, self.config.conv_width, before)
         u = self.ops.causal_conv1d(u, self.conv_weight, self.conv_bias, before)
         dt, B, C = self.x_proj(u).split(self.split_sizes, -1)
+        (dt,) = self.ops.channel_projections(dt, self.dt_proj.weight, self.gate_sizes[:1])
         y, h = self.ops.selective_scan(
-            u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, initial, self.config.negative_eigenvalues
+            u, dt, self.A, B, C, self.D, z, self.dt_bias, initial, self.config.negative_eigenvalues
         )  # fmt: skip
         y = self.out_proj(y)
         if state is None or conv is None:
@@ -148,7 +149,7 @@ class Mamba(Mixer):
         return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
 
     def explain(self, x: Tensor) -> MemoryExplanation:
-        u, z = self.ops.projections(x, self.in_proj.weight, self.gate_sizes)
+        u, z = self.ops.channel_projections(x, self.in_proj.weight, self.gate_sizes)
         u = self.ops.causal_conv1d(u, self.conv_weight, self.conv_bias, None)
         dt, B, C = self.x_proj(u).split(self.split_sizes, -1)
         dt, negative = self.dt_proj(dt), self.config.negative_eigenvalues

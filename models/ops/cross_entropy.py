@@ -3,7 +3,8 @@
 M: rows (batch x time)   D: width   V: vocabulary
 
 The fast form walks the rows in chunks and computes a chunk's gradient together with its loss, so at most
-(CHUNK_BYTES / 4) logits exist at a time and nothing (M, V) is kept for the backward pass.
+(CHUNK_BYTES / 4) logits exist at a time and nothing (M, V) is kept for the backward pass. A chunk fills a CPU's cache,
+or a GPU's multiprocessors.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SoftmaxGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}  # of float32 logits
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,8 +25,8 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | No
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (m, V), which may be overwritten, and targets (m): the sum of the losses in nats, and its gradient,
-    softmax minus one-hot; both in float32 at least."""
+    """Of logits (m, V), which may be overwritten, and targets (m): the sum of the losses in nats, in float32 at least;
+    and its gradient, softmax minus one-hot, computed in it and no coarser than the logits."""
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
     target = targets[:, None]
     loss = -log_p.gather(1, target).sum()
@@ -52,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax_gradient: SoftmaxGradient
     ) -> Tensor:
         M, V = hidden.shape[0], weight.shape[0]
-        rows = max(1, CHUNK_BYTES // (4 * V))
+        rows = max(1, CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"] // (4 * V))
         total = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         wanted = any(ctx.needs_input_grad[:2])
         h, w = hidden.to(dtype), weight.to(dtype)
@@ -70,6 +71,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     d_hidden[now] = d_logits @ w
                     if d_weight.dtype == dtype:
                         d_weight.addmm_(d_logits.t(), h[now])
+                    elif hidden.is_cuda:  # summed in d_weight's type, as the product has it before it is rounded
+                        torch.addmm(d_weight, d_logits.t(), h[now], out_dtype=d_weight.dtype, out=d_weight)
                     else:
                         d_weight += d_logits.t() @ h[now]
         if d_hidden is not None and d_weight is not None:

@@ -20,6 +20,14 @@ def apart(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]
     return tuple(linear(x, part) for part in weight.split(tuple(sizes)))
 
 
+def time_innermost(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """As `apart`, x (B, T, D), but laid out with time innermost, (size, B, T) in memory: what the CUDA kernels of the
+    convolution and the scan read without a copy, and lay their results and gradients out like. Only strides tell."""
+    B, T, D = x.shape
+    columns = x.reshape(B * T, D).t()
+    return tuple((part @ columns).view(-1, B, T).permute(1, 2, 0) for part in weight.split(tuple(sizes)))
+
+
 def no_branches(x: Tensor, *others: Tensor) -> bool:
     """Whether these are for the form's residual branches in one call: a form that has none."""
     return False

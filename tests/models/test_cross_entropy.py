@@ -31,7 +31,7 @@ def exact(hidden, weight, targets):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 22, 23, 1000])
 def test_value_and_gradients(monkeypatch, form, dtype, tolerance, rows):
-    monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * V * rows)
+    monkeypatch.setitem(ops.CHUNK_BYTES, "cpu", 4 * V * rows)
     hidden, weight, targets = draw(dtype)
     loss = form(hidden, weight, targets)
     (3 * loss).backward()
@@ -53,7 +53,7 @@ def test_the_reference_is_the_definition():
 
 @each_form
 def test_gradients_are_those_of_finite_differences(monkeypatch, form):
-    monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * 5 * 2)
+    monkeypatch.setitem(ops.CHUNK_BYTES, "cpu", 4 * 5 * 2)
     hidden, weight = (torch.randn(n, 2, dtype=torch.float64, requires_grad=True) for n in (3, 5))
     targets = torch.tensor([4, 0, 2])
     assert torch.autograd.gradcheck(lambda h, w: form(h, w, targets), (hidden, weight))
@@ -96,7 +96,7 @@ def test_under_autocast_the_loss_stays_in_float32(form):
 
 @each_form
 def test_no_chunk_holds_more_than_it_may(monkeypatch, form):
-    monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * V * 4)
+    monkeypatch.setitem(ops.CHUNK_BYTES, "cpu", 4 * V * 4)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -151,7 +151,7 @@ def test_the_compiled_pass_over_logits_is_the_plain_one(rows, entries, scale, se
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("rows", [2, 1000])
 def test_with_the_bias_of_a_head(monkeypatch, form, dtype, tolerance, rows):
-    monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * V * rows)
+    monkeypatch.setitem(ops.CHUNK_BYTES, "cpu", 4 * V * rows)
     hidden, weight, targets = draw(dtype)
     bias = torch.randn(V, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype).requires_grad_()
     loss = form(hidden, weight, targets, bias)

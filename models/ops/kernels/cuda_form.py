@@ -1,14 +1,21 @@
 """Form `cuda`: the kernels of mamba_ssm and causal_conv1d, brought to the signatures of `models.ops`.
 
-Both libraries keep channels before time, (B, E, T), and B and C as (B, N, T).
+Both libraries keep channels before time, (B, E, T), and B and C as (B, N, T). Which of the two is innermost in memory
+is a matter of strides: the scan wants time there (`channel_projections` sees to it), SSD channels, the convolution
+takes either. `torch.compile` leaves the kernels as they are: it breaks its graph around them.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # (the two libraries are installed on CUDA machines only)
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 import torch
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
@@ -16,12 +23,13 @@ from torch.nn import functional as F
 from torch.nn.functional import linear as linear_step
 
 from models.ops.attention import rotary_qkv
-from models.ops.cross_entropy import linear_cross_entropy
+from models.ops import cross_entropy
 from models.ops.experts import by_device as experts
+from models.ops.kernels.triton_cross_entropy import softmax_gradient
 from models.ops.projections import no_branches as suits_step
+from models.ops.projections import time_innermost as channel_projections
 from models.ops.projections import together as projections
 from models.ops.rms_norm import fused as rms_norm
-from models.ops.rms_norm import gated_fused as gated_rms_norm
 from models.ops.selective_scan import CHUNK
 from models.ops.swiglu import reference as swiglu
 from models.ops.swiglu import step_reference as swiglu_step
@@ -29,14 +37,31 @@ from models.ops.trapezoid import State, log_alpha_and_delta
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_cross_entropy", "linear_step",
-    "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step",
+    "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
+    "linear_step", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step",
     "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses
+Kernel = TypeVar("Kernel", bound=Callable)
 
 
+def untraced(function: Kernel) -> Kernel:
+    """Kept out of `torch.compile`, which cannot look into compiled extensions."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+
+
+linear_cross_entropy = partial(cross_entropy.linear_cross_entropy, softmax_gradient=softmax_gradient)
+
+
+@untraced
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    return rmsnorm_fn(
+        y, weight, None, z=z, eps=eps, group_size=y.shape[-1] // groups, norm_before_gate=False
+    )  # fmt: skip
+
+
+@untraced
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
     initial_state: Tensor | None = None, negative: bool = False,
@@ -71,6 +96,7 @@ def _carried(dt: Tensor, A: Tensor, C: Tensor, dt_bias: Tensor, state: Tensor) -
     return torch.cat(ys, 1), h
 
 
+@untraced
 def selective_scan_step(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
     state: Tensor, negative: bool = False,
@@ -79,28 +105,38 @@ def selective_scan_step(
     return selective_state_update(state, u, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=True)
 
 
+@untraced
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
     """The kernel takes W - 1 earlier inputs, and wants them with channels next to each other; 2 to 4 taps, and channels
     in multiples of 8."""
     if before is not None:
         before = before[:, :, 1:].transpose(1, 2).contiguous().transpose(1, 2).to(x.dtype)
-    # channels-last strides are what the kernel needs for initial states, in multiples of 8: flattened first, because a
-    # slice of one token counts as contiguous with the strides of what it was cut from
-    x = x.reshape(-1).view(x.shape)
-    y = causal_conv1d_fn(x.transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype),
-                         initial_states=before, activation="silu")  # fmt: skip
+    if before is not None or not _suits_convolution(x):
+        # flattened first: a slice of one token counts as contiguous with the strides of what it was cut from
+        x = x.reshape(-1).view(x.shape)
+    y = causal_conv1d_fn(x.transpose(1, 2), weight, bias, initial_states=before, activation="silu")
     return y.transpose(1, 2)
 
 
+def _suits_convolution(x: Tensor) -> bool:
+    """Whether the kernel reads x (B, T, E) where it lies, from nothing before it: time innermost; or channels, which it
+    loads 8 at a time."""
+    return x.stride(1) == 1 or (
+        x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == x.storage_offset() % 8 == 0
+    )  # fmt: skip
+
+
+@untraced
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
     """The kernel wants the state in the type of its input; another one, 16 bits say, is converted on the way."""
     same = state.to(x.dtype)
-    y = causal_conv1d_update(x, same, weight.to(x.dtype), bias.to(x.dtype), activation="silu")
+    y = causal_conv1d_update(x, same, weight, bias, activation="silu")
     if same is not state:
         state.copy_(same)
     return y
 
 
+@untraced
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
     initial_state: Tensor | None = None, negative: bool = False,
@@ -112,6 +148,7 @@ def ssd(
     )  # fmt: skip
 
 
+@untraced
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, state: Tensor,
     negative: bool = False,
@@ -126,6 +163,7 @@ def ssd_step(
     )  # fmt: skip
 
 
+@untraced
 def trapezoid(
     x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
     A_floor: float, initial: State | None = None,

@@ -22,6 +22,7 @@ from models.ops.kernels import (
     numba_step,
     numba_swiglu,
 )
+from models.ops.projections import apart as channel_projections
 from models.ops.projections import apart as projections
 from models.ops.selective_scan import forward_flops
 from models.ops.selective_scan import step_reference as selective_scan_step
@@ -32,9 +33,9 @@ from models.ops.trapezoid import chunked as chunked_trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "attention_branch", "attention_step", "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm",
-    "linear_cross_entropy", "linear_step", "mamba2_branch", "mamba2_step", "mamba_branch", "mamba_step", "projections",
-    "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu",
+    "attention_branch", "attention_step", "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts",
+    "gated_rms_norm", "linear_cross_entropy", "linear_step", "mamba2_branch", "mamba2_step", "mamba_branch",
+    "mamba_step", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu",
     "swiglu_branch", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from models.ops.cross_entropy import linear_cross_entropy
 from models.ops.experts import by_device as experts
 from models.ops.lstm import fused as lstm
 from models.ops.projections import no_branches as suits_step
+from models.ops.projections import together as channel_projections
 from models.ops.projections import together as projections
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.rms_norm import gated_fused as gated_rms_norm
@@ -22,7 +23,7 @@ from models.ops.trapezoid import chunked as trapezoid
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
-    "causal_conv1d", "causal_conv1d_step", "experts", "gated_rms_norm", "linear_cross_entropy", "linear_step", "lstm",
-    "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step",
+    "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
+    "linear_step", "lstm", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step",
     "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.ops.cross_entropy import softmax_gradient
+
 FLOAT32 = torch.float32
 
 
@@ -21,16 +23,21 @@ def causal_conv1d_fn(
     assert weight.shape == (E, W)
     assert 2 <= W <= 4
     assert bias.shape == (E,)
-    assert x.dtype == weight.dtype == bias.dtype
-    assert x.stride(1) == 1, "channels next to each other"
-    assert x.shape[1] % 8 == x.stride(2) % 8 == 0 or T == 1
+    assert weight.dtype == bias.dtype
+    assert weight.dtype in (x.dtype, FLOAT32)
+    channels_last = x.stride(1) == 1 and x.stride(2) > 1
+    assert channels_last or x.stride(2) == 1
+    if channels_last:
+        assert E % 8 == x.stride(2) % 8 == x.stride(0) % 8 == x.storage_offset() % 8 == 0
     assert (seq_idx, return_final_states, final_states_out, activation) == (None, False, None, "silu")
     before = x.new_zeros(rows, E, W - 1)
     if initial_states is not None:
+        assert channels_last
         assert initial_states.shape == before.shape
         assert initial_states.dtype == x.dtype
         assert initial_states.stride(1) == 1
         before = initial_states
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     return F.silu(F.conv1d(torch.cat([before, x], 2), weight[:, None], bias, groups=E))
 
 
@@ -38,10 +45,13 @@ def causal_conv1d_update(
     x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
 ):
     """x (B, E), conv_state (B, E, W), shifted in place."""
-    assert conv_state.dtype == x.dtype == weight.dtype == bias.dtype
+    assert conv_state.dtype == x.dtype
+    assert weight.dtype == bias.dtype
+    assert weight.dtype in (x.dtype, FLOAT32)
     assert conv_state.shape == (*x.shape, weight.shape[1])
     assert (activation, cache_seqlens, conv_state_indices) == ("silu", None, None)
     conv_state.copy_(torch.cat([conv_state[:, :, 1:], x[:, :, None]], 2))
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     return F.silu(torch.einsum("bew,ew->be", conv_state, weight) + bias)
 
 
@@ -159,6 +169,16 @@ def mamba3_siso_combined(
     return torch.stack(ys, 1).to(V.dtype), theta, h, before_k, before_v
 
 
+def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+    """x, z (..., E), weight (E)."""
+    assert x.shape == z.shape
+    assert x.dtype == z.dtype
+    assert weight.shape == x.shape[-1:]
+    assert (bias, norm_before_gate) == (None, False)
+    y = (x.float() * F.silu(z.float())).unflatten(-1, (-1, group_size))
+    return ((y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight).to(x.dtype)
+
+
 def modules() -> dict[str, ModuleType]:
     """By the names under which `models.ops.kernels.cuda_form` imports them."""
     scan = "mamba_ssm.ops.selective_scan_interface"
@@ -166,8 +186,9 @@ def modules() -> dict[str, ModuleType]:
     holds = {
         "causal_conv1d": (causal_conv1d_fn, causal_conv1d_update), "mamba_ssm": (), "mamba_ssm.ops": (), triton: (),
         scan: (selective_scan_fn,), f"{triton}.selective_state_update": (selective_state_update,),
-        f"{triton}.ssd_combined": (mamba_chunk_scan_combined,), f"{triton}.mamba3": (),
+        f"{triton}.ssd_combined": (mamba_chunk_scan_combined,), f"{triton}.layernorm_gated": (rmsnorm_fn,), f"{triton}.mamba3": (),
         f"{triton}.mamba3.mamba3_siso_combined": (mamba3_siso_combined,),
+        "models.ops.kernels.triton_cross_entropy": (softmax_gradient,),  # ours, where there is no triton
     }  # fmt: skip
     found = {}
     for name, functions in holds.items():

@@ -55,7 +55,7 @@ def test_the_cuda_form_calls_its_libraries_rightly(cuda):
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_every_form_in_16_bits(cuda, operation):
     for shape, sizes in operation.shapes.items():
-        for continued in (True,) if operation.decodes else (False, True):
+        for continued in operation.starts:
             if sizes[1] > checking.LONG:
                 continue
             inputs = checking._inputs(operation, sizes, continued, torch.bfloat16)
