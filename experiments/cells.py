@@ -23,6 +23,7 @@ from experiments.evaluation import (
     expert_load,
     mean_loss,
 )
+from experiments.measurement.loading import load
 from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, settle
 from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step
 from experiments.measurement.process import side_by_side
@@ -275,18 +276,22 @@ def speed_cell(
     folder: Path,
 ) -> Generator[None, None, dict[str, Any]]:  # fmt: skip
     """The speed of one phase of the model in `folder`, in one execution mode, turn by turn."""
-    subject = Subject(folder / "checkpoint", experiment.speed, mode, prepare_process(experiment))
+    subject = _subject(experiment, mode, folder)
     return measure_speed(subject, phase, _text(dataset_folder, batch, context + 1))
 
 
 def speed_cells(
-    send: Send, experiment: Experiment, phase: str, contexts: list[int], batch: int, mode: str, dataset_folder: Path,
+    send: Send, experiment: Experiment, phase: str, shapes: list[tuple[int, int]], mode: str, dataset_folder: Path,
     folder: Path,
 ) -> Generator[None, None, list[Any]]:  # fmt: skip
-    """Those of one phase at several lengths, of one model in one process."""
-    subject = Subject(folder / "checkpoint", experiment.speed, mode, prepare_process(experiment))
-    works = [measure_speed(subject, phase, _text(dataset_folder, batch, context + 1)) for context in contexts]
+    """Those of one phase at several shapes (context, batch), of one model in one process."""
+    subject = _subject(experiment, mode, folder)
+    works = [measure_speed(subject, phase, _text(dataset_folder, batch, context + 1)) for context, batch in shapes]
     return side_by_side(works)
+
+
+def _subject(experiment: Experiment, mode: str, folder: Path) -> Subject:
+    return Subject(load(folder / "checkpoint", prepare_process(experiment), "direct"), experiment.speed, mode)
 
 
 LOADS = 3  # timed, per cell of the memory study

@@ -85,16 +85,16 @@ def check(experiment: Experiment) -> None:
 def _check_mode(mode: str, experiment: Experiment) -> None:
     """A mode is there for every arm or refused."""
     if mode != "eager" and experiment.device == "cpu":
-        reason = {
-            "compiled": "torch.compile cannot trace the kernels that run there", "graph": "CUDA graphs need a GPU",
-        }[mode]  # fmt: skip
+        reason = "CUDA graphs need a GPU"
+        if mode == "compiled":
+            reason = "torch.compile cannot trace the kernels that run there"
         raise ConfigError(f"mode '{mode}' is refused for every arm on a CPU: {reason}")
-    for name, arm in experiment.arms.items() if mode == "graph" else ():
+    for name, arm in experiment.arms.items() if mode != "eager" else ():
         for block in cells.model_config(arm, experiment.data.vocabulary).kinds:
             kind = None if block.feedforward is None else FEEDFORWARDS[block.feedforward.kind]
             dtype, device = cells.DTYPES[experiment.speed.dtype][0], torch.device(experiment.device)
             if kind is not None and (reason := kind.needs_host(dtype, device)) is not None:
-                raise ConfigError(f"mode 'graph' is refused for every arm, since of '{name}' {reason}")
+                raise ConfigError(f"mode '{mode}' is refused for every arm, since of '{name}' {reason}")
 
 
 def _check_positions(config: ModelConfig, experiment: Experiment) -> None:
@@ -219,7 +219,7 @@ def _todo(directory: RunDirectory, experiment: Experiment, retry: bool) -> list[
     """What is missing. Cells that take turns are done together or not at all, so that all of them are of one sitting:
     where one is missing, the results of the others are dropped."""
     study, todo = STUDIES[experiment.study], []
-    for group in _groups(study.plan(experiment), study.turns):
+    for group in _groups(study.plan(experiment), study, experiment):
         wanted = [cell for cell in group if retry or directory.failure(cell) is None]
         if any(directory.result(cell) is None for cell in wanted):
             todo += wanted
@@ -233,7 +233,7 @@ def _run_cells(
 ) -> None:
     study = STUDIES[experiment.study]
     ended = 0
-    for group in _groups(todo, study.turns):
+    for group in _groups(todo, study, experiment):
         able = []
         for cell in group:
             if cell.kind != study.MAKES and not directory.result(Cell(cell.arm, cell.seed, study.MAKES)):
@@ -244,7 +244,7 @@ def _run_cells(
             else:
                 able.append(cell)
         jobs: dict[tuple[Cell, ...], Job] = {}
-        for shared in _processes(able, study.together):
+        for shared in _processes(able, study, experiment):
             alone = len(shared) == 1
             work, details = study.work(shared[0], experiment) if alone else study.work_together(shared, experiment)
             folder = dataset.datasets[experiment.vocabulary_of(shared[0].arm)].folder
@@ -276,18 +276,18 @@ def _record(directory: RunDirectory, cell: Cell, outcome: Any, listener: Listene
         listener(Event("finish", cell=cell.name, done=ended, total=total))
 
 
-def _processes(group: list[Cell], together: Callable[[Cell], Any]) -> list[list[Cell]]:
+def _processes(group: list[Cell], study: Any, experiment: Experiment) -> list[list[Cell]]:
     """The cells of a group by the process that they run in."""
     shared: dict[Any, list[Cell]] = {}
     for cell in group:
-        key = together(cell)
+        key = study.together(cell, experiment)
         shared.setdefault(cell if key is None else key, []).append(cell)
     return list(shared.values())
 
 
-def _groups(todo: list[Cell], turns: Callable[[Cell], Any]) -> Iterator[list[Cell]]:
+def _groups(todo: list[Cell], study: Any, experiment: Experiment) -> Iterator[list[Cell]]:
     """Neighbours that take turns together; every other cell by itself."""
-    for key, cells_of_key in groupby(todo, turns):
+    for key, cells_of_key in groupby(todo, lambda cell: study.turns(cell, experiment)):
         group = list(cells_of_key)
         yield from [group] if key is not None else ([cell] for cell in group)
 

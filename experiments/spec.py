@@ -132,8 +132,8 @@ class Speed(Settings):
     train_contexts: Ascending = Field(default=(256,), description="tokens per sequence of a training step")
     train_tokens: int = Field(default=2048, ge=1, description="tokens of a training step, or one sequence if longer")
     operator_contexts: Ascending = Field(default=(256,), description="tokens for a mixer's operation by itself")
-    modes: tuple[Literal["eager", "compiled", "graph"], ...] = Field(
-        default=("eager",), min_length=1, description="execution modes, each for every arm: torch.compile, CUDA graphs"
+    modes: tuple[Literal["eager", "compiled", "graph", "compiled-graph"], ...] = Field(
+        default=("eager",), min_length=1, description="each for every arm: torch.compile, CUDA graphs, both"
     )
     repeats: int = Field(default=10, ge=6, description="at least this many turns per cell, of a timed call or more")
     seconds: float = Field(default=1.0, ge=0, description="and at least so many seconds of timed calls")

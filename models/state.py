@@ -28,8 +28,8 @@ class State(Protocol):
 @dataclass(frozen=True)
 class Place:
     """Where the next token of a recorded decode step goes: a position `at` (0-dimensional, int64) on the device, which
-    the step itself moves on, below `limit`. tables: those that the step reads, which must outlive every cache of them,
-    since a recording knows their memory alone."""
+    the step itself moves on, below `limit`. tables: of rotary positions, by head width and base; they must outlive
+    every cache of them, since a recording knows their memory alone."""
 
     at: Tensor
     limit: int

@@ -214,7 +214,8 @@ OPERATIONS = (
         _draw_ssd, _ssd_step, ("x", "dt", "B", "C", "state"), ("state",), decodes=True,
     ),
     Operation(
-        "gated norm", "ssd", {"one group": (2, 37, 1, 48), "two groups": (2, 1, 2, 24)}, _draw_norm, _norm, ("x", "z"), (),
+        "gated norm", "ssd", {"one group": (2, 37, 1, 48), "two groups": (2, 1, 2, 24)},
+        _draw_norm, _norm, ("x", "z"), (),
     ),
     Operation(
         "trapezoid", "trapezoid",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from experiments.training import autocast, token_loss
 from models.language_model import LanguageModel
-from models.recorded import RecordedDecode
+from models.recorded import RecordedDecode, RepeatableStep
 from models.state import ModelState
 
 Operation = Callable[[], object]
@@ -42,11 +42,10 @@ def prefill(model: LanguageModel, prompt: Tensor) -> Operation:
     return read
 
 
-def decode(
-    model: LanguageModel, prompt: Tensor, tokens: int, *, recorded: bool = False
-) -> tuple[Operation, ModelState]:
-    """Write `tokens` tokens greedily after a prompt (B, T), and the state that holds the prompt. `recorded`: each step
-    replayed from one recording, on a GPU (models.recorded, whose errors it raises).
+def decode(model: LanguageModel, prompt: Tensor, tokens: int, mode: str = "eager") -> tuple[Operation, ModelState]:
+    """Write `tokens` tokens greedily after a prompt (B, T), and the state that holds the prompt. mode: as in the
+    settings of speed; of all but `eager` the position stands on the device (models.recorded, whose errors it raises).
+    The blocks' steps are compiled already where it says so.
 
     Every call starts from the same position: a cache is written over beyond it; a recurrent state just goes on, which
     costs the same.
@@ -57,19 +56,20 @@ def decode(
             logits, state = model.prefill(piece.contiguous(), state)
         first = logits.argmax(1)
 
-    if recorded:
+    limit = prompt.shape[1] + tokens
+    if mode != "eager":
         with torch.inference_mode():
-            replayed = RecordedDecode(model, state, prompt.shape[1] + tokens)
+            step = RepeatableStep(model, state, limit) if mode == "compiled" else RecordedDecode(model, state, limit)
 
         @torch.inference_mode()
-        def replay() -> Tensor:
-            replayed.rewind()
+        def repeat() -> Tensor:
+            step.rewind()
             token = first
             for _ in range(tokens):
-                token = replayed.step(token).argmax(1)
+                token = step.step(token).argmax(1)
             return token
 
-        return replay, state
+        return repeat, state
 
     @torch.inference_mode()
     def write() -> Tensor:

@@ -21,8 +21,7 @@ from experiments.errors import LabError
 from experiments.training import NonFiniteLossError
 from models.errors import BackendUnavailableError, ConfigError
 
-# torch._dynamo: a custom operator's first call imports it, which takes longer than most cells
-_PRELOAD = ["experiments.cells", "models.ops.kernels.numba_form", "torch._dynamo"]
+_PRELOAD = ["experiments.measurement.preload"]
 _EXPECTED = (LabError, NonFiniteLossError, ConfigError, BackendUnavailableError, MemoryError)
 
 

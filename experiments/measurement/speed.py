@@ -4,7 +4,6 @@ with the machine's ceilings measured in the same process, turn by turn."""
 from collections.abc import Callable, Generator
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,24 +11,27 @@ from torch import Tensor
 
 from experiments.measurement import operations
 from experiments.measurement.ceilings import CeilingsMeter
-from experiments.measurement.loading import load
 from experiments.measurement.operations import Operation
 from experiments.measurement.timing import Samples, timed
 from experiments.spec import Speed
+from models.compiled import compile_blocks
 from models.language_model import LanguageModel
 
 
 class Subject:
-    """The model in `folder` in one execution mode, with the meter of this process: what cells that share one share."""
+    """A model in one execution mode, with the meter of this process: what cells that share one share."""
 
-    def __init__(self, folder: Path, settings: Speed, mode: str, device: torch.device) -> None:
+    def __init__(self, model: LanguageModel, settings: Speed, mode: str) -> None:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-        self.settings, self.device, self.mode = settings, device, mode
-        self.meter = CeilingsMeter(device, dtype)
-        self.model = load(folder, device, "direct")
-        if mode == "compiled":
-            self.model.hidden = torch.compile(self.model.hidden)  # all of a step but the loss, of prefill but the head
-            self.model.step = torch.compile(self.model.step)
+        self.model, self.settings, self.device, self.mode = model, settings, model.device, mode
+        self.compiled = False
+        self.meter = CeilingsMeter(self.device, dtype)
+
+    def prepare(self, phase: str) -> None:
+        """Compile what the phase repeats, where the mode says so, once."""
+        if self.mode.startswith("compiled") and not self.compiled:
+            compile_blocks(self.model, "step" if phase == "decode" else "forward")
+            self.compiled = True
 
 
 def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[None, None, dict[str, Any]]:
@@ -40,7 +42,8 @@ def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[Non
     `settings.repeats` of them and `settings.seconds` of samples.
     """
     settings, device, model = subject.settings, subject.device, subject.model
-    make = partial(_decode, recorded=True) if subject.mode == "graph" else OPERATIONS[phase]
+    subject.prepare(phase)
+    make = partial(_decode, mode=subject.mode) if phase == "decode" else OPERATIONS[phase]
     operation, per_call = make(model, settings, tokens.to(device))
     (first_ms,) = timed(operation, repeats=1, seconds=0, device=device, warm_up=0).ms
     again = timed(operation, repeats=1, seconds=0, device=device, warm_up=1)
@@ -82,9 +85,9 @@ def _prefill(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Ope
     return operations.prefill(model, prompt), prompt.numel()
 
 
-def _decode(model: LanguageModel, settings: Speed, tokens: Tensor, recorded: bool = False) -> tuple[Operation, int]:
+def _decode(model: LanguageModel, settings: Speed, tokens: Tensor, mode: str = "eager") -> tuple[Operation, int]:
     prompt = tokens[:, :-1].contiguous()
-    operation, _ = operations.decode(model, prompt, settings.decode_tokens, recorded=recorded)
+    operation, _ = operations.decode(model, prompt, settings.decode_tokens, mode)
     return operation, prompt.shape[0] * settings.decode_tokens
 
 

@@ -37,11 +37,11 @@ def plan(experiment: Experiment) -> list[Cell]:
     return planned
 
 
-def turns(cell: Cell) -> None:
+def turns(cell: Cell, experiment: Experiment) -> None:
     """None take turns: pairs of seeds stand for that."""
 
 
-def together(cell: Cell) -> None:
+def together(cell: Cell, experiment: Experiment) -> None:
     """Each has a process of its own."""
 
 

@@ -17,6 +17,7 @@ from models.config import ModelConfig
 MAKES = "build"
 PHASES = {"step": "train", "prefill": "prefill", "decode": "decode", "forward": "operator", "backward": "operator"}
 LATENCY = {"train": "step_ms", "prefill": "time_to_first_token_ms", "decode": "ms_per_token"}
+RECORDED = ("graph", "compiled-graph")  # modes of decode alone
 RESAMPLES = 2000  # of the turns, for intervals
 
 
@@ -27,32 +28,39 @@ def plan(experiment: Experiment) -> list[Cell]:
     planned = [Cell(arm, seed, "build") for seed in experiment.seeds for arm in configs]
     for seed in experiment.seeds:
         for mode in settings.modes:
-            for context in settings.train_contexts if mode != "graph" else ():
+            for context in settings.train_contexts if mode not in RECORDED else ():
                 batch = max(1, settings.train_tokens // context)
                 planned += [Cell(arm, seed, "step", context, batch, mode) for arm in configs]
             for batch in settings.batches:
-                for phase in ("prefill", "decode") if mode != "graph" else ("decode",):
+                for phase in ("prefill", "decode") if mode not in RECORDED else ("decode",):
                     for context in settings.contexts:
                         causal = [arm for arm, config in configs.items() if config.causal]
                         planned += [Cell(arm, seed, phase, context, batch, mode) for arm in causal]
-        for context in settings.operator_contexts:
-            alone = [arm for arm, config in configs.items() if any(b.mixer.kind in OPERATORS for b in config.kinds)]
-            planned += [Cell(arm, seed, kind, context, 1, "eager") for kind in ("forward", "backward") for arm in alone]
+        alone = [arm for arm, config in configs.items() if any(b.mixer.kind in OPERATORS for b in config.kinds)]
+        for kind in ("forward", "backward"):
+            for context in settings.operator_contexts:
+                planned += [Cell(arm, seed, kind, context, 1, "eager") for arm in alone]
     return planned
 
 
-def turns(cell: Cell) -> tuple | None:
-    """The arms of one measurement take turns; of decode, whose cost over the length is a question of its own, those at
-    every length."""
+def turns(cell: Cell, experiment: Experiment) -> tuple | None:
+    """The arms of one measurement take turns, at every length where `_every_length`."""
     if cell.kind == "build":
         return None
-    return (cell.seed, cell.kind, cell.batch, cell.mode, None if cell.kind == "decode" else cell.context)
+    if _every_length(cell, experiment):
+        return (cell.seed, cell.kind, None if cell.kind == "step" else cell.batch, cell.mode)
+    return (cell.seed, cell.kind, cell.batch, cell.mode, cell.context)
 
 
-def together(cell: Cell) -> tuple | None:
-    """Decode of an arm at every length, of which one is to be compared with another: where a process's memory came to
-    lie is worth as much as a length."""
-    return (cell.arm, *turns_of) if cell.kind == "decode" and (turns_of := turns(cell)) else None
+def together(cell: Cell, experiment: Experiment) -> tuple | None:
+    return (cell.arm, *turns(cell, experiment)) if cell.kind != "build" and _every_length(cell, experiment) else None
+
+
+def _every_length(cell: Cell, experiment: Experiment) -> bool:
+    """Whether an arm has one process for all lengths. Of decode, whose cost over the length is a question of its own:
+    where a process's memory came to lie is worth as much as a length. On a GPU of everything: there a process takes
+    longer to start than most cells."""
+    return cell.kind == "decode" or experiment.device == "cuda"
 
 
 def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
@@ -71,7 +79,7 @@ def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]
 
 def work_together(shared: list[Cell], experiment: Experiment) -> tuple[Callable[..., Any], tuple]:
     first = shared[0]
-    return cells.speed_cells, (first.kind, [cell.context for cell in shared], first.batch, first.mode)
+    return cells.speed_cells, (first.kind, [(cell.context, cell.batch) for cell in shared], first.mode)
 
 
 def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:

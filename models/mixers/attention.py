@@ -14,7 +14,7 @@ from models.initialisation import reset_bias, reset_convolution, reset_linear
 from models.mixers.base import Mixer
 from models.mixers.explanation import AttentionExplanation
 from models.norm import Norm, RMSNorm
-from models.ops.attention import ATTENTION, of_slots, weights
+from models.ops.attention import ATTENTION, of_slots, rotary_table, weights
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection, load, select
 from models.settings import divides, flags, numbers, positive, positive_or_none
@@ -166,6 +166,10 @@ class Attention(Mixer):
             return self.ops.rotary_qkv(qkv, K, start, self.config.rotary_base)
         q, k, v = qkv.transpose(1, 2).split([H, K, K], 1)
         return q, k, v
+
+    def rotary_tables(self, positions: int) -> dict[tuple[int, float], tuple[Tensor, Tensor]]:
+        P, base = self.head_width, self.config.rotary_base
+        return {(P, base): rotary_table(positions, P, base, self.o_proj.weight.device)} if self.config.rotary else {}
 
     def explain(self, x: Tensor) -> AttentionExplanation:
         qkv = self.qkv_proj(x)

@@ -7,6 +7,7 @@
     make_state(batch, max_len, dtype, device) -> state
     reset_parameters(generator)           its own initialisation
     output_weight                         of the projection that writes to the residual stream
+    rotary_tables(positions)              by head width and base; what a recorded step reads (models/recorded.py)
     explain(x) -> Explanation or None     what is behind forward(x), for models/trace.py; None: it says nothing
     Config                                its settings, a frozen dataclass that also says what it costs
 
@@ -79,6 +80,9 @@ class Mixer(nn.Module):
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> Any:
         raise NotImplementedError
+
+    def rotary_tables(self, positions: int) -> dict[tuple[int, float], tuple[Tensor, Tensor]]:
+        return {}
 
     def explain(self, x: Tensor) -> Explanation | None:
         """x (B, T, D), what forward reads."""

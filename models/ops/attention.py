@@ -102,8 +102,6 @@ def rotate(x: Tensor, rotated: int, start: int | Place, base: float) -> Tensor:
     Entry i is paired with i + P/2, as Llama does. A Place is of one token, T = 1."""
     T, P = x.shape[1], x.shape[3]
     if isinstance(start, Place):
-        if (P, base) not in start.tables:
-            start.tables[P, base] = rotary_table(start.limit, P, base, x.device)
         tables = (table.index_select(0, start.at[None])[:, None] for table in start.tables[P, base])
     else:
         tables = (table[start : start + T, None] for table in rotary_table(start + T, P, base, x.device))

@@ -24,9 +24,11 @@ def finished(tmp_path: Path) -> RunDirectory:
 
 
 def test_groups_cover_the_plan_in_order_and_decode_takes_turns_at_every_length():
-    groups = list(runner._groups(PLAN, STUDY.turns))
+    groups = list(runner._groups(PLAN, STUDY, EXPERIMENT))
     assert [cell for group in groups for cell in group] == PLAN
-    assert len({STUDY.turns(group[0]) for group in groups if len(group) > 1}) == sum(len(g) > 1 for g in groups)
+    assert len({STUDY.turns(group[0], EXPERIMENT) for group in groups if len(group) > 1}) == sum(
+        len(g) > 1 for g in groups
+    )
     (decode,) = [group for group in groups if group[0].kind == "decode"]
     assert {(c.arm, c.context) for c in decode} == {
         (arm, context) for arm in EXPERIMENT.arms for context in EXPERIMENT.speed.contexts
@@ -40,12 +42,32 @@ def test_groups_cover_the_plan_in_order_and_decode_takes_turns_at_every_length()
 
 
 def test_decode_of_an_arm_at_every_length_shares_a_process():
-    (decode,) = [group for group in runner._groups(PLAN, STUDY.turns) if group[0].kind == "decode"]
-    shared = runner._processes(decode, STUDY.together)
+    (decode,) = [group for group in runner._groups(PLAN, STUDY, EXPERIMENT) if group[0].kind == "decode"]
+    shared = runner._processes(decode, STUDY, EXPERIMENT)
     assert [{cell.arm for cell in cells} for cells in shared] == [{arm} for arm in EXPERIMENT.arms]
     assert all([cell.context for cell in cells] == list(EXPERIMENT.speed.contexts) for cells in shared)
     others = [cell for cell in PLAN if cell.kind != "decode"]
-    assert runner._processes(others, STUDY.together) == [[cell] for cell in others]
+    assert runner._processes(others, STUDY, EXPERIMENT) == [[cell] for cell in others]
+
+
+def test_on_a_gpu_an_arm_has_one_process_for_every_length_of_a_phase():
+    on_a_gpu = EXPERIMENT.model_copy(update={"device": "cuda"})
+    groups = list(runner._groups(PLAN, STUDY, on_a_gpu))
+    assert [cell for group in groups for cell in group] == PLAN
+    built, measured = groups[: len(EXPERIMENT.arms)], groups[len(EXPERIMENT.arms) :]
+    assert {cell.kind for (cell,) in built} == {"build"}
+    assert [{cell.kind for cell in group} for group in measured] == [
+        {"step"}, {"prefill"}, {"decode"}, {"forward"}, {"backward"}
+    ]  # fmt: skip
+    lengths = {"step": EXPERIMENT.speed.train_contexts, "prefill": EXPERIMENT.speed.contexts}
+    for group in measured:
+        for cells in runner._processes(group, STUDY, on_a_gpu):
+            assert len({cell.arm for cell in cells}) == 1
+            wanted = lengths.get(cells[0].kind, sorted({cell.context for cell in cells}))
+            assert [cell.context for cell in cells] == list(wanted)
+    _, (phase, shapes, mode) = STUDY.work_together(measured[0][:: len(EXPERIMENT.arms)], on_a_gpu)
+    assert (phase, mode) == ("step", "eager")
+    assert shapes == [(context, max(1, EXPERIMENT.speed.train_tokens // context)) for context in lengths["step"]]
 
 
 def test_nothing_is_left_of_a_finished_run(finished: RunDirectory):
@@ -65,8 +87,10 @@ def test_a_failed_cell_is_left_alone_unless_it_is_tried_again(finished: RunDirec
     finished.forget(failed)
     finished.fail(failed, "out of memory", "")
     assert runner._todo(finished, EXPERIMENT, retry=False) == []
-    turns = STUDY.turns(failed)
-    assert runner._todo(finished, EXPERIMENT, retry=True) == [cell for cell in PLAN if STUDY.turns(cell) == turns]
+    turns = STUDY.turns(failed, EXPERIMENT)
+    assert runner._todo(finished, EXPERIMENT, retry=True) == [
+        cell for cell in PLAN if STUDY.turns(cell, EXPERIMENT) == turns
+    ]
 
 
 def test_cells_of_their_own_are_not_done_again(tmp_path: Path):

@@ -36,18 +36,18 @@ def test_time_innermost_is_together_and_needs_no_copy(B: int, T: int, D: int, si
     x = torch.randn(B, T, D, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(sum(sizes), D, generator=g, dtype=torch.float64, requires_grad=True)
     out = [torch.randn(D, size, generator=g, dtype=torch.float64) for size in sizes]
-    found = []
+    found, kept = [], []
     for form in (time_innermost, together):
         parts = form(x, weight, sizes)
         assert [part.shape for part in parts] == [(B, T, size) for size in sizes]
-        kept = []
         for part in parts:
             if form is time_innermost:  # as (size, B, T) it is one block of memory, and so is its gradient
                 assert part.permute(2, 0, 1).is_contiguous()
                 part.register_hook(lambda gradient: kept.append(gradient.permute(2, 0, 1).is_contiguous()))
         y = sum(torch.nn.functional.linear(part, w) for part, w in zip(parts, out, strict=True)).sin().sum()
         found.append((*(part.detach() for part in parts), *torch.autograd.grad(y, (x, weight))))
-        assert all(kept)
+    assert len(kept) == len(sizes)
+    assert all(kept)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 

@@ -57,9 +57,7 @@ def same_numbers(made: LanguageModel) -> None:
         repeated = RepeatableStep(made, state.clone(), LIMIT)
         for token in tokens.unbind(1):
             expected, state = made.step(token, state)
-            repeated.token.copy_(token)
-            repeated()
-            torch.testing.assert_close(repeated.logits, expected, rtol=1e-10, atol=1e-11)
+            torch.testing.assert_close(repeated.step(token), expected, rtol=1e-10, atol=1e-11)
         assert repeated.place.at.item() == LIMIT
 
 
@@ -88,7 +86,7 @@ def test_a_state_that_comes_back_in_new_memory_is_written_back(monkeypatch):
     with torch.inference_mode():
         step = RepeatableStep(made, after_prompt(made)[0], LIMIT)
         where = [buffer.data_ptr() for block in step.state.blocks for buffer in block.buffers.values()]
-        step()
+        step.repeat()
         assert where == [buffer.data_ptr() for block in step.state.blocks for buffer in block.buffers.values()]
 
 
@@ -99,13 +97,11 @@ def test_a_step_goes_on_from_another_state(name):
         state, tokens = after_prompt(made)
         step = RepeatableStep(made, state.clone(), LIMIT)
         for _ in range(3):
-            step()
+            step.repeat()
         later = tokens[:, :1].flip(0)
         expected, state = made.step(later[:, 0], made.prefill(tokens[:, :2], made.make_state(3, LIMIT))[1])
         step.load(made.prefill(tokens[:, :2], made.make_state(3, LIMIT))[1])
-        step.token.copy_(later[:, 0])
-        step()
-        torch.testing.assert_close(step.logits, expected, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(step.step(later[:, 0]), expected, rtol=1e-10, atol=1e-11)
         assert step.place.at.item() == state.length
 
 
@@ -135,7 +131,7 @@ def operations(step: RepeatableStep) -> list:
     fixed |= {p: name for name, p in step.model.named_parameters()}
     fixed |= {b: f"{i}.{name}" for i, block in enumerate(step.state.blocks) for name, b in block.buffers.items()}
     with Operations({t.untyped_storage().data_ptr(): name for t, name in fixed.items()}) as seen:
-        step()
+        step.repeat()
     return seen.seen
 
 
@@ -146,7 +142,7 @@ def test_every_position_takes_the_same_operations_on_the_same_memory(name):
         made = model(CASES[name])
         state, _ = after_prompt(made)
         step = RepeatableStep(made, state, LIMIT)
-        step()
+        step.repeat()
         first = operations(step)
         for _ in range(LIMIT - PROMPT - 2):
             assert operations(step) == first
@@ -157,7 +153,7 @@ def test_a_recording_keeps_the_tables_that_it_reads():
     with torch.inference_mode():
         made = model(CASES["attention"])
         step = RepeatableStep(made, after_prompt(made)[0], LIMIT)
-        step()
+        step.repeat()
         before = operations(step)
         forget_tables()
         assert operations(step) == before
@@ -195,7 +191,7 @@ def test_learned_positions_bound_the_limit():
         made = model(CASES["attention unplaced"], positions=LIMIT)
         step = RepeatableStep(made, after_prompt(made)[0], LIMIT + 1)
         with pytest.raises(ConfigError, match=f"{LIMIT} learned positions, {LIMIT + 1}"):
-            step()
+            step.repeat()
 
 
 @pytest.mark.cuda

@@ -104,9 +104,9 @@ def _probe_cuda(operation: str) -> str | None:
 def load(name: str) -> ModuleType:
     """The module that implements a form: `selective_scan`, `ssd`, `trapezoid`, `causal_conv1d`, `swiglu`, each with its
     `_step`, `rms_norm`, `gated_rms_norm`, `experts`, `rotary_qkv`, `projections`, `channel_projections`, `linear_step`
-    and `linear_cross_entropy`, with the signatures of `models.ops`; reference and torch also `lstm`. numba's also has, for
-    a decode step, `mamba_step`, `mamba2_step` and `attention_step`, a mixer between its projections, and whole residual
-    branches, `mamba_branch`, `mamba2_branch`, `attention_branch` and `swiglu_branch`, for what `suits_step`."""
+    and `linear_cross_entropy`, with the signatures of `models.ops`; reference and torch also `lstm`. numba's also has,
+    for a decode step, `mamba_step`, `mamba2_step` and `attention_step`, a mixer between its projections, and whole
+    residual branches, `mamba_branch`, `mamba2_branch`, `attention_branch`, `swiglu_branch`, for what `suits_step`."""
     return importlib.import_module(f"models.ops.kernels.{name}_form")
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import linear as linear_step
 
-from models.ops.attention import rotary_qkv
 from models.ops import cross_entropy
+from models.ops.attention import rotary_qkv
 from models.ops.experts import by_device as experts
 from models.ops.kernels.triton_cross_entropy import softmax_gradient
 from models.ops.projections import no_branches as suits_step
@@ -38,8 +38,8 @@ from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step",
-    "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
+    "linear_step", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step",
+    "suits_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses

@@ -35,8 +35,8 @@ from models.ops.trapezoid import step as trapezoid_step
 __all__ = [
     "attention_branch", "attention_step", "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts",
     "gated_rms_norm", "linear_cross_entropy", "linear_step", "mamba2_branch", "mamba2_step", "mamba_branch",
-    "mamba_step", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu",
-    "swiglu_branch", "swiglu_step", "trapezoid", "trapezoid_step",
+    "mamba_step", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step",
+    "suits_step", "swiglu", "swiglu_branch", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 

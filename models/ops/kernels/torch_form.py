@@ -24,6 +24,6 @@ from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "lstm", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step",
-    "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
+    "linear_step", "lstm", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd",
+    "ssd_step", "suits_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip

@@ -1,5 +1,5 @@
-"""What lies between the products of a cross-entropy's head, on a GPU: one pass over a row for its normaliser, one for its
-gradient, which takes the logits' place.
+"""What lies between the products of a cross-entropy's head, on a GPU: one pass over a row for its normaliser, one for
+its gradient, which takes the logits' place.
 
 m: rows   V: vocabulary
 """

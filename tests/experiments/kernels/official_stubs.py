@@ -18,7 +18,7 @@ def causal_conv1d_fn(
     activation=None,
 ):  # fmt: skip
     """x (B, E, T), weight (E, W), initial_states (B, E, W - 1)."""
-    rows, E, T = x.shape
+    rows, E, _ = x.shape
     W = weight.shape[1]
     assert weight.shape == (E, W)
     assert 2 <= W <= 4
@@ -186,7 +186,8 @@ def modules() -> dict[str, ModuleType]:
     holds = {
         "causal_conv1d": (causal_conv1d_fn, causal_conv1d_update), "mamba_ssm": (), "mamba_ssm.ops": (), triton: (),
         scan: (selective_scan_fn,), f"{triton}.selective_state_update": (selective_state_update,),
-        f"{triton}.ssd_combined": (mamba_chunk_scan_combined,), f"{triton}.layernorm_gated": (rmsnorm_fn,), f"{triton}.mamba3": (),
+        f"{triton}.ssd_combined": (mamba_chunk_scan_combined,), f"{triton}.layernorm_gated": (rmsnorm_fn,),
+        f"{triton}.mamba3": (),
         f"{triton}.mamba3.mamba3_siso_combined": (mamba3_siso_combined,),
         "models.ops.kernels.triton_cross_entropy": (softmax_gradient,),  # ours, where there is no triton
     }  # fmt: skip

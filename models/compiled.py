@@ -1,0 +1,27 @@
+"""`torch.compile`, a block at a time, the same way for every architecture.
+
+The blocks of a kind share their code, so one of each kind is compiled however many there are: seconds instead of
+minutes for a deep model. What stands outside the blocks, embedding, last norm, head and loss, runs as it is.
+"""
+
+from typing import Literal
+
+import torch
+
+from models.language_model import LanguageModel
+from models.ops.attention import rotary_table
+
+MOST_VERSIONS = 64  # of a block's code: kinds of blocks times shapes; beyond that torch would stop compiling in silence
+
+
+def compile_blocks(model: LanguageModel, method: Literal["forward", "step"]) -> None:
+    """Compile `method` of every block, in place, at its first call; shapes are constants in the compiled code.
+
+    A step has to be one of models.recorded.RepeatableStep: an ordinary one has its position as a number on the host,
+    and would be compiled anew at every token.
+    """
+    torch.compiler.assume_constant_result(rotary_table)  # or it would be computed anew inside
+    torch._dynamo.config.recompile_limit = MOST_VERSIONS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in model.blocks:
+        setattr(block, method, torch.compile(getattr(block, method), dynamic=False))

@@ -1,0 +1,92 @@
+"""Compiled block by block: the numbers of the plain model, from one compilation for all blocks and all positions."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from models import compiled
+from models.compiled import compile_blocks
+from models.config import ModelConfig
+from models.feedforward.swiglu import SwiGLUConfig
+from models.language_model import LanguageModel
+from models.mixers.attention import AttentionConfig
+from models.mixers.mamba import MambaConfig
+from models.mixers.mamba2 import Mamba2Config
+from models.ops.kernels import reference_form, torch_form
+from models.recorded import RepeatableStep
+
+MIXERS = {
+    "attention": AttentionConfig(heads=4, kv_heads=2, backend="sdpa"),
+    "ring": AttentionConfig(heads=4, window=4, backend="sdpa"),
+    "mamba": MambaConfig(state=4, backend="torch"),
+    "mamba2": Mamba2Config(head_width=8, state=6, backend="torch"),
+}
+PROMPT, LIMIT, VOCABULARY = 5, 12, 23
+
+
+@pytest.fixture
+def frames(monkeypatch):
+    """Counts compilations, by a backend that needs no compiler of C++."""
+    torch.compiler.reset()
+    counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(compiled.torch, "compile", lambda function, **how: compile_(function, backend=counter, **how))
+    yield counter
+    torch.compiler.reset()
+
+
+def model(mixer, layers: int = 3) -> LanguageModel:
+    feedforward = SwiGLUConfig(hidden=24)
+    config = ModelConfig(vocabulary=VOCABULARY, width=32, layers=layers, mixer=mixer, feedforward=feedforward)
+    made = LanguageModel(config, seed=3, dtype=torch.float64)
+    for part in made.modules():  # what surrounds the mixers would be the CPU's own kernels
+        if hasattr(part, "ops") and part.ops is not reference_form:
+            part.ops = torch_form
+    return made
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (2, LIMIT), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_compiled_trunk_has_the_plain_ones_outputs_and_gradients(name, frames):
+    plain, made, one = model(MIXERS[name]), model(MIXERS[name]), model(MIXERS[name], layers=1)
+    compile_blocks(one, "forward")
+    one(tokens())
+    of_one_block, frames.frame_count = frames.frame_count, 0
+    torch.compiler.reset()
+    compile_blocks(made, "forward")
+    found = []
+    for one in (plain, made):
+        logits = one(tokens())
+        logits.sin().sum().backward()
+        found.append([logits, *(p.grad for p in one.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert 0 < frames.frame_count == of_one_block
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_compiled_step_is_compiled_once_for_every_block_and_position(name, frames):
+    plain, made = model(MIXERS[name]).eval(), model(MIXERS[name]).eval()
+    with torch.inference_mode():
+        state, own = (one.prefill(tokens()[:, :PROMPT], one.make_state(2, LIMIT))[1] for one in (plain, made))
+        compile_blocks(made, "step")
+        repeated = RepeatableStep(made, own, LIMIT)
+        for token in tokens()[:, PROMPT:].unbind(1):
+            expected, state = plain.step(token, state)
+            torch.testing.assert_close(repeated.step(token), expected, rtol=1e-10, atol=1e-11)
+    assert frames.frame_count == 1
+
+
+def test_where_torch_would_stop_compiling_there_is_an_error(frames, monkeypatch):
+    """An ordinary step is another one at every position."""
+    monkeypatch.setattr(compiled, "MOST_VERSIONS", 3)
+    made = model(MIXERS["attention"]).eval()
+    with torch.inference_mode():
+        state = made.prefill(tokens()[:, :PROMPT], made.make_state(2, LIMIT))[1]
+        compile_blocks(made, "step")
+        for token in tokens()[:, PROMPT : PROMPT + 3].unbind(1):
+            _, state = made.step(token, state)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            made.step(tokens()[:, -1], state)
