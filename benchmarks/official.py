@@ -5,6 +5,7 @@
 About 130M parameters. A training step of 8 x 2048 tokens: forward, loss, backward, clipping, AdamW under bfloat16
 autocast. Prefill of 2048 tokens and single-stream greedy decoding of 256 tokens after 512, prefill included, in
 bfloat16, each side's steps replayed from a CUDA graph. Both sides have the same weights and must give the same loss.
+Ours comes twice: as it is, and with its blocks compiled (models/compiled.py); theirs as its users run it.
 """
 
 from functools import partial
@@ -16,12 +17,14 @@ from torch.nn import functional as F
 from benchmarks import common, hugging_face
 from experiments.training import autocast, token_loss
 from models import hf
+from models.compiled import compile_blocks
 from models.language_model import LanguageModel
 from models.mixers.mamba2 import Mamba2Config
 from models.presets import preset
 from models.recorded import RecordedDecode
 
 ARMS = {"mamba": "Mamba", "mamba2": "Mamba-2"}
+OURS, COMPILED, THEIRS = "our {}, {}", "our {} compiled, {}", "mamba_ssm's {}, {}"
 DEVICE = "cuda"
 BATCH, CONTEXT, PROMPT, NEW = 8, 2048, 512, 256
 SAME_LOSS = 0.01  # relative, in bfloat16
@@ -60,15 +63,17 @@ def _tokens(batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
-def _model(arm: str, ours: bool, dtype: torch.dtype) -> Any:
+def _model(arm: str, side: str, dtype: torch.dtype) -> Any:
     """On the GPU; both sides start from the numbers that our initialisation draws there."""
     model = LanguageModel(preset(f"{arm}-130m"), seed=0, device=DEVICE, dtype=dtype)
-    return model if ours else counterpart(model).to(DEVICE)
+    return counterpart(model).to(DEVICE) if side == THEIRS else model
 
 
-def training(arm: str, ours: bool) -> common.Turn:
+def training(arm: str, side: str) -> common.Turn:
     """A turn is a step, and gives its loss, which waits for the GPU."""
-    model = _model(arm, ours, torch.float32).train()
+    model = _model(arm, side, torch.float32).train()
+    if side == COMPILED:
+        compile_blocks(model, "forward")
     parameters = list(model.parameters())
     optimizer = hugging_face.optimizer(parameters)
     tokens = _tokens(BATCH, CONTEXT + 1)
@@ -76,10 +81,10 @@ def training(arm: str, ours: bool) -> common.Turn:
 
     def turn() -> tuple[int, float]:
         with autocast("bfloat16", torch.device(DEVICE)):
-            if ours:
-                loss = token_loss(model, inputs, targets)[0]
-            else:
+            if side == THEIRS:
                 loss = F.cross_entropy(model(inputs).logits.float().flatten(0, 1), targets.flatten())
+            else:
+                loss = token_loss(model, inputs, targets)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -89,37 +94,44 @@ def training(arm: str, ours: bool) -> common.Turn:
     return turn
 
 
-def _loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+@torch.inference_mode()
+def _loss(model: Any, side: str, tokens: torch.Tensor) -> float:
+    logits = model(tokens).logits if side == THEIRS else model(tokens)
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
-def prefill(arm: str, ours: bool) -> common.Turn:
+def prefill(arm: str, side: str) -> common.Turn:
     """A turn names the token after a prompt, the state kept; it gives the prompt's loss."""
-    model, prompt = _model(arm, ours, torch.bfloat16).eval(), _tokens(1, CONTEXT)
-    with torch.inference_mode():
-        loss = _loss(model(prompt) if ours else model(prompt).logits, prompt)
+    model, prompt = _model(arm, side, torch.bfloat16).eval(), _tokens(1, CONTEXT)
+    loss = _loss(model, side, prompt)
+    if side == COMPILED:
+        compile_blocks(model, "forward")
 
     @torch.inference_mode()
     def turn() -> tuple[int, float]:
-        if ours:
-            logits, _ = model.prefill(prompt, model.make_state(1, CONTEXT + 1))
-        else:
+        if side == THEIRS:
             from mamba_ssm.utils.generation import InferenceParams  # pyright: ignore[reportMissingImports]
 
             kept = InferenceParams(max_seqlen=CONTEXT + 1, max_batch_size=1)
             logits = model(prompt, inference_params=kept, num_last_tokens=1).logits
+        else:
+            logits, _ = model.prefill(prompt, model.make_state(1, CONTEXT + 1))
         logits.argmax().item()
         return CONTEXT, loss
 
     return turn
 
 
-def decode(arm: str, ours: bool) -> common.Turn:
+def decode(arm: str, side: str) -> common.Turn:
     """A turn reads a prompt and writes NEW tokens; it gives the prompt's loss."""
-    model, prompt = _model(arm, ours, torch.bfloat16).eval(), _tokens(1, PROMPT)
-    with torch.inference_mode():
-        loss = _loss(model(prompt) if ours else model(prompt).logits, prompt)
-        recorded = RecordedDecode(model, model.make_state(1, PROMPT + NEW), PROMPT + NEW) if ours else None
+    model, prompt = _model(arm, side, torch.bfloat16).eval(), _tokens(1, PROMPT)
+    loss = _loss(model, side, prompt)
+    if side == COMPILED:
+        compile_blocks(model, "step")
+    recorded = None
+    if side != THEIRS:
+        with torch.inference_mode():
+            recorded = RecordedDecode(model, model.make_state(1, PROMPT + NEW), PROMPT + NEW)
 
     @torch.inference_mode()
     def turn() -> tuple[int, float]:
@@ -148,13 +160,16 @@ def main() -> None:
     ratios: dict[str, Any] = {}
     for phase, make in PHASES.items():
         for arm, name in ARMS.items():
-            ours, theirs = f"our {name}, {phase}", f"mamba_ssm's {name}, {phase}"
-            rates, losses = common.rates({ours: partial(make, arm, True), theirs: partial(make, arm, False)},
-                                         options.rounds, warm_ups=3)  # fmt: skip
-            if not abs(losses[ours] - losses[theirs]) <= SAME_LOSS * losses[theirs]:
-                raise SystemExit(f"{ours} has loss {losses[ours]}, {theirs} {losses[theirs]}: speeds do not compare")
+            named = {side: side.format(name, phase) for side in (OURS, COMPILED, THEIRS)}
+            sides = {what: partial(make, arm, side) for side, what in named.items()}
+            rates, losses = common.rates(sides, options.rounds, warm_ups=3)
             found |= rates
-            ratios[f"{ours} / {theirs}"] = common.ratio(rates[ours], rates[theirs], 1 if phase != "prefill" else None)
+            theirs = named.pop(THEIRS)
+            for ours in named.values():
+                if not abs(losses[ours] - losses[theirs]) <= SAME_LOSS * losses[theirs]:
+                    raise SystemExit(f"{ours}: loss {losses[ours]}, {theirs}: {losses[theirs]}: speeds do not compare")
+                aim = 1 if phase != "prefill" else None
+                ratios[f"{ours} / {theirs}"] = common.ratio(rates[ours], rates[theirs], aim)
     settings = {
         "training_batch": BATCH, "training_and_prefill_context": CONTEXT, "decode_prompt": PROMPT, "new_tokens": NEW,
         "vocabulary": preset("mamba-130m").vocabulary, "threads": torch.get_num_threads(), "rounds": options.rounds,

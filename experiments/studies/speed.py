@@ -53,7 +53,8 @@ def turns(cell: Cell, experiment: Experiment) -> tuple | None:
 
 
 def together(cell: Cell, experiment: Experiment) -> tuple | None:
-    return (cell.arm, *turns(cell, experiment)) if cell.kind != "build" and _every_length(cell, experiment) else None
+    of_turns = turns(cell, experiment)
+    return (cell.arm, *of_turns) if of_turns is not None and _every_length(cell, experiment) else None
 
 
 def _every_length(cell: Cell, experiment: Experiment) -> bool:

@@ -4,6 +4,9 @@ its gradient, which takes the logits' place.
 m: rows   V: vocabulary
 """
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# (triton comes with torch for CUDA)
+
 import torch
 import triton
 import triton.language as tl

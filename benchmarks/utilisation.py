@@ -1,0 +1,112 @@
+"""How much of a GPU the models use: of its arithmetic in training, of its memory in single-stream decoding.
+
+    python -m benchmarks.utilisation [--json]
+
+Training at about 370M parameters on sequences of 2048 tokens, under bfloat16 autocast, blocks compiled; decoding at
+about 1.3B parameters in bfloat16, one sequence after 1024 tokens, the compiled step replayed from a CUDA graph. Shares
+are of a large matrix product and of a large copy, measured turn by turn beside the work. A training step counts three
+forward passes (nothing is computed twice), and a masked product of attention only what the mask leaves.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from experiments.environment import describe
+from experiments.measurement.process import run_fresh
+from experiments.measurement.speed import Subject, measure_speed
+from experiments.rows import percentiles
+from experiments.spec import Speed
+from models import cost
+from models.config import ModelConfig
+from models.feedforward.swiglu import SwiGLUConfig
+from models.language_model import LanguageModel
+from models.mixers.attention import AttentionConfig
+from models.presets import preset
+
+BATCH, CONTEXT = 8, 2048
+READ, DECODED = 1024, 64
+ARMS = ("transformer", "mamba", "mamba2")
+AIMS = {"training": 0.45, "decode": 0.75}
+
+
+def large(arm: str) -> ModelConfig:
+    """About 1.3B parameters: the 370m preset at twice the width, the transformer's hidden width fitted to Mamba's
+    parameters as the presets' are."""
+    config = replace(preset(f"{arm}-370m"), width=2048)
+    if arm != "transformer":
+        return config
+    return replace(config, mixer=AttentionConfig(heads=32), feedforward=SwiGLUConfig(hidden=5872))
+
+
+def training(send: Callable[[Any], None], arm: str, repeats: int) -> dict[str, Any]:
+    config = preset(f"{arm}-370m")
+    flops = cost.training_flops_per_token(config, CONTEXT)
+    return _measured(config, "step", "compiled", BATCH, CONTEXT, "flops_per_s", flops, repeats)
+
+
+def decode(send: Callable[[Any], None], arm: str, repeats: int) -> dict[str, Any]:
+    config = large(arm)
+    touched = cost.decode_bytes(config, 1, READ, 2)
+    return _measured(config, "decode", "compiled-graph", 1, READ, "bytes_per_s", touched, repeats)
+
+
+def _measured(
+    config: ModelConfig, phase: str, mode: str, batch: int, context: int, ceiling: str, per_token: float, repeats: int
+) -> dict[str, Any]:  # fmt: skip
+    """per_token: FLOPs or bytes."""
+    settings = Speed(repeats=repeats, seconds=0, decode_tokens=DECODED, dtype="bfloat16")
+    dtype = torch.float32 if phase == "step" else torch.bfloat16
+    subject = Subject(LanguageModel(config, seed=0, device="cuda", dtype=dtype).eval(), settings, mode)
+    tokens = torch.randint(0, config.vocabulary, (batch, context + 1), generator=torch.Generator().manual_seed(0))
+    work = measure_speed(subject, phase, tokens)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result = end.value
+            break
+    medians = np.array([np.median(turn) for turn in np.split(result["samples"]["ms"], np.cumsum(result["turns"])[:-1])])
+    speeds = 1e3 * result["tokens_per_sample"] / medians
+    best = np.array([one[ceiling] for one in result["ceilings"]])
+    return {
+        "parameters": cost.parameters(config).total, "backend": result["backend"], "mode": mode,
+        "tokens_per_s": percentiles(speeds.tolist()), f"ceiling_{ceiling}": percentiles(best.tolist()),
+        "share": percentiles((per_token * speeds / best).tolist()), "first_call_ms": result["first_call_ms"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    options = common.arguments(__doc__ or "").parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this measures a CUDA GPU, which torch does not see here")
+    found = {
+        phase: {arm: run_fresh(measure, arm, options.rounds) for arm in ARMS}
+        for phase, measure in (("training", training), ("decode", decode))
+    }
+    settings = {"training_batch": BATCH, "training_context": CONTEXT, "decode_after": READ, "rounds": options.rounds}
+    if options.json:
+        print(json.dumps({
+            "benchmark": "utilisation", "settings": settings, "aims": AIMS, "found": found,
+            "environment": describe("cuda", torch.get_num_threads()),
+        }, indent=1))  # fmt: skip
+        return
+    print("| phase | arm | parameters | tokens/s | ceiling | share of it | 5th to 95th percentile | aimed at |")
+    print("|---|---|---|---|---|---|---|---|")
+    for phase, arms in found.items():
+        for arm, one in arms.items():
+            (ceiling,) = (one[key]["value"] for key in one if key.startswith("ceiling_"))
+            unit = "TFLOP/s" if phase == "training" else "TB/s"
+            share, aim = one["share"], f"{AIMS[phase]:.0%}" if arm == "transformer" or phase == "decode" else "-"
+            print(f"| {phase} | {arm} | {one['parameters'] / 1e6:,.0f}M | {one['tokens_per_s']['value']:,.0f} | "
+                  f"{ceiling / 1e12:.3g} {unit} | {share['value']:.1%} | {share['p5']:.1%} to {share['p95']:.1%} | "
+                  f"{aim} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
