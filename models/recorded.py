@@ -3,7 +3,7 @@
 A step of a small model is a hundred launches of a few microseconds each, and the host takes longer to ask for them than
 the GPU to do them. A recording repeats the same operations on the same memory, so nothing in it may depend on a number
 that the host knows: the position stands on the device (`models.state.Place`), a recurrent state is written back where
-it was, and attention reads every slot of its cache, which costs what a full cache costs.
+it was, and attention learns on the device how many slots of its cache are filled (`models.ops.attention.of_slots`).
 """
 
 from dataclasses import replace

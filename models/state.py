@@ -106,15 +106,16 @@ class KVCache(Buffers):
         return after, k, v
 
     def put(self, keys: Tensor, values: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
-        """Write keys and values (B, K, 1, P) at `place`. Returns all slots of both, in the type of the new ones, and
-        which slots (S,) the token may see. The same operations on the same memory at any position."""
+        """Write keys and values (B, K, 1, P) at `place`. Returns all slots of both, in the type of the cache, and how
+        many of them, from the first on, are filled (0-dimensional, int64): all that the token sees. The same operations
+        on the same memory at any position."""
         slots = self.keys.shape[2]
         at = place.at if self.window is None else place.at % slots
         for buffer, new in ((self.keys, keys), (self.values, values)):
             buffer.index_copy_(2, at[None], new.to(buffer.dtype))
+        filled = place.at + 1
         # a ring that is full holds the window and nothing else
-        seen = torch.arange(slots, device=keys.device) <= place.at
-        return self.keys.to(keys.dtype), self.values.to(keys.dtype), seen
+        return self.keys, self.values, filled if self.window is None else filled.clamp_(max=slots)
 
 
 @dataclass(frozen=True)

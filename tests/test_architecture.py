@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("models", "experiments", "cli")
 FORBIDDEN = {"models": {"experiments", "cli", "tests", "benchmarks"}, "experiments": {"cli", "tests", "benchmarks"},
              "cli": {"tests", "benchmarks"}}  # fmt: skip
-OPTIONAL = {"numba", "mamba_ssm", "causal_conv1d"}
+OPTIONAL = {"numba", "triton", "mamba_ssm", "causal_conv1d"}
 KERNELS = ROOT / "models" / "ops" / "kernels"
 
 

@@ -196,7 +196,7 @@ class Attention(Mixer):
         return self.ops.linear_step(y, self.o_proj.weight, self.o_proj.bias), after
 
     def _recorded_step(self, x: Tensor, state: KVCache, place: Place) -> Tensor:
-        """`step` with its position on the device. It reads every slot of the cache, filled or not."""
+        """`step` with its position on the device."""
         qkv = self.qkv_proj(x)
         if state.conv is not None:
             qkv = self.ops.causal_conv1d_step(qkv, self.conv_weight, self.conv_bias, state.conv)

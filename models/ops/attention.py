@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.ops.kernels import attention_of_splits
 from models.state import Place
 
 
@@ -47,10 +48,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=grouped)
 
 
-def of_slots(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """One query, T = 1, that sees those of the S keys for which `seen` (S,) is true."""
+def of_slots(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tensor:
+    """One query, T = 1, that sees the first `filled` (0-dimensional, int64, at least 1) of the S keys, which may have
+    another type. On a GPU with Triton by a kernel that splits the keys, float64 excepted; else every slot is read."""
+    splitting = attention_of_splits() if q.is_cuda and q.dtype is not torch.float64 else None
+    if splitting is not None:
+        return splitting(q, k, v, filled)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.expand(1, -1), enable_gqa=grouped)
+    seen = (torch.arange(k.shape[2], device=q.device) < filled).expand(1, -1)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

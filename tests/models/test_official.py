@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from triton_interpreter import interpret
 
 from models.config import ModelConfig
 from models.language_model import LanguageModel
@@ -53,15 +54,11 @@ def official():
     if torch.cuda.is_available():
         pytest.skip("on a GPU the kernels themselves are compared: pytest -m cuda")
     with pytest.MonkeyPatch.context() as patch:
-        # triton decides when it is imported whether it interprets, and others may have imported it before
-        for module in its_modules():
-            patch.delitem(sys.modules, module)
-        patch.setenv("TRITON_INTERPRET", "1")
+        interpret(patch)
         from triton.runtime.autotuner import Autotuner
 
         patch.setattr(Autotuner, "run", run_smallest_blocks)
         patch.setattr(torch.cuda, "device", lambda index: nullcontext())
-        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1))
         patch.setitem(sys.modules, "selective_scan_cuda", selective_scan_extension())
         patch.setitem(sys.modules, "causal_conv1d_cuda", causal_conv1d_extension())
         cuda = kernels.load("cuda")
@@ -69,15 +66,6 @@ def official():
         modules = ("modules.ssd_minimal", "modules.mamba2", "modules.mamba3", "ops.selective_scan_interface")
         found = {path.rpartition(".")[2]: importlib.import_module(f"mamba_ssm.{path}") for path in modules}
         yield SimpleNamespace(**found, cuda=cuda)
-
-
-def its_modules() -> list[str]:
-    """The Python of triton, whose compiled module is loaded once in a process, and of the packages with kernels in it:
-    transformers may have imported some of them."""
-    packages = ("triton", "mamba_ssm", "causal_conv1d")
-    return [
-        name for name in sys.modules if name.partition(".")[0] in packages and not name.startswith("triton._C")
-    ]  # fmt: skip
 
 
 def run_smallest_blocks(autotuner: Any, *args: Any, **kwargs: Any) -> Any:

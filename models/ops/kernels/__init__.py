@@ -1,4 +1,5 @@
-"""Selection of a form for each heavy operation. The only place that imports numba, mamba_ssm, causal_conv1d.
+"""Selection of a form for each heavy operation. The only place that imports numba, triton, mamba_ssm,
+causal_conv1d.
 
 A form is chosen once, when a model is built, by name or by `auto`:
 
@@ -13,11 +14,13 @@ makes the arm's speed and memory not comparable in the record.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from models.errors import BackendUnavailableError, ConfigError, nearest
 
@@ -108,6 +111,13 @@ def load(name: str) -> ModuleType:
     for a decode step, `mamba_step`, `mamba2_step` and `attention_step`, a mixer between its projections, and whole
     residual branches, `mamba_branch`, `mamba2_branch`, `attention_branch`, `swiglu_branch`, for what `suits_step`."""
     return importlib.import_module(f"models.ops.kernels.{name}_form")
+
+
+@cache
+def attention_of_splits() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """Attention of one query for a GPU (models.ops.kernels.triton_decode), or None where Triton cannot be imported."""
+    missing = _import_problem("triton", "pip install triton")
+    return None if missing else importlib.import_module("models.ops.kernels.triton_decode").attend
 
 
 def load_beside(mixer_backend: str, device: torch.device) -> ModuleType:
