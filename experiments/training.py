@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.data.batches import Batches, StreamHash
+from experiments.data.batches import Batches, StreamHash, on_device
 from experiments.objectives import IGNORED, Objective
 from experiments.spec import Training
 from models.language_model import LanguageModel
@@ -90,8 +90,7 @@ def train(
             index = (step - 1) * settings.accumulate + micro
             inputs, targets = batches.at(index)
             stream.update(inputs, targets)
-            inputs, targets = objective.batch(inputs, targets, index)
-            inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            inputs, targets = on_device(objective.batch(inputs, targets, index), device)
             with autocast(settings.precision, device):
                 loss, balance = token_loss(model, inputs, targets, some=objective.name == "masked")
             ((loss + balance) / settings.accumulate).backward()

@@ -86,6 +86,15 @@ def _windows(tokens: np.ndarray, context: int, batch: int) -> Iterator[Batch]:
         yield shifted(tokens[None, -rest - 1 :])
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The same there. To a GPU the copy is only asked for, from memory that stays in its place (pinned), without which
+    the host would wait for all that the GPU has still to do."""
+    inputs, targets = batch
+    if device.type == "cuda":
+        inputs, targets = inputs.pin_memory(), targets.pin_memory()
+    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
 def shifted(window: np.ndarray) -> Batch:
     """(B, T + 1) -> inputs and targets, (B, T)."""
     whole = torch.from_numpy(np.asarray(window, dtype=np.int64))

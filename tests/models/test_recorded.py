@@ -1,7 +1,5 @@
 """The repeatable decode step: the numbers of the ordinary one, by the same operations at every position."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -192,19 +190,3 @@ def test_learned_positions_bound_the_limit():
         step = RepeatableStep(made, after_prompt(made)[0], LIMIT + 1)
         with pytest.raises(ConfigError, match=f"{LIMIT} learned positions, {LIMIT + 1}"):
             step.repeat()
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", ["attention", "ring", "mamba", "mamba2", "mamba3", "lstm"])
-def test_a_recorded_step_gives_the_numbers_of_the_ordinary_one(name):
-    backend = "sdpa" if isinstance(CASES[name], AttentionConfig) else "auto"
-    config = ModelConfig(vocabulary=VOCABULARY, width=64, layers=2, mixer=replace(CASES[name], backend=backend))
-    made = LanguageModel(config, seed=3, device="cuda").eval()
-    with torch.inference_mode():
-        state, tokens = after_prompt(made)
-        recorded = RecordedDecode(made, state.clone(), LIMIT)
-        for token in tokens.unbind(1):
-            expected, state = made.step(token, state)
-            torch.testing.assert_close(recorded.step(token), expected, rtol=1e-4, atol=1e-4)
-        with pytest.raises(ConfigError, match="raise the limit"):
-            recorded.step(tokens[:, 0])

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,9 +116,12 @@ def load(name: str) -> ModuleType:
 
 @cache
 def attention_of_splits() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
-    """Attention of one query for a GPU (models.ops.kernels.triton_decode), or None where Triton cannot be imported."""
-    missing = _import_problem("triton", "pip install triton")
-    return None if missing else importlib.import_module("models.ops.kernels.triton_decode").attend
+    """Attention of one query for a GPU (models.ops.kernels.triton_decode), or None where Triton cannot be imported;
+    `torch.compile` breaks its graph around it."""
+    if _import_problem("triton", "pip install triton"):
+        return None
+    kernel: Any = torch.compiler.disable(importlib.import_module("models.ops.kernels.triton_decode").attend)
+    return kernel
 
 
 def load_beside(mixer_backend: str, device: torch.device) -> ModuleType:

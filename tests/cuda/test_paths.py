@@ -1,0 +1,142 @@
+"""What the studies measure with, run on a GPU: the cells of memory and of speed, and the execution modes."""
+
+from collections.abc import Generator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from on_gpu import DTYPES, GPU, ROWS, TINY, TOKENS, allowed, config, error, on_gpu, on_the_cpu, on_the_gpu, text
+
+from experiments.measurement import operations
+from experiments.measurement.loading import WAYS, load
+from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step
+from experiments.measurement.speed import Subject, measure_speed
+from experiments.spec import Measurement, Speed
+from experiments.training import token_loss
+from models import checkpoint, cost
+from models.compiled import compile_blocks
+from models.language_model import LanguageModel
+from models.ops.attention import forget_tables
+from models.recorded import RecordedDecode, RepeatableStep
+
+pytestmark = on_gpu
+ONCE = Measurement(repeats=1, seconds=0, decode_tokens=4)
+SPEED = Speed(repeats=6, seconds=0, decode_tokens=8)
+BLOCK = 512  # bytes: torch's allocator on a GPU rounds up to it
+
+
+def written(name: str, folder: Path, dtype: str) -> LanguageModel:
+    """The model whose checkpoint `folder` then is."""
+    model = LanguageModel(config(name), seed=0, dtype=DTYPES[dtype])
+    model.load_state_dict(on_the_cpu(name).state_dict())
+    checkpoint.save(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_memory_of_the_phases(name: str, tmp_path: Path) -> None:
+    """In bfloat16, as in the study's profile for a GPU."""
+    model = written(name, tmp_path, "bfloat16")
+    tensors = list(model.parameters())
+    weights = sum(p.nbytes for p in tensors)
+    rounded = sum(-(-p.nbytes // BLOCK) * BLOCK for p in tensors)
+    for way in WAYS:
+        loaded = measure_load(tmp_path, ONCE, GPU, way)
+        assert loaded["resident_bytes_analytic"] == weights
+        assert weights <= loaded["resident_bytes"] <= max(rounded, 1.05 * weights), way
+        assert loaded["device_peak_bytes"] >= loaded["resident_bytes"], way
+        assert loaded["host_peak_bytes"] > 0
+    read = measure_prefill(tmp_path, ONCE, TOKENS, text(), GPU)
+    assert read["working_bytes"] > 0
+    assert read["peak_bytes"] > weights
+    decoded = measure_decode(tmp_path, ONCE, TOKENS, text(), GPU)
+    expected = cost.state_bytes(model.config, ROWS, TOKENS + ONCE.decode_tokens, 2)
+    assert decoded["state_bytes"] == decoded["state_bytes_analytic"] == expected
+    assert decoded["peak_bytes"] - decoded["working_bytes"] >= weights + expected  # what stands before the first step
+    assert {read["memory_method"], decoded["memory_method"]} == {"torch.cuda allocator"}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_memory_of_a_training_step(name: str, tmp_path: Path) -> None:
+    model = written(name, tmp_path, "bfloat16")
+    forget_tables()  # a cell has a process of its own, in which nobody has made them before
+    step = measure_step(tmp_path, text(ROWS, TOKENS + 1), GPU, "bfloat16")
+    weights = 4 * cost.parameters(model.config).total
+    assert step["weight_bytes"] == step["gradient_bytes"] == weights
+    assert 2 * weights <= step["optimizer_bytes"] <= 2 * weights + 8 * len(list(model.parameters()))  # and its steps
+    # activations go as gradients come, so that not all four need be there at once
+    assert step["activation_bytes"] > 0
+    assert step["weight_bytes"] + step["optimizer_bytes"] + step["activation_bytes"] <= step["peak_bytes"]
+    assert step["weight_bytes"] + step["optimizer_bytes"] + step["gradient_bytes"] <= step["peak_bytes"]
+
+
+def result_of(work: Generator[None, None, dict[str, Any]]) -> dict[str, Any]:
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
+def test_speed_of_the_phases(name: str, tmp_path: Path) -> None:
+    written(name, tmp_path, "bfloat16")
+    settings = SPEED.model_copy(update={"dtype": "bfloat16"})
+    cells = {}
+    for mode, phases in {"eager": ("decode", "prefill", "forward", "backward", "step"), "graph": ("decode",)}.items():
+        subject = Subject(load(tmp_path, GPU, "direct"), settings, mode)
+        for phase in phases:
+            cells[mode, phase] = result_of(measure_speed(subject, phase, text(ROWS, TOKENS + 1)))
+    for (_, phase), cell in cells.items():
+        tokens = ROWS * (SPEED.decode_tokens if phase == "decode" else TOKENS)
+        assert cell["tokens_per_sample"] == tokens
+        assert len(cell["samples"]["ms"]) == sum(cell["turns"])
+        assert len(cell["turns"]) == len(cell["ceilings"]) == SPEED.repeats
+        assert min(cell["samples"]["ms"]) > 0
+        assert cell["first_call_ms"] > 0
+        for ceiling in cell["ceilings"]:  # of the smallest card that runs the kernels, by far
+            assert ceiling["flops_per_s"] > 1e12
+            assert ceiling["bytes_per_s"] > 1e11
+    eager, recorded = (median(cells[mode, "decode"]["samples"]["ms"]) for mode in ("eager", "graph"))
+    assert recorded < eager
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
+def test_a_recorded_decode_writes_the_same_tokens(name: str, tmp_path: Path) -> None:
+    """A cache is written over from the prompt on, as often as it is repeated; a recurrent state goes on."""
+    written(name, tmp_path, "float32")
+    model = load(tmp_path, GPU, "direct")
+    prompt = text().to(GPU)
+    ordinary, recorded = (operations.decode(model, prompt, 8, mode)[0] for mode in ("eager", "graph"))
+    for _ in range(3):
+        assert torch.equal(recorded(), ordinary())
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny", "mamba2-tiny"])
+def test_compiled_numbers_are_the_eager_ones(name: str) -> None:
+    """Of a loss and its gradients, of prefill, and of steps that are repeated, also from a recording."""
+    tokens, weights = text().to(GPU), on_the_cpu(name)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    found: dict[str, dict[str, Any]] = {}
+    for mode in ("eager", "compiled", "compiled-graph"):
+        model = on_the_gpu(name, weights).eval()
+        if mode == "compiled":
+            compile_blocks(model, "forward")
+        with torch.inference_mode():
+            logits, state = model.prefill(tokens[:, :32], model.make_state(ROWS, TOKENS))
+            if mode != "eager":
+                compile_blocks(model, "step")
+            made = RecordedDecode if mode == "compiled-graph" else RepeatableStep
+            repeated = made(model, state, TOKENS)
+            steps = [logits, *(repeated.step(token).clone() for token in tokens[:, 32:48].unbind(1))]
+        loss, _ = token_loss(model.train(), inputs, targets)
+        loss.backward()
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        found[mode] = {"loss": loss, "steps": torch.stack(steps), **gradients}
+    eager = found.pop("eager")
+    limit = allowed(model, "float32")
+    for other in found.values():
+        assert eager.keys() == other.keys()
+        assert {key: e for key in eager if not (e := error(other[key], eager[key])) <= limit} == {}
