@@ -23,6 +23,7 @@ from experiments.evaluation import (
     expert_load,
     mean_loss,
 )
+from experiments.measurement.card import remember_cards
 from experiments.measurement.loading import load
 from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, settle
 from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step
@@ -90,8 +91,10 @@ def first_model(arm: Arm, config: ModelConfig, seed: int, device: torch.device) 
 
 
 def prepare_process(experiment: Experiment) -> torch.device:
-    """Threads and allocator, the same for every cell."""
+    """Threads and allocator, the same for every cell, and how full the GPU is before it uses it."""
     keep_freed_memory()
+    if experiment.device == "cuda":
+        remember_cards()
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     return torch.device(experiment.device)
@@ -188,6 +191,7 @@ def train_cell(
             "median_step_ms": statistics.median(step_ms[WARM_UP_STEPS:] or step_ms),
             "peak_bytes": peak.host_bytes - baseline if peak.device_bytes is None else peak.device_bytes,
             "memory_method": peak.method if peak.device_bytes is None else "torch.cuda allocator",
+            **peak.on_card,
         },
     }  # fmt: skip
     return result

@@ -1,5 +1,6 @@
 """The rows of `result.json`: one number each, with all that is needed to read it (docs/result-schema.md)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,15 @@ def row(cell: Cell, phase: str, metric: str, value: float | None, unit: str, dir
         "backend": None, "comparable": True, "reason": None, "context": cell.context, "batch": cell.batch,
         "mode": cell.mode,
     } | rest  # fmt: skip
+
+
+def on_card(cell: Cell, phase: str, result: dict[str, Any], **rest: Any) -> Iterator[dict]:
+    """What was held on the GPU beside tensors, see `PeakMemory.on_card`; no rows on a CPU."""
+    if "process_bytes" in result:
+        yield row(cell, phase, "reserved_peak_bytes", result["reserved_peak_bytes"], "bytes", "lower", **rest)
+        process = result["process_bytes"]
+        reason = result["process_method"] if process is None else None
+        yield row(cell, phase, "process_bytes", process, "bytes", "lower", reason=reason, **rest)
 
 
 def percentiles(samples: list[float]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Arm(Settings):
 
 
 class Data(Settings):
-    corpus: str = Field(default="stdlib", description="stdlib or text")
+    corpus: str = Field(default="stdlib", description="stdlib, installed-python or text")
     path: str = Field(default="", description="file, folder or glob; for corpus = text")
     vocabulary: int = Field(default=2048, ge=257, le=1_000_000, description="entries of the tokenizer")
     tokenizer: str = Field(

@@ -1,7 +1,9 @@
 """Where text comes from. A corpus is a stream of documents, read one at a time and always in the same order.
 
-`stdlib`: the running Python's standard library and `pydoc` topics; on every machine, no download.
-`text`:   a file, a folder or a glob of your own.
+`stdlib`:           the running Python's standard library and `pydoc` topics; on every machine, no download.
+`installed-python`: the standard library, tests included, and the Python source of every package installed for the
+                    running Python and for the system's; much larger, no download, another corpus on every machine.
+`text`:             a file, a folder or a glob of your own.
 
 Every document is Unicode that UTF-8 can hold, unchanged but for a byte order mark at the start of a file.
 """
@@ -9,10 +11,12 @@ Every document is Unicode that UTF-8 can hold, unchanged but for a byte order ma
 import glob
 import json
 import os
+import site
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from experiments.errors import CorpusError, EnvironmentLacksError, SpecError
@@ -26,13 +30,22 @@ CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", "
 MORE_CODE = (".rb", ".lua", ".jl", ".r", ".sh", ".sql", ".css")
 SUFFIXES = PROSE + TABLES + CODE + MORE_CODE
 
+# Where the packages of the system's Python lie (Debian and its descendants)
+SYSTEM_PACKAGES = ("/usr/lib/python3*/dist-packages", "/usr/local/lib/python3*/dist-packages")
+
+
+class NotTextError(CorpusError):
+    """Bytes that UTF-8 cannot read, or with a NUL among them."""
+
 
 @dataclass(frozen=True)
 class Document:
-    """The unit that is split, deduplicated and put behind one end-of-text token."""
+    """The unit that is split, deduplicated and put behind one end-of-text token. skipped: why its text was left out,
+    and `text` is empty; empty for all others."""
 
     name: str
     text: str
+    skipped: str = ""
 
 
 def read(data: Data) -> Iterable[Document]:
@@ -49,13 +62,34 @@ def stdlib(data: Data) -> Iterable[Document]:
     from `pydoc_data.topics`, whose own file is therefore left out too.
     Raises SpecError where `data.path` is given, EnvironmentLacksError where this Python came without sources.
     """
-    if data.path:
-        raise SpecError(f"data.path = '{data.path}' means nothing to corpus 'stdlib'; set data.corpus = text")
+    _take_no_path(data)
     root = Path(sysconfig.get_path("stdlib"))
     names = _walk(root, enter=_is_library_folder, keep=_is_library_module)
     if not names:
         raise EnvironmentLacksError(f"this Python has no library sources in {root}; set data.corpus = text")
     return _library(root, names)
+
+
+def installed_python(data: Data) -> Iterable[Document]:
+    """Every `.py` file of the standard library, then of each folder of installed packages, each sorted by name.
+
+    Tests are included. Left out: what the installation wrote about this machine, and packages that were installed from
+    a folder of this machine, editable or not, which are somebody's own work. Skipped, each with its reason: files that
+    are not UTF-8.
+    Raises SpecError where `data.path` is given, EnvironmentLacksError where there are no sources.
+    """
+    _take_no_path(data)
+    files = _installed_files()
+    if not files:
+        raise EnvironmentLacksError("no Python source is installed on this machine; set data.corpus = text")
+    return (_read_or_skipped(name, path) for name, path in files)
+
+
+def packages(data: Data) -> list[str]:
+    """Name and version of every installed package that `data.corpus` reads, sorted; none for other corpora."""
+    if data.corpus != "installed-python":
+        return []
+    return sorted({f"{one.name} {one.version}" for one in _distributions() if not _from_a_folder(one)})
 
 
 def text(data: Data) -> Iterable[Document]:
@@ -71,7 +105,14 @@ def text(data: Data) -> Iterable[Document]:
     return _texts(files)
 
 
-CORPORA: dict[str, Callable[[Data], Iterable[Document]]] = {"stdlib": stdlib, "text": text}
+CORPORA: dict[str, Callable[[Data], Iterable[Document]]] = {
+    "stdlib": stdlib, "installed-python": installed_python, "text": text,
+}  # fmt: skip
+
+
+def _take_no_path(data: Data) -> None:
+    if data.path:
+        raise SpecError(f"data.path = '{data.path}' means nothing to corpus '{data.corpus}'; set data.corpus = text")
 
 
 def _library(root: Path, names: list[str]) -> Iterator[Document]:
@@ -86,16 +127,58 @@ def _library(root: Path, names: list[str]) -> Iterator[Document]:
 
 
 def _is_library_folder(name: str) -> bool:
-    foreign = name in {"site-packages", "dist-packages", "__pycache__"} or name.startswith("config-")
-    return not foreign and name not in {"test", "tests"} and not name.endswith("_test")
+    return _is_source_folder(name) and name not in {"test", "tests"} and not name.endswith("_test")
 
 
 def _is_library_module(name: str) -> bool:
+    return _is_module(name) and not name.rpartition("/")[2].startswith("test_") and name != "pydoc_data/topics.py"
+
+
+def _is_source_folder(name: str) -> bool:
+    """Of the standard library, tests included."""
+    return name not in {"site-packages", "dist-packages", "__pycache__"} and not name.startswith("config-")
+
+
+def _is_module(name: str) -> bool:
+    """Python source that is not about this machine."""
     module = name.rpartition("/")[2]
     of_this_machine = module.startswith(("_sysconfigdata", "_sysconfig_vars"))
     of_this_machine |= module in {"sitecustomize.py", "usercustomize.py"}
-    left_out = of_this_machine or module.startswith("test_") or name == "pydoc_data/topics.py"
-    return module.endswith(".py") and not left_out
+    return module.endswith(".py") and not of_this_machine
+
+
+def _installed_files() -> list[tuple[str, Path]]:
+    """(document name, file) of `installed_python` in the order of reading."""
+    left_out = {
+        os.path.realpath(str(one.locate_file(file)))
+        for one in _distributions() if _from_a_folder(one) for file in one.files or ()
+    }  # fmt: skip
+    library = Path(sysconfig.get_path("stdlib"))
+    found = [(f"stdlib/{name}", library / name) for name in _walk(library, enter=_is_source_folder, keep=_is_module)]
+    for folder in _package_folders():
+        names = _walk(folder, enter=lambda name: name != "__pycache__", keep=_is_module)
+        found += [(f"{folder.name}/{name}", folder / name) for name in names]
+    return [(name, path) for name, path in found if os.path.realpath(path) not in left_out]
+
+
+def _package_folders() -> list[Path]:
+    """Where packages of the running Python and of the system's are installed, each folder once."""
+    named = [*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    named += [folder for pattern in SYSTEM_PACKAGES for folder in sorted(glob.glob(pattern))]
+    distinct = {os.path.realpath(folder): Path(folder) for folder in reversed(named) if os.path.isdir(folder)}
+    return list(distinct.values())[::-1]
+
+
+def _distributions() -> list[metadata.Distribution]:
+    """Those with a name: an interrupted installation leaves remains without one."""
+    every = metadata.distributions(path=[str(folder) for folder in _package_folders()])
+    return [one for one in every if one.metadata["Name"]]
+
+
+def _from_a_folder(package: metadata.Distribution) -> bool:
+    """Whether it was installed from a folder of this machine, which is in its `direct_url.json` (PEP 610)."""
+    origin = package.read_text("direct_url.json")
+    return origin is not None and "dir_info" in json.loads(origin)
 
 
 def _files(pattern: str) -> dict[str, Path]:
@@ -195,6 +278,15 @@ def _read(path: Path) -> str:
     return _decode(raw, path, offset=0)
 
 
+def _read_or_skipped(name: str, path: Path) -> Document:
+    with _reading(path):
+        raw = path.read_bytes()
+    try:
+        return Document(name, _decode(raw, path, offset=0))
+    except NotTextError:
+        return Document(name, "", skipped="not UTF-8 text")
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line with its line end)."""
     with _reading(path), path.open("rb") as file:
@@ -216,10 +308,10 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
     """The text of `raw`, which starts at byte `offset` of the file."""
     nul = raw.find(0)
     if nul >= 0:
-        raise CorpusError(f"{path}: binary, not UTF-8 text (NUL at byte {offset + nul})")
+        raise NotTextError(f"{path}: binary, not UTF-8 text (NUL at byte {offset + nul})")
     try:
         decoded = raw.decode()
     except UnicodeDecodeError as error:
         byte = f"0x{raw[error.start]:02x} at byte {offset + error.start}"
-        raise CorpusError(f"{path}: not UTF-8 ({byte}); convert it to UTF-8") from None
+        raise NotTextError(f"{path}: not UTF-8 ({byte}); convert it to UTF-8") from None
     return decoded if offset else decoded.removeprefix("\ufeff")

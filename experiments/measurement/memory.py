@@ -5,9 +5,12 @@ import gc
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+
+from experiments.measurement import card
 
 SAMPLE_SECONDS = 0.001
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -52,7 +55,7 @@ def keep_freed_memory() -> bool:
 
 class PeakMemory:
     """Context manager: `host_bytes` is the highest resident set inside, `device_bytes` the highest allocation of
-    torch on the GPU (None without one).
+    torch on the GPU (None without one), `on_card` what was held there beside tensors (empty without one).
 
     The kernel's own high-water mark is reset and read where that is allowed (Linux), which misses nothing;
     elsewhere a thread samples every millisecond. `method` says which.
@@ -62,6 +65,7 @@ class PeakMemory:
         self.device = device
         self.host_bytes = 0
         self.device_bytes: int | None = None
+        self.on_card: dict[str, Any] = {}
         self.method = ""
         self._stop = threading.Event()
         self._sampler: threading.Thread | None = None
@@ -83,6 +87,12 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.device_bytes = torch.cuda.max_memory_allocated(self.device)
+            # at the end: the allocator keeps the blocks that it has reserved, and libraries their workspaces
+            process = card.held(self.device)
+            self.on_card = {
+                "reserved_peak_bytes": torch.cuda.max_memory_reserved(self.device),
+                "process_bytes": process.bytes, "process_method": process.method,
+            }  # fmt: skip
         if self._sampler is not None:
             self._stop.set()
             self._sampler.join()

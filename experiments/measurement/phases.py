@@ -3,7 +3,9 @@
 Memory. Before its baseline, a cell loads and runs a one-layer replica of the model, so that code, libraries and
 thread pools are in memory already and what is counted belongs to the model. `peak_bytes` is the peak over the
 baseline before the model was loaded: all that the process needs for that phase, weights included. `working_bytes`
-is the peak over the baseline right before the phase: activations and state. On a GPU both are torch's allocations.
+is the peak over the baseline right before the phase: activations and state. On a GPU both are torch's allocations;
+beside them stand `reserved_peak_bytes`, the most that torch's allocator had reserved, and `process_bytes`, what the
+whole process holds on the card as the phase ends. Those two are over no baseline.
 """
 
 import tempfile
@@ -48,7 +50,7 @@ def measure_load(folder: Path, settings: Measurement, device: torch.device, way:
         "memory_method": peak.method,
         "samples": samples.to_dict(),
         "noisy": samples.noisy,
-    }
+    } | peak.on_card
 
 
 def measure_prefill(
@@ -125,7 +127,7 @@ def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: 
         "activation_bytes": kept.bytes,
         "memory_method": peak.method if peak.device_bytes is None else "torch.cuda allocator",
         "backend": model.backend.name,
-    }  # fmt: skip
+    } | peak.on_card  # fmt: skip
 
 
 class _Kept:
@@ -158,7 +160,7 @@ def _phase(model: LanguageModel, peak: PeakMemory, before_load: int, before_phas
         "working_bytes": top - before_phase,
         "memory_method": peak.method if peak.device_bytes is None else "torch.cuda allocator",
         "backend": model.backend.name,
-    }
+    } | peak.on_card
 
 
 def _warm_up(folder: Path, device: torch.device, trains: bool = False) -> ModelConfig:

@@ -21,6 +21,7 @@ from experiments.report.tables import (
     ARROWS,
     DECODE,
     LOADING,
+    ON_CARD,
     PREFILL,
     TRAINING,
     WITHIN,
@@ -345,6 +346,8 @@ def memory(record: Record) -> Section:
         if one.metric.endswith("_bytes"):
             by_context(table, record, one)
     blocks += [table, residuals(record)]
+    if record.has("load", "process_bytes"):
+        blocks.append(Text(ON_CARD))
     formulas = [
         f"{name}: {arm['state_bytes_formula']}"
         for name, arm in record.result["arms"].items()

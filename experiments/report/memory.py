@@ -3,7 +3,7 @@
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.numbers import DASH, count, number, percent, plural
 from experiments.report.record import Record, Row
-from experiments.report.tables import RESIDUAL_LIMIT
+from experiments.report.tables import ON_CARD, RESIDUAL_LIMIT
 
 UNEXPLAINED = (
     f"beyond {RESIDUAL_LIMIT:.0%}: more than tensors account for. What the allocator keeps, buffers of libraries and, "
@@ -38,7 +38,8 @@ def smallest_batch(record: Record) -> int | None:
 
 
 def sections(record: Record) -> list[Section]:
-    return [verdict(record), loading(record), inference(record), training(record)]
+    found = [verdict(record), loading(record), inference(record), training(record)]
+    return [*found, on_card(record)] if record.has("load", "process_bytes") else found
 
 
 def verdict(record: Record) -> Section:
@@ -157,6 +158,25 @@ def training(record: Record) -> Section:
     caption = "What a training step holds, counted, one bar per arm and context; the line is the measured peak."
     figure = Figure("memory-training", "Measured peak of a training step in MB. " + "; ".join(told) + ".", caption)
     return Section("training", "Training", intro, [figure, table])
+
+
+def on_card(record: Record) -> Section:
+    """Of a run on a GPU."""
+    table = Table("On the card, MB", [
+        Column("Arm", key=True), Column("Phase", key=True), Column("Batch", numeric=True, key=True),
+        Column("Context", numeric=True, key=True), Column("Peak of tensors", numeric=True),
+        Column("Reserved, peak", numeric=True), Column("Process", numeric=True),
+    ])  # fmt: skip
+    for arm in record.arms:
+        for phase in ("load", "prefill", "decode", "train"):
+            peak = "device_peak_bytes" if phase == "load" else "peak_bytes"
+            for row in record.over_seeds(phase, "reserved_peak_bytes", arm):
+                where = {"context": row.context, "batch": row.batch, "mode": row.mode}
+                place = [f"{phase}, {row.mode}" if phase == "load" else phase]
+                place += ["" if value is None else count(value) for value in (row.batch, row.context)]
+                metrics = (peak, "reserved_peak_bytes", "process_bytes")
+                table.add(arm, *place, *(_megabytes(table, record, arm, phase, name, **where) for name in metrics))
+    return Section("card", "What the process holds on the card", ON_CARD, [table])
 
 
 def _one(record: Record, arm: str, phase: str, metric: str, where: dict) -> Row | None:

@@ -40,6 +40,8 @@ TRAINING = (
     Metric("train", "tokens_per_s", "Training throughput"),
     Metric("train", "step_ms", "Time per training step"),
     Metric("train", "peak_bytes", "Training memory peak"),
+    Metric("train", "reserved_peak_bytes", "Peak reserved by torch in training"),
+    Metric("train", "process_bytes", "Process on the GPU in training"),
     Metric("train", "flops_per_token", "Arithmetic per token"),
     Metric("train", "busiest_expert_load", "Load of the busiest expert, 1 being even"),
 )
@@ -49,6 +51,8 @@ LOADING = (
     Metric("load", "file_bytes", "Checkpoint file on disk"),
     Metric("load", "host_peak_bytes", "Host peak while loading"),
     Metric("load", "device_peak_bytes", "GPU peak while loading"),
+    Metric("load", "reserved_peak_bytes", "Peak reserved by torch while loading"),
+    Metric("load", "process_bytes", "Process on the GPU, loaded"),
     Metric("load", "resident_bytes", "Resident after loading"),
     Metric("load", "load_ms", "Time to load"),
 )
@@ -59,6 +63,8 @@ PREFILL = (
     Metric("prefill", "time_to_first_token_ms", "Time to first token"),
     Metric("prefill", "peak_bytes", "Prefill memory peak"),
     Metric("prefill", "working_bytes", "Prefill working memory"),
+    Metric("prefill", "reserved_peak_bytes", "Peak reserved by torch in prefill"),
+    Metric("prefill", "process_bytes", "Process on the GPU in prefill"),
 )
 
 
@@ -67,6 +73,8 @@ DECODE = (
     Metric("decode", "ms_per_token", "Time per decoded token"),
     Metric("decode", "peak_bytes", "Decode memory peak"),
     Metric("decode", "working_bytes", "Decode working memory"),
+    Metric("decode", "reserved_peak_bytes", "Peak reserved by torch in decode"),
+    Metric("decode", "process_bytes", "Process on the GPU in decode"),
     Metric("decode", "state_bytes", "Cache or state"),
 )
 
@@ -86,6 +94,13 @@ IN_TEXT = (
 TITLES = {
     (one.phase, one.metric): one.title for one in QUALITY + TRAINING + LOADING + PREFILL + DECODE + ANALYTIC + IN_TEXT
 }
+
+
+ON_CARD = (
+    "Peaks are of tensors. Reserved is the most that torch's allocator had taken from the driver for them, free blocks "
+    "included; the process is all that the driver counts as its own when the phase ends: CUDA's context, workspaces of "
+    "libraries and what is reserved then. Both are absolute, peaks are over the process before it loaded the model."
+)
 
 
 def standing(one: dict[str, Any]) -> tuple[Tone, str]:

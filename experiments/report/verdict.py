@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.report import curves
 from experiments.report.document import Block, Notice, Section, Text, Verdict
-from experiments.report.numbers import count, interval, plural
+from experiments.report.numbers import count, interval, number, plural, scale
 from experiments.report.record import Record
 from experiments.report.tables import WITHIN, evidence, standing
 
@@ -120,6 +120,21 @@ def limits(record: Record) -> str:
         f"What this run does not show: it has {size}, {text}{budget} and {where}, and "
         f"{plural(len(record.seeds), 'seed')}. It says nothing about larger models, other text, longer "
         "training, other hardware or other settings, and an interval covers the spread over seeds only."
+        + _installed(record.environment.get("data", {}))
+    )
+
+
+def _installed(data: dict[str, Any]) -> str:
+    """What has to be said of a corpus that every machine has another of."""
+    if data.get("corpus") != "installed-python":
+        return ""
+    files, size = sum(data["documents"].values()), sum(data["bytes"].values())
+    factor, unit = scale([size], "bytes")
+    return (
+        f" Its corpus is {plural(files, 'file')} ({number(size * factor)} {unit}) of Python source, of that machine's "
+        f"standard library and {plural(len(data['packages']), 'installed package')} (listed with the environment): "
+        "only the same files give these numbers again, so arms of this run compare with each other, and not with "
+        "those of another machine."
     )
 
 

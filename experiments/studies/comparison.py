@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
-from experiments.rows import percentiles, rate, row
+from experiments.rows import on_card, percentiles, rate, row
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, holm, paired_difference, paired_ratio
 from experiments.store import Cell, RunDirectory, read_json
@@ -131,6 +131,7 @@ def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, r
         **rate(times, train["tokens_per_step"]), **common,
     )  # fmt: skip
     yield row(cell, "train", "peak_bytes", train["peak_bytes"], "bytes", "lower", **common)
+    yield from on_card(cell, "train", train, **common)
     config = read_json(run.folder(cell) / "checkpoint" / "config.json")
     predicted = SELECTED if experiment.cells()[cell.arm].objective == "masked" else 1.0
     flops = cost.training_flops_per_token(ModelConfig.from_dict(config), settings.context, predicted)
@@ -153,6 +154,7 @@ def _load_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> It
         reason = "no GPU in this run" if result[metric] is None else None
         direction = "none" if metric.endswith("analytic") else "lower"
         yield row(cell, "load", metric, result[metric], "bytes", direction, reason=reason, **common)
+    yield from on_card(cell, "load", result, **common)
     yield row(
         cell,
         "load",
@@ -189,6 +191,7 @@ def _phase_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
     for metric in metrics:
         direction = "none" if metric.endswith("analytic") else "lower"
         yield row(cell, cell.kind, metric, result[metric], "bytes", direction, **common)
+    yield from on_card(cell, cell.kind, result, **common)
 
 
 # what the verdict speaks about: phase, metric, kind, noun for a sentence, which context

@@ -7,7 +7,7 @@ from typing import Any
 from experiments import cells
 from experiments.measurement.loading import WAYS
 from experiments.report.numbers import size as shown
-from experiments.rows import percentiles, row
+from experiments.rows import on_card, percentiles, row
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, read_json
 from models import cost, replay
@@ -70,6 +70,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
         direction = "none" if metric.endswith("analytic") else "lower"
         reason = replay.unpredictable(config) if value is None else None
         yield row(cell, phase, metric, value, "bytes", direction, reason=reason, **common)
+    yield from on_card(cell, phase, result, **common)
 
 
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
@@ -157,6 +158,7 @@ def _load_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
         reason = "no GPU in this run" if result[metric] is None else None
         direction = "none" if metric.endswith("analytic") else "lower"
         yield row(cell, "load", metric, result[metric], "bytes", direction, reason=reason)
+    yield from on_card(cell, "load", result)
     yield row(cell, "load", "load_ms", unit="ms", direction="lower", **percentiles(result["samples"]["ms"]))
 
 

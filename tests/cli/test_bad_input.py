@@ -45,6 +45,7 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.dt_min=abc"], "dt_min"),
         (["run", "compare", "--set", "arms.transformer.overrides.mixer.backend=numbaa", "--dry-run"], "backend"),
         (["run", "compare", "--set", "data.corpus=stdlb", "--profile", "smoke"], "did you mean 'stdlib'?"),
+        (["run", "compare", "--set", "data.corpus=installed-pyton"], "did you mean 'installed-python'?"),
         (["run", "compare", "--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'?"),
         (["run", "compare", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["run", "compare", "--device", "cdua"], "unknown device 'cdua': did you mean 'cuda'?"),

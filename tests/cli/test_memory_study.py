@@ -1,12 +1,17 @@
 """The memory study from the command to its report, on small models."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import InProcess, Lab
 
+from experiments.report import content
+from experiments.report.document import Table
+from experiments.report.numbers import DASH, number
+from experiments.report.record import read
 from experiments.studies import memory
 from models import cost
 from models.config import ModelConfig
@@ -106,6 +111,30 @@ def test_the_report_shows_it(run: Path, result: dict[str, Any], in_process: InPr
     code, table, _ = in_process("report", run.name, "--out", run.parent)
     assert code == 0
     assert "Does loading cost more than inference?".upper() in table
+    assert "on the card" not in table.lower()
+
+
+def test_the_report_of_a_gpu_shows_what_the_process_holds(run: Path, result: dict[str, Any], tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / run.name)
+    held = {"reserved_peak_bytes": 620e6, "process_bytes": 1130e6}
+    added = [
+        row | {"metric": metric, "value": None if row["phase"] == "train" and metric == "process_bytes" else size,
+               "reason": "not listed" if row["phase"] == "train" else None}
+        for row in result["rows"] if row["metric"] in ("peak_bytes", "device_peak_bytes")
+        for metric, size in held.items()
+    ]  # fmt: skip
+    (copy / "result.json").write_text(json.dumps(result | {"rows": result["rows"] + added}), encoding="utf-8")
+    (section,) = [one for one in content.document(read(copy)).sections if one.id == "card"]
+    (table,) = [block for block in section.blocks if isinstance(block, Table)]
+    lines = [[cell.text for cell in cells] for _, body in table.groups for cells in body]
+    assert len(lines) == len(ARMS) * (3 + 2 * len(CONTEXTS) * 2 + 1)
+    (load,) = [line for line in lines if line[:2] == ["mamba", "load, direct"]]
+    assert load == ["mamba", "load, direct", "", "", DASH, "620", "1,130"]
+    (decode,) = [line for line in lines if line[:4] == ["mamba", "decode", "2", "48"]]
+    peak = value(result, arm="mamba", phase="decode", metric="peak_bytes", context=48, batch=2)
+    assert decode[4:] == [number(peak / 1e6), "620", "1,130"]
+    (train,) = [line for line in lines if line[:2] == ["transformer", "train"]]
+    assert train[5:] == ["620", DASH]
 
 
 def test_a_cell_that_fails_is_recorded_and_its_neighbours_run(in_process: InProcess, corpus: Path, tmp_path: Path):

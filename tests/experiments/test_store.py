@@ -284,3 +284,24 @@ def test_every_field_is_in_the_hash_of_a_run(study: str, path: tuple[str, ...]) 
     assert len(hashes) == 2
     assert run_hash(base, dataset) == run_hash(base, dataset)
     assert run_hash(base, other_data) not in hashes
+
+
+def test_what_the_process_holds_on_a_card_is_a_row_of_every_phase_on_a_gpu_only(run: RunDirectory) -> None:
+    metrics = ("reserved_peak_bytes", "process_bytes")
+    assert not any(one["metric"] in metrics for one in build_result(run, EXPERIMENT, FACTS)["rows"])
+    for cell in plan(EXPERIMENT):
+        found = run.result(cell)
+        assert found is not None
+        known = cell.kind != "load"
+        held = {"reserved_peak_bytes": 70 + cell.seed, "process_bytes": 90 + cell.seed if known else None}
+        held |= {"process_method": "listed" if known else "not listed"}
+        (found["train"] if cell.kind == "train" else found).update(held)
+        run.finish(cell, found)
+    result = build_result(run, EXPERIMENT, FACTS)
+    for phase in ("train", "load", "prefill", "decode"):
+        reserved, process = (row(result, "mamba", None, phase, metric) for metric in metrics)
+        assert (reserved["value"], reserved["unit"], reserved["direction"]) == (70.5, "bytes", "lower")
+        assert (process["value"], process["n"]) == ((None, 0) if phase == "load" else (90.5, 2))
+        assert process["reason"] == ("not listed" if phase == "load" else None)
+        assert process["context"] == row(result, "mamba", None, phase, "load_ms" if phase == "load" else "peak_bytes")[
+            "context"]  # fmt: skip

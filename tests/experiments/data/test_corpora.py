@@ -3,12 +3,14 @@
 import json
 import os
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from experiments.data import corpora
 from experiments.data.corpora import SUFFIXES, Document, read
-from experiments.errors import CorpusError, SpecError
+from experiments.errors import CorpusError, EnvironmentLacksError, SpecError
 from experiments.spec import Data
 
 
@@ -58,8 +60,9 @@ def test_stdlib_takes_no_path():
 
 
 def test_an_unknown_corpus_is_answered_with_the_nearest():
-    with pytest.raises(SpecError, match="unknown corpus 'stdlb': did you mean 'stdlib'"):
-        read(Data(corpus="stdlb"))
+    for wrong, right in {"stdlb": "stdlib", "installed_python": "installed-python"}.items():
+        with pytest.raises(SpecError, match=f"unknown corpus '{wrong}': did you mean '{right}'"):
+            read(Data(corpus=wrong))
 
 
 def test_a_folder_gives_one_document_per_visible_text_file(tmp_path: Path):
@@ -175,3 +178,116 @@ def test_documents_are_streamed(tmp_path: Path):
     assert next(stream).text == "good"
     with pytest.raises(CorpusError):
         next(stream)
+
+
+# --- installed-python
+
+
+INSTALLED = Data(corpus="installed-python")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A made-up Python: its folders, and a way to put files into them."""
+
+    library: Path
+    packages: Path
+    system: Path
+
+    def write(self, folder: Path, files: dict[str, bytes | str]) -> None:
+        for name, body in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(body if isinstance(body, bytes) else body.encode())
+
+    def install(self, folder: Path, name: str, version: str, files: dict[str, bytes | str], origin: object) -> None:
+        """`origin`: of direct_url.json; None: from an index."""
+        info = f"{name}-{version}.dist-info"
+        self.write(folder, files)
+        self.write(folder, {f"{info}/METADATA": f"Name: {name}\nVersion: {version}\n"})
+        self.write(folder, {f"{info}/RECORD": "".join(f"{file},,\n" for file in files)})
+        if origin is not None:
+            self.write(folder, {f"{info}/direct_url.json": json.dumps(origin)})
+
+
+@pytest.fixture
+def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
+    made = Installation(*(tmp_path / name for name in ("lib", "lib/site-packages", "system/python3/dist-packages")))
+    made.packages.mkdir(parents=True)
+    made.system.mkdir(parents=True)
+    paths = {"stdlib": made.library, "purelib": made.packages, "platlib": tmp_path / "lib64"}
+    (tmp_path / "lib64").symlink_to(made.packages)
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(paths[name]))
+    monkeypatch.setattr(corpora.site, "getsitepackages", lambda: [str(made.packages), str(tmp_path / "missing")])
+    monkeypatch.setattr(corpora, "SYSTEM_PACKAGES", (str(tmp_path / "system/python3*/dist-packages"),))
+    return made
+
+
+def test_installed_python_is_the_library_and_every_package_with_tests_each_folder_once(installation: Installation):
+    installation.write(installation.library, {
+        "os.py": "import sys", "test/test_os.py": "import os", "os.txt": "no", "__pycache__/os.py": "no",
+        "config-3.11-x/made.py": "no", "_sysconfigdata_linux.py": "no", "sitecustomize.py": "no",
+    })  # fmt: skip
+    installation.install(installation.packages, "zeta", "1.0", {"zeta/tests/t.py": "z", "zeta/data.json": "{}"}, None)
+    installation.install(installation.packages, "alpha", "2.1", {"alpha.py": "a"}, {"url": "x", "vcs_info": {}})
+    installation.install(installation.system, "alpha", "2.0", {"alpha.py": "old a"}, None)
+    assert list(read(INSTALLED)) == [
+        Document("stdlib/os.py", "import sys"),
+        Document("stdlib/test/test_os.py", "import os"),
+        Document("site-packages/alpha.py", "a"),
+        Document("site-packages/zeta/tests/t.py", "z"),
+        Document("dist-packages/alpha.py", "old a"),
+    ]
+    assert corpora.packages(INSTALLED) == ["alpha 2.0", "alpha 2.1", "zeta 1.0"]
+
+
+def test_installed_python_does_not_hang_on_the_file_system(installation: Installation, monkeypatch: pytest.MonkeyPatch):
+    installation.write(installation.packages, {f"p{n % 3}/m{n}.py": f"x = {n}" for n in range(9)})
+    before = list(read(INSTALLED))
+    walk = os.walk
+
+    def backwards(*arguments, **options):
+        for folder, folders, files in walk(*arguments, **options):
+            folders.reverse()
+            yield folder, folders, files[::-1]
+
+    monkeypatch.setattr(corpora.os, "walk", backwards)
+    assert list(read(INSTALLED)) == before
+    assert len(before) == 9
+
+
+@pytest.mark.parametrize("editable", [True, False])
+def test_installed_python_leaves_out_what_was_installed_from_a_folder(installation: Installation, editable: bool):
+    origin = {"url": "file:///home/somebody/mine", "dir_info": {"editable": True} if editable else {}}
+    installation.install(installation.packages, "mine", "1.0", {"mine/a.py": "s", "__editable__mine.py": "e"}, origin)
+    installation.install(installation.packages, "theirs", "1.0", {"theirs.py": "t"}, {"url": "x", "archive_info": {}})
+    assert [document.name for document in read(INSTALLED)] == ["site-packages/theirs.py"]
+    assert corpora.packages(INSTALLED) == ["theirs 1.0"]
+
+
+def test_remains_of_an_interrupted_installation_are_no_package(installation: Installation):
+    installation.write(installation.packages, {"~heirs-1.0.dist-info/RECORD": "", "theirs.py": "t"})
+    assert corpora.packages(INSTALLED) == []
+    assert [document.name for document in read(INSTALLED)] == ["site-packages/theirs.py"]
+
+
+def test_installed_files_that_are_not_text_are_skipped_with_the_reason(installation: Installation):
+    files = {"a.py": b"x = '\xe9'", "b.py": b"x\0", "c.py": "\ufeffx = 'é'", "d.py": "y" * 100_000}
+    installation.write(installation.packages, files)
+    assert list(read(INSTALLED)) == [
+        Document("site-packages/a.py", "", skipped="not UTF-8 text"),
+        Document("site-packages/b.py", "", skipped="not UTF-8 text"),
+        Document("site-packages/c.py", "x = 'é'"),
+        Document("site-packages/d.py", "y" * 100_000),
+    ]
+
+
+def test_installed_python_takes_no_path_and_needs_sources(installation: Installation):
+    with pytest.raises(SpecError, match="means nothing to corpus 'installed-python'"):
+        read(INSTALLED.model_copy(update={"path": "x"}))
+    with pytest.raises(EnvironmentLacksError, match="no Python source is installed"):
+        read(INSTALLED)
+
+
+def test_only_installed_python_has_packages():
+    assert corpora.packages(Data()) == corpora.packages(Data(corpus="text", path="x")) == []

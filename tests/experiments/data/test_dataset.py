@@ -129,7 +129,7 @@ def test_no_text_is_in_two_splits(texts: list[str], test: float, validation: flo
             plan = dataset._plan(data)
         except CorpusError:
             return
-        split = {name: [text for at, text in dataset._planned(data, plan) if at == name] for name in SPLITS}
+        split = {name: [text for at, text, _ in dataset._planned(data, plan) if at == name] for name in SPLITS}
     chosen = list(chain.from_iterable(split.values()))
     assert all(split.values())
     assert len(chosen) == len(set(chosen)) <= len({text for text in texts if text.strip()})
@@ -455,3 +455,61 @@ def test_a_tokenizer_that_loses_something_is_refused(data: Data, tmp_path: Path)
     theirs = data.model_copy(update={"tokenizer": str(file), "vocabulary": 280})
     with pytest.raises(CorpusError, match="does not give back the text that it encodes"):
         prepare(theirs, tmp_path / "cache")
+
+
+# --- documents that a corpus skips, and what the tokenizer learns from
+
+
+def test_what_was_skipped_and_installed_is_in_the_facts_and_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    listed = ["alpha 1.0"]
+    documents = [Document(str(number), text) for number, text in enumerate(some_texts())]
+    documents[7:7] = [Document("bad", "", skipped="not UTF-8 text")] * 3 + [Document("blank", " ")]
+    monkeypatch.setitem(corpora.CORPORA, "installed-python", lambda data: documents)
+    monkeypatch.setattr(corpora, "packages", lambda data: listed)
+    data = Data(corpus="installed-python", vocabulary=300, validation_fraction=0.1, test_fraction=0.2)
+    messages: list[str] = []
+    facts = prepare(data, tmp_path / "cache", messages.append).facts
+    assert (facts["skipped"], facts["blank_dropped"]) == ({"not UTF-8 text": 3}, 1)
+    assert facts["packages"] == ["alpha 1.0"]
+    assert facts["python"] == dataset.platform.python_version()
+    assert sum(facts["documents"].values()) == 60
+    assert "left out of corpus installed-python: documents that are not UTF-8 text: 3" in messages
+    listed.append("zeta 2.0")
+    again = prepare(data, tmp_path / "cache").facts
+    assert again["packages"] == ["alpha 1.0", "zeta 2.0"]
+    assert again["files"] == facts["files"]
+
+
+def test_max_bytes_draws_from_every_folder(tmp_path: Path):
+    data = write(tmp_path / "corpus", [])
+    for package in ("aaa", "mmm", "zzz"):
+        (tmp_path / "corpus" / package).mkdir()
+        for number, text in enumerate(some_texts(100, seed=ord(package[0]))):
+            (tmp_path / "corpus" / package / f"{number}.txt").write_text(f"{package} {text}", encoding="utf-8")
+    prepared = prepare(data.model_copy(update={"max_bytes": 20_000}), tmp_path / "cache")
+    drawn = Counter(text[:3] for split in SPLITS for text in split_texts(prepared, split))
+    assert drawn.keys() == {"aaa", "mmm", "zzz"}
+    assert min(drawn.values()) > 0.15 * drawn.total()
+
+
+def test_a_tokenizer_is_learned_from_a_bounded_part_of_the_train_split(data: Data, prepared: Dataset, tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+    bound = prepared.facts["bytes"]["train"] // 2
+    monkeypatch.setattr(dataset, "LEARNED_BYTES", bound)
+    learned: list[str] = []
+    learn = dataset.tokenizer.train
+
+    def listen(texts, vocabulary):
+        learned.extend(texts)
+        return learn(learned, vocabulary)
+
+    monkeypatch.setattr(dataset.tokenizer, "train", listen)
+    other = prepare(data, tmp_path / "another cache")
+    size = sum(len(text.encode()) for text in learned)
+    train = split_texts(other, "train")
+    assert bound <= size < bound + max(len(text.encode()) for text in learned)
+    assert [text for text in train if text in set(learned)] == learned  # of the train split, in the order of reading
+    digests = {text: dataset._digest(text.encode()) for text in train}
+    assert max(digests[text] for text in learned) < min(digests[text] for text in set(train) - set(learned))
+    assert train == split_texts(prepared, "train")  # what is encoded is everything still
+    assert prepared.tokenizer.to_str() != other.tokenizer.to_str()

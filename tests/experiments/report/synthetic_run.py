@@ -18,6 +18,9 @@ REFUSED = "auto fell back to the reference scan: numba is missing"
 HOSTILE = "<script>alert(1)</script> \x1b[31m | ``` & \ud800 </pre> [x](javascript:1)"
 
 
+UNLISTED = "NVML does not list this process"
+
+
 @dataclass
 class Options:
     arms: tuple[str, ...] = ("transformer", "mamba")
@@ -30,6 +33,7 @@ class Options:
     lost: tuple[str, ...] = ()  # cells that failed: "mamba/seed2/train" or "mamba/seed2/decode-512"
     incomparable: str = ""  # an arm whose speeds and memory count for nothing
     hostile: bool = False
+    gpu: bool = False  # what the process holds on a card: known of decode alone
 
 
 def experiment(options: Options) -> Experiment:
@@ -150,6 +154,13 @@ class Builder:
         self.add("load", "load_ms", "ms", "lower", lambda a, s: 23.1 * noise[a, s], timed=True)
         for t in self.options.contexts:
             self.at_context(t, index, noise)
+        if self.options.gpu:
+            places: list[tuple[str, int | None]] = [("load", None), ("train", None)]
+            for phase, t in places + [(phase, t) for phase in ("prefill", "decode") for t in self.options.contexts]:
+                known = 9.5e8 if phase == "decode" else None
+                self.add(phase, "reserved_peak_bytes", "bytes", "lower", lambda a, s: 4.2e8 + index[a] * 2e6, t)
+                self.add(phase, "process_bytes", "bytes", "lower", lambda a, s, known=known: known, t,
+                         reason=None if known else UNLISTED)  # fmt: skip
 
     def at_context(self, t: int, index: dict[str, int], noise: dict[tuple[str, int], float]) -> None:
         rate = {a: (9000.0 if i else 14000 / (1 + t / 900)) for a, i in index.items()}

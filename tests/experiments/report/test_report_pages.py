@@ -17,11 +17,12 @@ import pytest
 from markdown_it import MarkdownIt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from synthetic_run import CONTEXT, HOSTILE, REFUSED, TEST_BYTES, VARIANTS
+from synthetic_run import CONTEXT, HOSTILE, REFUSED, TEST_BYTES, UNLISTED, VARIANTS
 
 from experiments.errors import EnvironmentLacksError, RunFailedError, SpecError
 from experiments.report import FORMATS, Format, content, figures, formats, frame, render, write_report
 from experiments.report.document import Cell, Table
+from experiments.report.numbers import DASH
 from experiments.report.record import read
 from experiments.report.tables import TITLES
 
@@ -288,6 +289,24 @@ def test_placing_has_every_method_from_worst_to_best(runs: Runs) -> None:
     assert sum("before training" in cells[0].text for cells in lines(one)) == 2
 
 
+def test_what_a_process_holds_on_a_card_stands_in_the_tables_of_a_gpu_only(make_run: Callable[..., Path],
+                                                                            runs: Runs) -> None:  # fmt: skip
+    run = make_run(gpu=True)
+    for caption in ("Memory, mean", "Quality, throughput"):
+        loaded = {cells[0].text: [cell.text for cell in cells[1:]] for cells in lines(table(run, caption))}
+        assert loaded["Peak reserved by torch while loading"][:3] == ["420 [420, 420]", "422 [422, 422]", "3"]
+        assert loaded["Process on the GPU, loaded"][:2] == [DASH, DASH]
+    last = {cells[0].text: [cell.text for cell in cells[1:]] for cells in lines(table(run, "Quality, throughput"))}
+    assert last["Process on the GPU in decode"][:2] == ["950 [950, 950]"] * 2
+    assert last["Peak reserved by torch in training"][0] == "420 [420, 420]"
+    page = rendered(run, "md")
+    assert UNLISTED in page
+    assert "is all that the driver counts as its own when the phase ends" in page
+    without = rendered(runs("complete"), "md")
+    for word in ("reserved by torch", "Process on the GPU", "the driver counts"):
+        assert word not in without
+
+
 def test_residuals(runs: Runs) -> None:
     one = table(runs("complete"), "Measured against analytic")
     found = {(cells[0].text, cells[1].text): cells[4] for cells in lines(one)}
@@ -380,6 +399,18 @@ def test_limits_name_size_corpus_machine_and_seeds(runs: Runs) -> None:
     text = " ".join(rendered(runs("complete"), "table").split())
     assert "4,521,984 parameters), one corpus (stdlib), 245,760 training tokens at context 256" in text
     assert "one machine (Example CPU 3.0 GHz, 2 threads), and 3 seeds" in text
+    assert "Its corpus" not in text
+
+
+def test_a_corpus_of_installed_files_is_said_to_be_that_machines(make_run: Callable[..., Path]) -> None:
+    folder = make_run()
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    environment["data"] |= {"corpus": "installed-python", "packages": ["alpha 1.0", "zeta 2.0"]}
+    (folder / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    text = " ".join(rendered(folder, "md").split())
+    assert "Its corpus is 1,241 files (19.8 MB) of Python source, of that machine's standard library and 2 " in text
+    assert "2 installed packages (listed with the environment): only the same files give these numbers again" in text
+    assert "| packages | alpha 1.0, zeta 2.0 |" in text
 
 
 # --- sweep ------------------------------------------------------------------------------------------
