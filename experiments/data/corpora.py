@@ -165,8 +165,10 @@ def _package_folders() -> list[Path]:
     """Where packages of the running Python and of the system's are installed, each folder once."""
     named = [*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     named += [folder for pattern in SYSTEM_PACKAGES for folder in sorted(glob.glob(pattern))]
-    distinct = {os.path.realpath(folder): Path(folder) for folder in reversed(named) if os.path.isdir(folder)}
-    return list(distinct.values())[::-1]
+    distinct: dict[str, Path] = {}
+    for folder in filter(os.path.isdir, named):
+        distinct.setdefault(os.path.realpath(folder), Path(folder))
+    return list(distinct.values())
 
 
 def _distributions() -> list[metadata.Distribution]:
@@ -279,10 +281,8 @@ def _read(path: Path) -> str:
 
 
 def _read_or_skipped(name: str, path: Path) -> Document:
-    with _reading(path):
-        raw = path.read_bytes()
     try:
-        return Document(name, _decode(raw, path, offset=0))
+        return Document(name, _read(path))
     except NotTextError:
         return Document(name, "", skipped="not UTF-8 text")
 

@@ -87,18 +87,19 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.device_bytes = torch.cuda.max_memory_allocated(self.device)
-            # at the end: the allocator keeps the blocks that it has reserved, and libraries their workspaces
-            process = card.held(self.device)
-            self.on_card = {
-                "reserved_peak_bytes": torch.cuda.max_memory_reserved(self.device),
-                "process_bytes": process.bytes, "process_method": process.method,
-            }  # fmt: skip
         if self._sampler is not None:
             self._stop.set()
             self._sampler.join()
         else:
             self.host_bytes = _high_water_mark()
         self.host_bytes = max(self.host_bytes, resident_bytes())
+        if self.device.type == "cuda":
+            # as the phase ends: the allocator keeps the blocks that it has reserved, and libraries their workspaces
+            process = card.held(self.device)
+            self.on_card = {
+                "reserved_peak_bytes": torch.cuda.max_memory_reserved(self.device),
+                "process_bytes": process.bytes, "process_method": process.method,
+            }  # fmt: skip
 
     def _sample(self) -> None:
         process = psutil.Process()

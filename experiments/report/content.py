@@ -35,6 +35,7 @@ from experiments.report.tables import (
     placing,
     residuals,
     seed_counts,
+    tells_card,
     training_context,
     value_cell,
 )
@@ -346,7 +347,7 @@ def memory(record: Record) -> Section:
         if one.metric.endswith("_bytes"):
             by_context(table, record, one)
     blocks += [table, residuals(record)]
-    if record.has("load", "process_bytes"):
+    if tells_card(record):
         blocks.append(Text(ON_CARD))
     formulas = [
         f"{name}: {arm['state_bytes_formula']}"

@@ -3,7 +3,7 @@
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.numbers import DASH, count, number, percent, plural
 from experiments.report.record import Record, Row
-from experiments.report.tables import ON_CARD, RESIDUAL_LIMIT
+from experiments.report.tables import ON_CARD, RESIDUAL_LIMIT, tells_card
 
 UNEXPLAINED = (
     f"beyond {RESIDUAL_LIMIT:.0%}: more than tensors account for. What the allocator keeps, buffers of libraries and, "
@@ -39,7 +39,7 @@ def smallest_batch(record: Record) -> int | None:
 
 def sections(record: Record) -> list[Section]:
     found = [verdict(record), loading(record), inference(record), training(record)]
-    return [*found, on_card(record)] if record.has("load", "process_bytes") else found
+    return [*found, on_card(record)] if tells_card(record) else found
 
 
 def verdict(record: Record) -> Section:

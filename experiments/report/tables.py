@@ -103,6 +103,11 @@ ON_CARD = (
 )
 
 
+def tells_card(record: Record) -> bool:
+    """Whether rows say what the process holds on a GPU: those of a run on one."""
+    return any(row.metric == "process_bytes" for row in record.rows)
+
+
 def standing(one: dict[str, Any]) -> tuple[Tone, str]:
     """How a verdict stands, from its record alone: nothing here decides anew."""
     if not one["comparable"]:
