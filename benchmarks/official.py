@@ -20,8 +20,11 @@ from models import hf
 from models.compiled import compile_blocks
 from models.language_model import LanguageModel
 from models.mixers.mamba2 import Mamba2Config
+from models.ops.kernels.tuning import keep_choices
 from models.presets import preset
 from models.recorded import RecordedDecode
+
+keep_choices()
 
 ARMS = {"mamba": "Mamba", "mamba2": "Mamba-2"}
 OURS, COMPILED, THEIRS = "our {}, {}", "our {} compiled, {}", "mamba_ssm's {}, {}"
@@ -153,13 +156,16 @@ PHASES = {"training": training, "prefill": prefill, "decode": decode}
 
 
 def main() -> None:
-    options = common.arguments(__doc__ or "").parse_args()
+    parser = common.arguments(__doc__ or "")
+    parser.add_argument("--arms", default=",".join(ARMS), help="mamba, mamba2 or both, separated by a comma")
+    options = parser.parse_args()
+    arms = {arm: ARMS[arm] for arm in options.arms.split(",")}
     if not torch.cuda.is_available():
         raise SystemExit("the official models need a CUDA GPU, which torch does not see here")
     found: dict[str, list[float]] = {}
     ratios: dict[str, Any] = {}
     for phase, make in PHASES.items():
-        for arm, name in ARMS.items():
+        for arm, name in arms.items():
             named = {side: side.format(name, phase) for side in (OURS, COMPILED, THEIRS)}
             sides = {what: partial(make, arm, side) for side, what in named.items()}
             rates, losses = common.rates(sides, options.rounds, warm_ups=3)

@@ -27,7 +27,10 @@ from models.config import ModelConfig
 from models.feedforward.swiglu import SwiGLUConfig
 from models.language_model import LanguageModel
 from models.mixers.attention import AttentionConfig
+from models.ops.kernels.tuning import keep_choices
 from models.presets import preset
+
+keep_choices()
 
 BATCH, CONTEXT = 8, 2048
 READ, DECODED = 1024, 64
@@ -82,11 +85,13 @@ def _measured(
 
 
 def main() -> None:
-    options = common.arguments(__doc__ or "").parse_args()
+    parser = common.arguments(__doc__ or "")
+    parser.add_argument("--arms", default=",".join(ARMS), help="some of them, separated by commas")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this measures a CUDA GPU, which torch does not see here")
     found = {
-        phase: {arm: run_fresh(measure, arm, options.rounds) for arm in ARMS}
+        phase: {arm: run_fresh(measure, arm, options.rounds) for arm in options.arms.split(",")}
         for phase, measure in (("training", training), ("decode", decode))
     }
     settings = {"training_batch": BATCH, "training_context": CONTEXT, "decode_after": READ, "rounds": options.rounds}

@@ -38,6 +38,7 @@ from models.errors import ConfigError
 from models.folders import configuration
 from models.generation import Sampling, generate
 from models.language_model import LanguageModel
+from models.ops.kernels.tuning import untimed
 
 Send = Callable[[Any], None]
 GATE_TOKENS = 24
@@ -108,16 +109,21 @@ def compile_kernels(send: Send, experiment: Experiment, dataset_folder: Path) ->
     backends = {}
     for name, arm in experiment.arms.items():
         model = LanguageModel(model_config(arm, vocabulary), seed=0, device=device)
-        tokens = torch.zeros(2, 8, dtype=torch.int64, device=device)
-        loss, balance = token_loss(model, tokens, tokens)
-        (loss + balance).backward()
-        with torch.inference_mode():
-            for rows in (1, 2) if model.config.causal else ():
-                _, state = model.prefill(tokens[:rows], model.make_state(rows, 17))
-                _, state = model.prefill(tokens[:rows], state)
-                model.step(tokens[:rows, 0], state)
+        with untimed(device):
+            _try(model)
         backends[name] = {"name": model.backend.name, "fallback": model.backend.fallback}
     return backends
+
+
+def _try(model: LanguageModel) -> None:
+    tokens = torch.zeros(2, 8, dtype=torch.int64, device=model.device)
+    loss, balance = token_loss(model, tokens, tokens)
+    (loss + balance).backward()
+    with torch.inference_mode():
+        for rows in (1, 2) if model.config.causal else ():
+            _, state = model.prefill(tokens[:rows], model.make_state(rows, 17))
+            _, state = model.prefill(tokens[:rows], state)
+            model.step(tokens[:rows, 0], state)
 
 
 def train_cell(
@@ -140,7 +146,8 @@ def train_cell(
 
     assert arm.learning_rate is not None  # the specification sees to it
     model = first_model(arm, config, seed, device)
-    passed = gates.check(model, batches.at(0)[0][:2, :GATE_TOKENS].to(device), untrained=arm.start == "scratch")
+    with untimed(device):
+        passed = gates.check(model, batches.at(0)[0][:2, :GATE_TOKENS].to(device), untrained=arm.start == "scratch")
     del model
     settle()
     baseline = resident_bytes()
@@ -251,7 +258,8 @@ def build_cell(
     dataset = Dataset.load(dataset_folder)
     model = first_model(arm, model_config(arm, dataset.vocabulary), seed, device)
     tokens = _text(dataset_folder, 2, GATE_TOKENS).to(device)
-    passed = gates.check(model, tokens, untrained=arm.start == "scratch")
+    with untimed(device):
+        passed = gates.check(model, tokens, untrained=arm.start == "scratch")
     checkpoint.save(model.to(DTYPES[dtype][0]) if dtype != "float32" else model, folder / "checkpoint")
     return {"gates": [gate.to_dict() for gate in passed], "backend": asdict(model.backend)}
 
@@ -268,11 +276,12 @@ def memory_cell(
         return measure_load(folder, Measurement(repeats=LOADS, seconds=0), device, way)
     assert context is not None
     assert batch is not None
-    if phase == "step":
-        tokens = _text(dataset_folder, batch, context + 1)
-        return measure_step(folder, tokens, device, settings.dtype)
-    measure = measure_prefill if phase == "prefill" else measure_decode
-    return measure(folder, once, context, _text(dataset_folder, batch, context), device, warm_up=0)
+    with untimed(device):
+        if phase == "step":
+            tokens = _text(dataset_folder, batch, context + 1)
+            return measure_step(folder, tokens, device, settings.dtype)
+        measure = measure_prefill if phase == "prefill" else measure_decode
+        return measure(folder, once, context, _text(dataset_folder, batch, context), device, warm_up=0)
 
 
 def speed_cell(

@@ -4,13 +4,12 @@ from typing import Any
 
 from experiments.cells import model_config
 from experiments.errors import RunFailedError
-from experiments.kernels.check import doubt
+from experiments.kernels.check import doubt, kernels_of
 from experiments.spec import Experiment
 from experiments.statistics import mean_interval
 from experiments.store import Cell, RunDirectory, now
 from experiments.studies import STUDIES
 from models import cost
-from models.mixers import MIXERS
 
 SCHEMA_VERSION = 1
 UNTOUCHED = {  # metrics that do not depend on the form that ran
@@ -110,12 +109,7 @@ def _doubts(experiment: Experiment, environment: dict[str, Any], made: Results) 
     doubts = {}
     for cell, result in made.items():
         config = model_config(experiment.cells()[cell.arm], experiment.vocabulary_of(cell.arm))
-        mixers = [block.mixer for block in config.kinds]
-        # the others have forms that torch itself brings
-        kernels = {MIXERS[mixer.kind].operation: None for mixer in mixers if "cuda" in MIXERS[mixer.kind].forms}
-        if any(hasattr(mixer, "conv_width") for mixer in mixers):
-            kernels["causal_conv1d"] = None
-        reason = doubt(environment, result["backend"]["name"].split("+"), kernels)
+        reason = doubt(environment, result["backend"]["name"].split("+"), kernels_of(config))
         if reason:
             doubts[cell] = reason
     return doubts

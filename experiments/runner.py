@@ -21,7 +21,7 @@ from experiments.data.dataset import default_cache
 from experiments.data.prepared import Prepared, prepare_all, tokens_per_byte
 from experiments.environment import describe, source_sha256
 from experiments.errors import EnvironmentLacksError, LabError, RunFailedError, SpecError
-from experiments.kernels.check import of_this_gpu
+from experiments.kernels.check import kernels_of, of_this_gpu
 from experiments.measurement.process import CellFailedError, Job, run_fresh, take_turns
 from experiments.result import build_result
 from experiments.spec import Experiment
@@ -159,8 +159,13 @@ def _create(
         backends = run_fresh(cells.compile_kernels, experiment, dataset.first.folder)
     except CellFailedError as error:
         raise RunFailedError(f"the models cannot be built and run here: {error}{error.detail}") from None
-    gpu = experiment.device == "cuda"
-    kernels = of_this_gpu(cache, lambda message: listener(Event("note", message))) if gpu else None
+    kernels = None
+    if experiment.device == "cuda":
+        called = [
+            kernel for cell, arm in experiment.cells().items()
+            for kernel in kernels_of(cells.model_config(arm, experiment.vocabulary_of(cell)))
+        ]  # fmt: skip
+        kernels = of_this_gpu(cache, lambda text: listener(Event("note", text)), kernels=sorted(set(called)))
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = out / f"{stamp}-{experiment.name}-{run_hash(experiment, dataset)}"
     path.mkdir(parents=True)

@@ -9,6 +9,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 
 from experiments.data.dataset import writing
-from experiments.environment import describe
+from experiments.environment import available_cores, describe
 from experiments.kernels.verdict import told
 from experiments.measurement.process import CellFailedError, run_fresh
 from experiments.store import now, read_json, write_json
+from models.config import ModelConfig
+from models.mixers import MIXERS
 from models.ops.kernels import BACKENDS, load, unavailable
+from models.ops.kernels.tuning import untimed
 from models.ops.trapezoid import State
 
 Tensors = dict[str, Tensor]
@@ -205,8 +209,8 @@ OPERATIONS = (
     ),
     Operation(
         "ssd", "ssd",
-        {"one token": (2, 1, 4, 16, 1, 16), "odd length": (2, 37, 4, 16, 2, 16),
-         "past a chunk": (1, 300, 2, 16, 1, 32)},
+        {"one token": (2, 1, 4, 16, 2, 16), "odd length": (2, 37, 4, 16, 2, 16),
+         "past a chunk": (2, 300, 4, 16, 2, 16)},
         _draw_ssd, _ssd, ("x", "dt", "B", "C"), ("state",),
     ),
     Operation(
@@ -254,26 +258,50 @@ def absent(device: str) -> dict[str, str]:
     return found
 
 
-def check(
-    device: str, forms: Sequence[str] = BACKENDS, on_outcome: Callable[[Outcome], None] = lambda outcome: None
-) -> list[Outcome]:
-    """Every case of `forms`, as far as `device` ("cpu" or "cuda") has them; float32, and on a GPU bfloat16 too."""
+@dataclass(frozen=True)
+class Share:
+    """A part of the check: of one kernel, in one type, from nothing or continuing a sequence."""
+
+    kernel: str
+    dtype: str
+    continued: bool
+
+
+def shares(device: str, kernels: Iterable[str] | None = None) -> list[Share]:
+    """All that there is to check on a device, of these kernels (None: of all); float32, and on a GPU bfloat16 too."""
     dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
+    found = [
+        Share(one.kernel, dtype, continued)
+        for one in OPERATIONS if kernels is None or one.kernel in kernels
+        for continued in one.starts for dtype in dtypes
+    ]  # fmt: skip
+    return list(dict.fromkeys(found))
+
+
+def check(
+    device: str, forms: Sequence[str] = BACKENDS, on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    parts: Iterable[Share] | None = None,
+) -> list[Outcome]:  # fmt: skip
+    """Every case of `forms` in these parts of the check (None: in all), as far as `device` ("cpu" or "cuda") has them.
+    Triton kernels run in one configuration, untimed."""
     outcomes = []
+    wanted = shares(device) if parts is None else list(parts)
     for operation in OPERATIONS:
         here = [form for form in forms if unavailable(form, device, operation.kernel) is None]
         for shape, sizes in operation.shapes.items():
             if sizes[1] > LONG and device != "cuda":
                 continue
-            for continued in operation.starts:
-                named = f"{shape}, continued" if continued and not operation.decodes else shape
-                for dtype in dtypes:
-                    inputs = _inputs(operation, sizes, continued, getattr(torch, dtype))
-                    expected = differentiate(operation, load("reference"), inputs)
-                    for form in here:
-                        outcome = _compare(operation, form, device, dtype, named, inputs, expected)
-                        outcomes.append(outcome)
-                        on_outcome(outcome)
+            for part in wanted:
+                if part.kernel != operation.kernel or part.continued not in operation.starts:
+                    continue
+                named = f"{shape}, continued" if part.continued and not operation.decodes else shape
+                inputs = _inputs(operation, sizes, part.continued, getattr(torch, part.dtype))
+                expected = differentiate(operation, load("reference"), inputs)
+                for form in here:
+                    with untimed(device):
+                        outcome = _compare(operation, form, device, part.dtype, named, inputs, expected)
+                    outcomes.append(outcome)
+                    on_outcome(outcome)
     return outcomes
 
 
@@ -354,31 +382,42 @@ def _disagreement(outputs: dict[str, float], gradients: dict[str, float], limit:
 # ----------------------------------------------------------------------------------------------- what a run keeps of it
 
 
-def checked_here(send: Callable[[Any], None]) -> dict[str, Any]:
-    """The check of the GPU, as a process of its own does it: what a kernel leaves behind cannot reach a run."""
-    outcomes = check("cuda", on_outcome=lambda outcome: send(outcome.to_dict()))
-    return {"absent": absent("cuda"), "rows": [outcome.to_dict() for outcome in outcomes]}
+def checked_here(send: Callable[[Any], None], part: Share) -> list[dict[str, Any]]:
+    """A part of the check of the GPU, in a process of its own: what a kernel leaves behind cannot reach a run."""
+    return [outcome.to_dict() for outcome in check("cuda", parts=[part])]
+
+
+def absent_here(send: Callable[[Any], None]) -> dict[str, str]:
+    return absent("cuda")
 
 
 def of_this_gpu(
     cache: Path, progress: Callable[[str], None] = lambda message: None, again: bool = False,
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None, kernels: Iterable[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The check of this GPU, for a run's environment: `checked` (UTC), `problem` (why it could not be made, or None),
     `absent` (what is not there, and why), `rows` (`Outcome.to_dict`).
 
-    One that found no problem is kept in `cache` for the same card, versions and code, and taken from there; one that
-    did is made again each time. again: make it in any case.
+    One that found no problem is kept in `cache` for the same card, versions, code and kernels, and taken from there;
+    one that did is made again each time. again: make it in any case. kernels: those that the run calls; None: all.
     """
-    file = cache / "kernel-checks" / f"{_key()}.json"
+    parts = shares("cuda", None if kernels is None else list(kernels))
+    file = cache / "kernel-checks" / f"{_key(parts)}.json"
     if file.is_file() and not again:
         return read_json(file)
     progress("checking the kernels on this GPU against the float64 reference; a pass is kept for later runs")
     found: dict[str, Any] = {"checked": now(), "problem": None, "absent": {}, "rows": []}
-    try:
-        found |= run_fresh(checked_here, on_message=on_row)
-    except CellFailedError as error:
-        found["problem"] = str(error)
+    # most of the time goes into compiling Triton kernels, a core for each part
+    with ThreadPoolExecutor(max_workers=max(2, available_cores())) as pool:
+        lacking = pool.submit(run_fresh, absent_here)
+        try:
+            for rows in pool.map(lambda part: run_fresh(checked_here, part), parts):
+                found["rows"] += rows
+                for row in rows:
+                    on_row(row)
+            found["absent"] = lacking.result()
+        except CellFailedError as error:
+            found["problem"] = str(error)
     if found["problem"] or any(row["problem"] for row in found["rows"]):
         file.unlink(missing_ok=True)
     else:
@@ -387,11 +426,21 @@ def of_this_gpu(
     return found
 
 
-def _key() -> str:
+def _key(parts: Sequence[Share]) -> str:
     """Of all that decides what the kernels give."""
     here = describe("cuda", 0)
     decides = {name: here[name] for name in ("gpu", "gpu_capability", "cuda", "packages", "python", "source_sha256")}
+    decides["parts"] = [asdict(part) for part in parts]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def kernels_of(config: ModelConfig) -> list[str]:
+    """The kernels that a model stands on where it runs the `cuda` form; what torch itself brings is not among them."""
+    mixers = [block.mixer for block in config.kinds]
+    found = dict.fromkeys(MIXERS[mixer.kind].operation for mixer in mixers if "cuda" in MIXERS[mixer.kind].forms)
+    if any(getattr(mixer, "conv_width", None) for mixer in mixers):
+        found["causal_conv1d"] = None
+    return list(found)
 
 
 def doubt(environment: dict[str, Any], forms: Iterable[str], kernels: Iterable[str]) -> str | None:

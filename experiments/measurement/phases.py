@@ -25,6 +25,7 @@ from experiments.training import token_loss
 from models import checkpoint, cost
 from models.config import ModelConfig
 from models.language_model import LanguageModel
+from models.ops.kernels.tuning import untimed
 
 
 def measure_load(folder: Path, settings: Measurement, device: torch.device, way: str = "mapped") -> dict[str, Any]:
@@ -174,25 +175,29 @@ def _warm_up(folder: Path, device: torch.device, trains: bool = False) -> ModelC
     small = replace(
         config, vocabulary=64, layers=len(config.kinds), padding_index=None, hybrid=hybrid, positions=positions
     )
-    replica = LanguageModel(small, seed=0, device=device)
+    with untimed(device):
+        _run(LanguageModel(small, seed=0, device=device), trains)
+    return config
+
+
+def _run(replica: LanguageModel, trains: bool) -> None:
+    device = replica.device
+    tokens = torch.arange(48, device=device)[None] % 64
     if trains:
-        tokens = torch.arange(48, device=device)[None] % 64
         optimizer = torch.optim.AdamW(replica.parameters(), fused=True)
         token_loss(replica, tokens, tokens)[0].backward()
         torch.nn.utils.clip_grad_norm_(replica.parameters(), 1.0)
         optimizer.step()
-        return config
+        return
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         checkpoint.save(replica, Path(scratch))
         replica = load(Path(scratch), device)
-        tokens = torch.arange(48, device=device)[None] % 64
-        if not config.causal:  # it has no state to decode with
+        if not replica.config.causal:  # it has no state to decode with
             replica(tokens)
-            return config
+            return
         logits, state = replica.prefill(tokens, replica.make_state(1, 50))
         for _ in range(2):
             logits, state = replica.step(logits.argmax(1), state)
-    return config
 
 
 def _allocated(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from experiments.errors import LabError
 from experiments.training import NonFiniteLossError
 from models.errors import BackendUnavailableError, ConfigError
+from models.ops.kernels.tuning import keep_choices
 
 _PRELOAD = ["experiments.measurement.preload"]
 _EXPECTED = (LabError, NonFiniteLossError, ConfigError, BackendUnavailableError, MemoryError)
@@ -106,6 +107,7 @@ class _Worker:
 
     def __init__(self, function: Callable[..., Any], arguments: tuple, timeout_s: float | None) -> None:
         quiet_thread_pools()
+        keep_choices()
         context = _context()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_child, args=(theirs, function, arguments), daemon=True)

@@ -33,6 +33,7 @@ from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
 from models.ops import causal_conv1d, kernels, selective_scan, ssd, trapezoid
+from models.ops.kernels.tuning import run_smallest
 
 pytestmark = pytest.mark.oracle
 INSTALL = (
@@ -57,7 +58,7 @@ def official():
         interpret(patch)
         from triton.runtime.autotuner import Autotuner
 
-        patch.setattr(Autotuner, "run", run_smallest_blocks)
+        patch.setattr(Autotuner, "run", run_smallest)
         patch.setattr(torch.cuda, "device", lambda index: nullcontext())
         patch.setitem(sys.modules, "selective_scan_cuda", selective_scan_extension())
         patch.setitem(sys.modules, "causal_conv1d_cuda", causal_conv1d_extension())
@@ -66,16 +67,6 @@ def official():
         modules = ("modules.ssd_minimal", "modules.mamba2", "modules.mamba3", "ops.selective_scan_interface")
         found = {path.rpartition(".")[2]: importlib.import_module(f"mamba_ssm.{path}") for path in modules}
         yield SimpleNamespace(**found, cuda=cuda)
-
-
-def run_smallest_blocks(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of the autotuner's trials: the configuration that computes least beyond what is asked for."""
-    config = min(autotuner.configs, key=lambda config: math.prod(v for v in config.kwargs.values() if v))
-    autotuner.best_config = config
-    settings = config.all_kwargs()
-    if config.pre_hook is not None:
-        config.pre_hook({**dict(zip(autotuner.arg_names, args, strict=False)), **kwargs, **settings})
-    return autotuner.fn.run(*args, **kwargs, **settings)
 
 
 def selective_scan_extension() -> ModuleType:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from models.errors import BackendUnavailableError, ConfigError, nearest
+from models.ops.kernels.tuning import untimed
 
 BACKENDS = ("reference", "torch", "numba", "cuda")
 INSTALL_CUDA = "lab kernels install"
@@ -86,23 +87,28 @@ def _probe_cuda(operation: str) -> str | None:
     """Run the kernels once: an installed package says nothing about whether it works on this card."""
     try:
         kernels = load("cuda")
-        x = torch.randn(1, 16, 64, device="cuda")
-        ones = torch.ones(64, device="cuda")
-        kernels.causal_conv1d(x, torch.randn(64, 4, device="cuda"), ones, None)
-        if operation == "selective_scan":
-            kernels.selective_scan(x, x, -torch.rand(64, 64, device="cuda"), x, x, ones, x, ones, None)
-        elif operation != "causal_conv1d":
-            head, one = x[:, :, None], ones[:1]  # one head of 64, one group of 64
-            rate = head[..., 0]
-            if operation == "ssd":
-                kernels.ssd(head, rate, -one, head, head, one, one)
-            else:
-                rank = head[:, :, None]
-                kernels.trapezoid(head, rate, rate, rate, x[..., :16].contiguous(), rank, rank, one, one, 1e-4)
-        torch.cuda.synchronize()
+        with untimed("cuda"):
+            _run_once(kernels, operation)
     except Exception as error:
         return f"the kernels are installed but fail on this GPU ({type(error).__name__}: {error})"
     return None
+
+
+def _run_once(kernels: ModuleType, operation: str) -> None:
+    x = torch.randn(1, 16, 64, device="cuda")
+    ones = torch.ones(64, device="cuda")
+    kernels.causal_conv1d(x, torch.randn(64, 4, device="cuda"), ones, None)
+    if operation == "selective_scan":
+        kernels.selective_scan(x, x, -torch.rand(64, 64, device="cuda"), x, x, ones, x, ones, None)
+    elif operation != "causal_conv1d":
+        head, one = x[:, :, None], ones[:1]  # one head of 64, one group of 64
+        rate = head[..., 0]
+        if operation == "ssd":
+            kernels.ssd(head, rate, -one, head, head, one, one)
+        else:
+            rank = head[:, :, None]
+            kernels.trapezoid(head, rate, rate, rate, x[..., :16].contiguous(), rank, rank, one, one, 1e-4)
+    torch.cuda.synchronize()
 
 
 def load(name: str) -> ModuleType:

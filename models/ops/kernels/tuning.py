@@ -1,0 +1,53 @@
+"""How Triton chooses among the configurations of a kernel: it compiles them all, times each on what it is first given,
+and keeps to the fastest wherever the kernel's key comes back.
+
+The keys of mamba_ssm's kernels have sizes of the model in them, but neither length nor batch. So a check on eight
+tokens must not be what is timed: its choice would serve thousands. And compiling ten configurations of a dozen kernels
+takes minutes, which work whose speed does not count should not wait for.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def keep_choices() -> None:
+    """Let processes that start from here share what Triton chose, beside the kernels that it compiled, instead of
+    timing all again in each. Has an effect only before kernels are imported."""
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+
+
+@contextmanager
+def untimed(device: torch.device | str) -> Iterator[None]:
+    """Where Triton kernels take their smallest configuration, and no choice is made or kept: for what is not timed."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    try:
+        from triton.runtime.autotuner import Autotuner  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        yield
+        return
+    choosing = Autotuner.run
+    Autotuner.run = run_smallest
+    try:
+        yield
+    finally:
+        Autotuner.run = choosing
+
+
+def run_smallest(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of `Autotuner.run`: the configuration that computes least beyond what is asked for."""
+    config = autotuner.best_config = min(autotuner.configs, key=_size)  # some kernels ask for it afterwards
+    settings = config.all_kwargs()
+    if config.pre_hook is not None:
+        config.pre_hook({**dict(zip(autotuner.arg_names, args, strict=False)), **kwargs, **settings})
+    return autotuner.fn.run(*args, **kwargs, **settings)
+
+
+def _size(config: Any) -> int:
+    return math.prod(v for v in config.kwargs.values() if v)
