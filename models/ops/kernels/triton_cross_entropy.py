@@ -41,10 +41,10 @@ def _softmax_gradient(logits, targets, losses, stride, V, BLOCK: tl.constexpr):
         total = tl.where(higher == float("-inf"), 0.0, total * tl.exp(highest - higher) + tl.exp(x - higher))
         highest = higher
     top = tl.max(highest)
-    normaliser = top + tl.log(tl.sum(total * tl.exp(highest - top)))
-    tl.store(losses + row, normaliser - of_target)
+    whole = tl.sum(total * tl.exp(highest - top))
+    tl.store(losses + row, tl.log(whole) - (of_target - top))
     for start in range(0, V, BLOCK):
         at = start + columns
         x = tl.load(logits + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        p = tl.exp(x - normaliser)
+        p = tl.exp(x - top) / whole
         tl.store(logits + at, tl.where(at == target, p - 1, p).to(logits.dtype.element_ty), mask=at < V)
