@@ -25,7 +25,7 @@ from experiments.evaluation import (
 )
 from experiments.measurement.card import remember_cards
 from experiments.measurement.loading import load
-from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, settle
+from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
 from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step
 from experiments.measurement.process import side_by_side
 from experiments.measurement.speed import Subject, measure_speed
@@ -92,7 +92,7 @@ def first_model(arm: Arm, config: ModelConfig, seed: int, device: torch.device) 
 
 
 def prepare_process(experiment: Experiment) -> torch.device:
-    """Threads and allocator, the same for every cell, and how full the GPU is before it uses it."""
+    """Threads and allocator, the same for every cell that is timed, and how full the GPU is before it uses it."""
     keep_freed_memory()
     if experiment.device == "cuda":
         remember_cards()
@@ -274,6 +274,7 @@ def memory_cell(
     once = Measurement(repeats=1, seconds=0, decode_tokens=settings.decode_tokens)
     if way is not None:
         return measure_load(folder, Measurement(repeats=LOADS, seconds=0), device, way)
+    return_freed_memory()  # of what follows no time is reported
     assert context is not None
     assert batch is not None
     with untimed(device):

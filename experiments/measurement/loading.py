@@ -10,7 +10,6 @@ map the same file share it; a direct one is the process's own. Every way ends wi
 a mapped page is in memory only then.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from models import checkpoint
 from models.language_model import LanguageModel
+from models.tensor_file import TensorFile
 
 
 def read(folder: Path, device: torch.device) -> LanguageModel:
@@ -30,25 +30,17 @@ def read(folder: Path, device: torch.device) -> LanguageModel:
 
 
 def direct(folder: Path, device: torch.device) -> LanguageModel:
-    path = folder / checkpoint.WEIGHTS
+    file = TensorFile(folder / checkpoint.WEIGHTS)
     model = LanguageModel(checkpoint.read_config(folder), seed=None, device=device)
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-        for name, kind in ((name, one["dtype"]) for name, one in header.items() if name != "__metadata__"):
-            begin, end = header[name]["data_offsets"]
-            tensor = torch.empty(header[name]["shape"], dtype=_DTYPES[kind])
-            file.seek(8 + header_bytes + begin)
-            if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != end - begin:
-                raise OSError(f"{path} ends within '{name}'")
-            owner, _, leaf = name.rpartition(".")
-            parameter = torch.nn.Parameter(tensor.to(device))
-            setattr(model.get_submodule(owner), leaf, parameter)
+    for name, stored in file.tensors.items():
+        place = torch.empty(stored.shape, dtype=file.dtype(name), device=device)
+        file.read_into(name, place)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(place))
     model.tie()
     return model
 
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WAYS: dict[str, Callable[[Path, torch.device], LanguageModel]] = {
     "read": read, "mapped": checkpoint.load, "direct": direct,
 }  # fmt: skip

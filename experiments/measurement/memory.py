@@ -45,12 +45,24 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 def keep_freed_memory() -> bool:
     """Let the allocator keep what this process frees, until `settle`, instead of handing it to the system and asking
-    for it again: a training step that reuses its memory is spared tens of thousands of page faults. Every cell does so,
-    whatever its arm. Whether it was possible (glibc)."""
+    for it again: a training step that reuses its memory is spared tens of thousands of page faults. Every cell that is
+    timed does so, whatever its arm. Whether it was possible (glibc)."""
+    return _allocator(mapped_from=32 << 20, kept=1 << 30)
+
+
+def return_freed_memory() -> bool:
+    """The opposite, where nothing is timed: a freed block of 128 KiB or more goes to the system at once. What is kept
+    has holes that the next block does not fit; how many, differs between processes that do the same work, and a peak
+    would hold them. Whether it was possible (glibc)."""
+    return _allocator(mapped_from=128 << 10, kept=128 << 10)
+
+
+def _allocator(*, mapped_from: int, kept: int) -> bool:
+    """Bytes: the least block with a mapping of its own, and the most that may lie free at the end of the heap."""
     options = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if options is None:
         return False
-    return bool(options(M_MMAP_THRESHOLD, 32 << 20) and options(M_TRIM_THRESHOLD, 1 << 30))
+    return bool(options(M_MMAP_THRESHOLD, mapped_from) and options(M_TRIM_THRESHOLD, kept))
 
 
 class PeakMemory:

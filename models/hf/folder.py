@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,10 +26,10 @@ from models.hf.architectures import (
 )
 from models.hf.layout import Entry
 from models.language_model import LanguageModel
+from models.tensor_file import TensorFile
 
 INDEX, TOKENIZER, TOKENIZER_CONFIG = "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHOWN = 3  # names in a message
 
 
@@ -44,8 +43,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
-    """The model in `folder`, on `device`. The files are memory-mapped and their tensors become the parameters; only
-    those that we join (Llama's queries, keys and values; gate and up) or convert are copied, one by one.
+    """The model in `folder`, on `device`. On a CPU the files are memory-mapped and their tensors become the parameters;
+    those that we join (Llama's queries, keys and values; gate and up) or convert are read into their place, as is all
+    that goes to another device, so that the host holds no weight twice.
 
     dtype: of the parameters, None for that of the files; what a mixer keeps in float32 is in float32 either way.
     Raises ConfigError: not such a folder, damaged, pickled, tensors that do not fit the configuration.
@@ -54,7 +54,7 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | 
     layout = ARCHITECTURES[named(read_table(folder, CONFIG))].layout(config)
     files = _files(folder)
     try:
-        weights = _Weights(folder, files, device)
+        weights = _Weights(folder, files)
         weights.settle_the_head(config, layout)
         model = LanguageModel(config, seed=None, device=device, dtype=dtype or weights.dtype(layout[0].theirs[0]))
         parameters = dict(model.named_parameters())
@@ -64,13 +64,10 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | 
         kept = {name: parameters[entry.ours].dtype for entry in layout for name in entry.theirs}
         weights.check_types(kept, mixed=dtype is not None)
         tensors = {
-            entry.ours: entry.join([weights.tensor(name) for name in entry.theirs]).to(parameters[entry.ours].dtype)
-            for entry in layout
+            entry.ours: weights.parameter(entry, parameters[entry.ours], torch.device(device)) for entry in layout
         }
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
-    except SafetensorError as error:
-        raise ConfigError(f"{folder}: damaged weights: {error}") from None
     model.load_state_dict(tensors, strict=False, assign=True)  # names checked above; a tied head is absent
     model.tie()
     return model
@@ -79,35 +76,42 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | 
 class _Weights:
     """The tensors of a folder by their names, in one spelling. Their data is read when it is asked for."""
 
-    def __init__(self, folder: Path, files: list[str], device: torch.device | str) -> None:
-        self.owner: dict[str, Any] = {}
+    def __init__(self, folder: Path, files: list[str]) -> None:
+        self.owner: dict[str, TensorFile] = {}
         self.there: dict[str, str] = {}  # the name in the file
         for name in files:
             try:
-                file = safe_open(folder / name, "pt", device=str(device))
+                file = TensorFile(folder / name)
             except FileNotFoundError:
                 raise ConfigError(f"'{name}' is missing; {INDEX} names it") from None
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(f"damaged weights: {name}: {error}") from None
-            for there in file.keys():  # noqa: SIM118, not a mapping
-                here = str(SPELLINGS.get(there, there))
+            for there in file.tensors:
+                here = SPELLINGS.get(there, there)
                 if here in self.owner:
                     raise ConfigError(f"{here!r} is there twice, the second time in {name}")
                 if not here.endswith("rotary_emb.inv_freq"):  # of old folders: follows from the settings
                     self.owner[here], self.there[here] = file, there
 
-    def tensor(self, name: str) -> Tensor:
-        return self.owner[name].get_tensor(self.there[name])
+    def parameter(self, entry: Entry, ours: Tensor, device: torch.device) -> Tensor:
+        """What takes the place of `ours`, which has a shape and a type but no data."""
+        first = entry.theirs[0]
+        if len(entry.theirs) == 1 and self.dtype(first) == ours.dtype and device.type == "cpu":
+            return entry.join([self.owner[first].mapped(self.there[first])])
+        made = torch.empty(ours.shape, dtype=ours.dtype, device=device)
+        for name, part in zip(entry.theirs, entry.split(made), strict=True):
+            self.owner[name].read_into(self.there[name], part)
+        return made
 
     def dtype(self, name: str) -> torch.dtype:
-        """float32 for what is missing, which `check_names` reports."""
-        kind = self._header(name).get_dtype() if name in self.owner else "F32"
-        if kind not in DTYPES:
-            raise ConfigError(f"{name!r} has type {kind}: weights must be floating point, one of {', '.join(DTYPES)}")
-        return DTYPES[kind]
+        """float32 for what is missing, which `check_names` reports. Raises ConfigError."""
+        return self.owner[name].dtype(self.there[name]) if name in self.owner else torch.float32
 
-    def _header(self, name: str) -> Any:
-        return self.owner[name].get_slice(self.there[name])
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.owner[name].tensors[self.there[name]].shape
+
+    def equal(self, a: str, b: str) -> bool:
+        """Read piece by piece, so that neither stays in memory."""
+        pieces = (self.owner[name].pieces(self.there[name]) for name in (a, b))
+        return self.shape(a) == self.shape(b) and all(torch.equal(x, y) for x, y in zip(*pieces, strict=True))
 
     def settle_the_head(self, config: ModelConfig, layout: list[Entry]) -> None:
         """Of a tied model: a head in the file must be the embedding, or stands for it where that is left out."""
@@ -116,12 +120,12 @@ class _Weights:
         embedding = layout[0].theirs[0]
         if embedding not in self.owner:
             self.owner[embedding], self.there[embedding] = self.owner[HEAD], self.there[HEAD]
-        elif not torch.equal(self.tensor(HEAD), self.tensor(embedding)):
+        elif not self.equal(HEAD, embedding):
             raise ConfigError(f"tie_word_embeddings = true, but '{HEAD}' differs from '{embedding}': set it to false")
         del self.owner[HEAD], self.there[HEAD]
 
     def check_names(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        found = {name: tuple(self._header(name).get_shape()) for name in self.owner}
+        found = {name: self.shape(name) for name in self.owner}
         misshapen = [
             f"{name!r} (expected {expected[name]}, found {found[name]})"
             for name in expected

@@ -10,6 +10,7 @@ from experiments.measurement.phases import measure_load
 from experiments.measurement.process import run_fresh
 from experiments.spec import Measurement
 from models import checkpoint
+from models.errors import ConfigError
 from models.language_model import LanguageModel
 from models.presets import preset
 
@@ -39,7 +40,7 @@ def test_a_file_that_ends_too_early_is_no_model(tmp_path: Path):
     checkpoint.save(LanguageModel(preset("mamba-tiny"), seed=0), tmp_path)
     weights = tmp_path / checkpoint.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(OSError, match="ends within"):
+    with pytest.raises(ConfigError, match=r"^damaged weights: model\.safetensors: "):
         load(tmp_path, CPU, "direct")
 
 

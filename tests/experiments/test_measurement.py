@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.errors import CorpusError
-from experiments.measurement.memory import PeakMemory, resident_bytes, settle
+from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
 from experiments.measurement.process import CellFailedError, run_fresh, side_by_side, take_turns
 from experiments.measurement.timing import MOST_REPEATS, WARM_UP, Samples, timed
 
@@ -53,6 +53,24 @@ def _allocate(send, megabytes):
     return peak.host_bytes - before, resident_bytes() - before, peak.method, total
 
 
+def _leave_holes(send, allocator):
+    """Sixteen blocks with something small after each; then, without them, sixteen that are half as large again."""
+    if not allocator():
+        return None
+    torch.ones(MB)  # code and libraries
+    settle()
+    before = resident_bytes()
+    with PeakMemory(CPU) as peak:
+        first, small = [], []
+        for _ in range(16):
+            first.append(torch.ones(MB // 4))
+            small.append(torch.ones(16 * 1024 // 4))
+        first.clear()
+        second = [torch.ones(3 * MB // 2 // 4) for _ in range(16)]
+    del second
+    return peak.host_bytes - before
+
+
 def test_result_and_messages() -> None:
     heard = []
     total, pid = run_fresh(_add, 2, 3, on_message=heard.append)
@@ -80,6 +98,14 @@ def test_killed_and_silent_processes() -> None:
         run_fresh(_die)
     with pytest.raises(CellFailedError, match="ended with exit code 3 and no result"):
         run_fresh(_leave)
+
+
+def test_holes_count_only_where_freed_memory_is_kept() -> None:
+    kept, returned = (run_fresh(_leave_holes, one) for one in (keep_freed_memory, return_freed_memory))
+    if kept is None:
+        pytest.skip("not glibc's allocator")
+    assert 38 * MB < kept < 44 * MB
+    assert 24 * MB < returned < 28 * MB
 
 
 def test_a_cell_that_takes_too_long_is_stopped() -> None:
