@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,6 +30,19 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     return parser
+
+
+def arms(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """The type of an option that names some of them, separated by commas."""
+
+    def some_of(text: str) -> list[str]:
+        named = text.split(",")
+        unknown = [arm for arm in named if arm not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}: choose among {', '.join(known)}")
+        return named
+
+    return some_of
 
 
 def _serve(pipe: Connection, side: Side, threads: int) -> None:

@@ -157,15 +157,15 @@ PHASES = {"training": training, "prefill": prefill, "decode": decode}
 
 def main() -> None:
     parser = common.arguments(__doc__ or "")
-    parser.add_argument("--arms", default=",".join(ARMS), help="mamba, mamba2 or both, separated by a comma")
+    parser.add_argument("--arms", type=common.arms(ARMS), default=list(ARMS), help="separated by commas")
     options = parser.parse_args()
-    arms = {arm: ARMS[arm] for arm in options.arms.split(",")}
     if not torch.cuda.is_available():
         raise SystemExit("the official models need a CUDA GPU, which torch does not see here")
     found: dict[str, list[float]] = {}
     ratios: dict[str, Any] = {}
     for phase, make in PHASES.items():
-        for arm, name in arms.items():
+        for arm in options.arms:
+            name = ARMS[arm]
             named = {side: side.format(name, phase) for side in (OURS, COMPILED, THEIRS)}
             sides = {what: partial(make, arm, side) for side, what in named.items()}
             rates, losses = common.rates(sides, options.rounds, warm_ups=3)

@@ -9,7 +9,7 @@ forward passes (nothing is computed twice), and a masked product of attention on
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
 
@@ -22,20 +22,19 @@ from experiments.measurement.process import run_fresh
 from experiments.measurement.speed import Subject, measure_speed
 from experiments.rows import percentiles
 from experiments.spec import Speed
+from experiments.studies.speed import speeds_of_turns
 from models import cost
 from models.config import ModelConfig
 from models.feedforward.swiglu import SwiGLUConfig
 from models.language_model import LanguageModel
 from models.mixers.attention import AttentionConfig
-from models.ops.kernels.tuning import keep_choices
 from models.presets import preset
-
-keep_choices()
 
 BATCH, CONTEXT = 8, 2048
 READ, DECODED = 1024, 64
 ARMS = ("transformer", "mamba", "mamba2")
 AIMS = {"training": 0.45, "decode": 0.75}
+Work = Generator[None, None, dict[str, Any]]
 
 
 def large(arm: str) -> ModelConfig:
@@ -47,36 +46,31 @@ def large(arm: str) -> ModelConfig:
     return replace(config, mixer=AttentionConfig(heads=32), feedforward=SwiGLUConfig(hidden=5872))
 
 
-def training(send: Callable[[Any], None], arm: str, repeats: int) -> dict[str, Any]:
-    config = preset(f"{arm}-370m")
-    flops = cost.training_flops_per_token(config, CONTEXT)
-    return _measured(config, "step", "compiled", BATCH, CONTEXT, "flops_per_s", flops, repeats)
+def training(send: Callable[[Any], None], arm: str, turns: int) -> Work:
+    return _work(preset(f"{arm}-370m"), "step", "compiled", BATCH, CONTEXT, turns)
 
 
-def decode(send: Callable[[Any], None], arm: str, repeats: int) -> dict[str, Any]:
-    config = large(arm)
-    touched = cost.decode_bytes(config, 1, READ, 2)
-    return _measured(config, "decode", "compiled-graph", 1, READ, "bytes_per_s", touched, repeats)
+def decode(send: Callable[[Any], None], arm: str, turns: int) -> Work:
+    return _work(large(arm), "decode", "compiled-graph", 1, READ, turns)
 
 
-def _measured(
-    config: ModelConfig, phase: str, mode: str, batch: int, context: int, ceiling: str, per_token: float, repeats: int
-) -> dict[str, Any]:  # fmt: skip
-    """per_token: FLOPs or bytes."""
-    settings = Speed(repeats=repeats, seconds=0, decode_tokens=DECODED, dtype="bfloat16")
+def _work(config: ModelConfig, phase: str, mode: str, batch: int, context: int, turns: int) -> Work:
     dtype = torch.float32 if phase == "step" else torch.bfloat16
-    subject = Subject(LanguageModel(config, seed=0, device="cuda", dtype=dtype).eval(), settings, mode)
+    model = LanguageModel(config, seed=0, device="cuda", dtype=dtype).eval()
+    settings = Speed(repeats=turns, seconds=0, decode_tokens=DECODED, dtype="bfloat16")
     tokens = torch.randint(0, config.vocabulary, (batch, context + 1), generator=torch.Generator().manual_seed(0))
-    work = measure_speed(subject, phase, tokens)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result = end.value
-            break
-    medians = np.array([np.median(turn) for turn in np.split(result["samples"]["ms"], np.cumsum(result["turns"])[:-1])])
-    speeds = 1e3 * result["tokens_per_sample"] / medians
-    best = np.array([one[ceiling] for one in result["ceilings"]])
+    return measure_speed(Subject(model, settings, mode), phase, tokens)
+
+
+def share(phase: str, arm: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Of a result of `measure_speed`: what was done per second, and its share of the ceiling, turn by turn."""
+    if phase == "training":
+        config, ceiling, mode = preset(f"{arm}-370m"), "flops_per_s", "compiled"
+        per_token = cost.training_flops_per_token(config, CONTEXT)
+    else:
+        config, ceiling, mode = large(arm), "bytes_per_s", "compiled-graph"
+        per_token = cost.decode_bytes(config, 1, READ, 2)
+    speeds, best = speeds_of_turns(result), np.array([one[ceiling] for one in result["ceilings"]])
     return {
         "parameters": cost.parameters(config).total, "backend": result["backend"], "mode": mode,
         "tokens_per_s": percentiles(speeds.tolist()), f"ceiling_{ceiling}": percentiles(best.tolist()),
@@ -86,12 +80,12 @@ def _measured(
 
 def main() -> None:
     parser = common.arguments(__doc__ or "")
-    parser.add_argument("--arms", default=",".join(ARMS), help="some of them, separated by commas")
+    parser.add_argument("--arms", type=common.arms(ARMS), default=list(ARMS), help="separated by commas")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this measures a CUDA GPU, which torch does not see here")
     found = {
-        phase: {arm: run_fresh(measure, arm, options.rounds) for arm in options.arms.split(",")}
+        phase: {arm: share(phase, arm, run_fresh(measure, arm, options.rounds)) for arm in options.arms}
         for phase, measure in (("training", training), ("decode", decode))
     }
     settings = {"training_batch": BATCH, "training_context": CONTEXT, "decode_after": READ, "rounds": options.rounds}
@@ -107,9 +101,9 @@ def main() -> None:
         for arm, one in arms.items():
             (ceiling,) = (one[key]["value"] for key in one if key.startswith("ceiling_"))
             unit = "TFLOP/s" if phase == "training" else "TB/s"
-            share, aim = one["share"], f"{AIMS[phase]:.0%}" if arm == "transformer" or phase == "decode" else "-"
+            part, aim = one["share"], f"{AIMS[phase]:.0%}" if arm == "transformer" or phase == "decode" else "-"
             print(f"| {phase} | {arm} | {one['parameters'] / 1e6:,.0f}M | {one['tokens_per_s']['value']:,.0f} | "
-                  f"{ceiling / 1e12:.3g} {unit} | {share['value']:.1%} | {share['p5']:.1%} to {share['p95']:.1%} | "
+                  f"{ceiling / 1e12:.3g} {unit} | {part['value']:.1%} | {part['p5']:.1%} to {part['p95']:.1%} | "
                   f"{aim} |")  # fmt: skip
 
 

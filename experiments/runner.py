@@ -31,6 +31,7 @@ from models.config import ModelConfig
 from models.errors import ConfigError, nearest
 from models.feedforward import FEEDFORWARDS
 from models.mixers import MIXERS
+from models.ops.kernels import attention_of_splits
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def _check_mode(mode: str, experiment: Experiment) -> None:
         if mode == "compiled":
             reason = "torch.compile cannot trace the kernels that run there"
         raise ConfigError(f"mode '{mode}' is refused for every arm on a CPU: {reason}")
+    if mode != "eager" and attention_of_splits() is None:
+        raise ConfigError(f"mode '{mode}' is refused for every arm: it needs Triton (pip install triton)")
     for name, arm in experiment.arms.items() if mode != "eager" else ():
         for block in cells.model_config(arm, experiment.data.vocabulary).kinds:
             kind = None if block.feedforward is None else FEEDFORWARDS[block.feedforward.kind]

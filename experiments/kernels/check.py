@@ -243,13 +243,13 @@ def tolerance(form: str, kernel: str, dtype: str) -> float:
 # ------------------------------------------------------------------------------------------------------------ the check
 
 
-def absent(device: str) -> dict[str, str]:
-    """What cannot run on a device, and why: a form, or one kernel of a form, "cuda, trapezoid"."""
+def absent(device: str, kernels: Iterable[str] | None = None) -> dict[str, str]:
+    """What of these kernels (None: of all) cannot run on a device, and why: a form, or one kernel of a form, "cuda,
+    trapezoid"."""
     found = {}
+    named = dict.fromkeys(one.kernel for one in OPERATIONS) if kernels is None else kernels
     for form in BACKENDS:
-        reasons = {
-            kernel: unavailable(form, device, kernel) for kernel in dict.fromkeys(one.kernel for one in OPERATIONS)
-        }
+        reasons = {kernel: unavailable(form, device, kernel) for kernel in named}
         lacking = {kernel: reason for kernel, reason in reasons.items() if reason}
         if len(lacking) == len(reasons):
             found[form] = next(iter(lacking.values()))
@@ -387,8 +387,8 @@ def checked_here(send: Callable[[Any], None], part: Share) -> list[dict[str, Any
     return [outcome.to_dict() for outcome in check("cuda", parts=[part])]
 
 
-def absent_here(send: Callable[[Any], None]) -> dict[str, str]:
-    return absent("cuda")
+def absent_here(send: Callable[[Any], None], kernels: list[str]) -> dict[str, str]:
+    return absent("cuda", kernels)
 
 
 def of_this_gpu(
@@ -402,14 +402,16 @@ def of_this_gpu(
     one that did is made again each time. again: make it in any case. kernels: those that the run calls; None: all.
     """
     parts = shares("cuda", None if kernels is None else list(kernels))
+    found: dict[str, Any] = {"checked": now(), "problem": None, "absent": {}, "rows": []}
+    if not parts:
+        return found
     file = cache / "kernel-checks" / f"{_key(parts)}.json"
     if file.is_file() and not again:
         return read_json(file)
     progress("checking the kernels on this GPU against the float64 reference; a pass is kept for later runs")
-    found: dict[str, Any] = {"checked": now(), "problem": None, "absent": {}, "rows": []}
     # most of the time goes into compiling Triton kernels, a core for each part
     with ThreadPoolExecutor(max_workers=max(2, available_cores())) as pool:
-        lacking = pool.submit(run_fresh, absent_here)
+        lacking = pool.submit(run_fresh, absent_here, list(dict.fromkeys(part.kernel for part in parts)))
         try:
             for rows in pool.map(lambda part: run_fresh(checked_here, part), parts):
                 found["rows"] += rows

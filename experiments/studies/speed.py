@@ -90,7 +90,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     assert cell.batch is not None
     phase = PHASES[cell.kind]
     common = {"backend": result["backend"]}
-    times = percentiles(_turn_ms(result).tolist())
+    times = percentiles(turn_ms(result).tolist())
     name = "tokens_per_s" if phase != "operator" else f"{cell.kind}_tokens_per_s"
     speed = rate(times, result["tokens_per_sample"])
     yield row(cell, phase, name, unit="tokens/s", direction="higher", **speed, **common)
@@ -125,7 +125,7 @@ def _achieved(
         of_machine = percentiles(values.tolist())
         yield row(cell, phase, f"ceiling_{name}", unit=in_unit, direction="none", **of_machine, **common)
     ceiling = ceilings[f"{what}_per_s"]
-    shares = percentiles((size * _speeds(result) / ceiling).tolist())
+    shares = percentiles((size * speeds_of_turns(result) / ceiling).tolist())
     share = "bandwidth_utilisation" if what == "bytes" else "flops_utilisation"
     yield row(cell, phase, share, unit="share", direction="higher", **shares, **common)
     if phase == "decode":
@@ -133,15 +133,15 @@ def _achieved(
         yield row(cell, phase, "roofline_tokens_per_s", roof, "tokens/s", "none", **common)
 
 
-def _turn_ms(result: dict[str, Any]) -> np.ndarray:
+def turn_ms(result: dict[str, Any]) -> np.ndarray:
     """Of each turn the median of its samples: a turn counts once, however many calls it had time for."""
     borders = np.cumsum(result["turns"])[:-1]
     return np.array([np.median(turn) for turn in np.split(np.array(result["samples"]["ms"]), borders)])
 
 
-def _speeds(result: dict[str, Any]) -> np.ndarray:
+def speeds_of_turns(result: dict[str, Any]) -> np.ndarray:
     """Tokens per second in each turn."""
-    return 1e3 * result["tokens_per_sample"] / _turn_ms(result)
+    return 1e3 * result["tokens_per_sample"] / turn_ms(result)
 
 
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
@@ -159,7 +159,7 @@ def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: Run
             continue
         batch = None if cell.kind == "step" else cell.batch  # of training, a matter of the context
         key = (cell.kind, batch, cell.mode)
-        measured.setdefault(key, {}).setdefault(cell.context or 0, {})[cell.arm] = _speeds(result)
+        measured.setdefault(key, {}).setdefault(cell.context or 0, {})[cell.arm] = speeds_of_turns(result)
     first, *others = experiment.arms
     found = []
     for (kind, batch, mode), by_context in measured.items():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from experiments import gates
 from experiments.gates import Gate, check
 from models.language_model import LanguageModel
 from models.presets import PRESETS, preset
@@ -106,6 +107,15 @@ def test_not_uniform_at_the_start() -> None:
     with torch.no_grad():
         model.embedding.weight *= 8
     assert NAMES[1] in failed(model)
+
+
+@pytest.mark.parametrize(
+    ("form", "kernel", "limit"),
+    [("numba", "ssd", 1e-3), ("cuda", "selective_scan", 1e-3), ("cuda", "ssd", 1e-3), ("sdpa", "selective_scan", 1e-3),
+     ("torch", "trapezoid", 1e-3), ("cuda", "trapezoid", 2**-8)],
+)  # fmt: skip
+def test_only_kernels_of_16_bits_are_let_off(form: str, kernel: str, limit: float) -> None:
+    assert gates.logit_tolerance([("torch", "selective_scan"), (form, kernel)]) == limit
 
 
 def test_nan_fails() -> None:

@@ -102,7 +102,7 @@ def test_cells_of_their_own_are_not_done_again(tmp_path: Path):
     assert all(directory.result(cell) == {} for cell in plan[1:])
 
 
-def test_mode_graph_is_decode_of_every_arm_and_refused_where_a_step_needs_the_host():
+def test_mode_graph_is_decode_of_every_arm_and_refused_where_a_step_needs_the_host(monkeypatch):
     recorded = load("speed", profile="smoke", assignments=['speed.modes=["graph"]'])
     planned = [cell for cell in STUDY.plan(recorded) if cell.mode == "graph"]
     assert {cell.kind for cell in planned} == {"decode"}
@@ -110,6 +110,11 @@ def test_mode_graph_is_decode_of_every_arm_and_refused_where_a_step_needs_the_ho
         (arm, context) for arm in recorded.arms for context in recorded.speed.contexts
     }
     on_a_gpu = recorded.model_copy(update={"device": "cuda"})
+    monkeypatch.setattr(runner, "attention_of_splits", lambda: None)
+    with pytest.raises(ConfigError, match="'graph' is refused for every arm: it needs Triton"):
+        runner._check_mode("graph", on_a_gpu)
+    runner._check_mode("eager", on_a_gpu)
+    monkeypatch.setattr(runner, "attention_of_splits", lambda: print)
     runner._check_mode("graph", on_a_gpu)
     experts = on_a_gpu.model_copy(update={"arms": on_a_gpu.arms | {"moe": Arm(model="moe-1m")}})
     with pytest.raises(ConfigError, match="since of 'moe' outside bfloat16"):

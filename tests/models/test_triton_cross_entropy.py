@@ -4,15 +4,15 @@ m: rows   V: vocabulary
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_interpreter import OURS, interpret
+from triton_interpreter import OURS, interpreted
 
 from models.ops import cross_entropy
 
@@ -23,14 +23,8 @@ on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), re
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[Pass]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install triton")
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU the kernel itself is compared: pytest -m cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        interpret(patch)
-        yield importlib.import_module(f"{OURS}cross_entropy").softmax_gradient
+def kernels() -> Iterator[ModuleType]:
+    yield from interpreted("cross_entropy")
 
 
 def agrees(form: Pass, rows: int, V: int, scale: float, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -56,8 +50,8 @@ def agrees(form: Pass, rows: int, V: int, scale: float, dtype: torch.dtype, devi
     scale=st.sampled_from([0.0, 1.0, 30.0]), dtype=st.sampled_from(list(TOLERANCE)),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_the_interpreted_kernel_is_the_definition(interpreted, rows, V, scale, dtype):
-    agrees(interpreted, rows, V, scale, dtype)
+def test_the_interpreted_kernel_is_the_definition(kernels, rows, V, scale, dtype):
+    agrees(kernels.softmax_gradient, rows, V, scale, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -4,7 +4,6 @@ against the definition in float64.
 B: batch   S: slots   H: heads   K: key-value heads   P: head width
 """
 
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -17,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_interpreter import OURS, interpret
+from triton_interpreter import interpreted
 
 from models.config import ModelConfig
 from models.language_model import LanguageModel
@@ -38,13 +37,7 @@ Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[ModuleType]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install triton")
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU the kernel itself is compared: pytest -m cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        interpret(patch, PROCESSORS)
-        yield importlib.import_module(f"{OURS}decode")
+    yield from interpreted("decode", PROCESSORS)
 
 
 def draw(B: int, H: int, K: int, S: int, P: int, filled: int, dtype: torch.dtype) -> list[Tensor]:

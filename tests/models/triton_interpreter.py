@@ -1,12 +1,26 @@
 """Triton kernels without a GPU, in Triton's interpreter."""
 
+import importlib
+import importlib.util
 import sys
-from types import SimpleNamespace
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 OURS = "models.ops.kernels.triton_"
+
+
+def interpreted(name: str, processors: int = 1) -> Iterator[ModuleType]:
+    """For a fixture: our module of kernels, interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install triton")
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU the kernel itself is compared: pytest -m cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        interpret(patch, processors)
+        yield importlib.import_module(f"{OURS}{name}")
 
 
 def interpret(patch: pytest.MonkeyPatch, processors: int = 1) -> None:

@@ -228,6 +228,23 @@ def test_a_pass_is_kept_for_the_same_card_versions_and_code(gpu, tmp_path: Path)
         assert gpu.made == made + 1, change
 
 
+def test_a_run_checks_the_kernels_that_it_calls(gpu, monkeypatch, tmp_path: Path):
+    asked = []
+
+    def run_fresh(function, asked_for):
+        asked.append(asked_for if isinstance(asked_for, list) else {asked_for.kernel})
+        return {} if function is checking.absent_here else []
+
+    monkeypatch.setattr(checking, "run_fresh", run_fresh)
+    assert of_this_gpu(tmp_path, kernels=[])["rows"] == []
+    assert asked == []
+    of_this_gpu(tmp_path, kernels=["causal_conv1d", "selective_scan"])
+    assert {kernel for one in asked for kernel in one} == {"causal_conv1d", "selective_scan"}
+    assert len(asked) == 1 + 2 * 2 * 2  # what is absent; a kernel, a type, from nothing or continuing
+    of_this_gpu(tmp_path, kernels=["ssd"])  # not those that were kept
+    assert asked[-1] == {"ssd"}
+
+
 def test_what_failed_is_checked_again_and_no_pass_outlives_it(gpu, tmp_path: Path):
     of_this_gpu(tmp_path)
     for found in (FAIL, CellFailedError("the process was killed by SIGSEGV")):
