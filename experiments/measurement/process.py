@@ -22,7 +22,7 @@ from experiments.training import NonFiniteLossError
 from models.errors import BackendUnavailableError, ConfigError
 from models.ops.kernels.tuning import keep_choices
 
-_PRELOAD = ["experiments.measurement.preload"]
+_PRELOAD = ["experiments.preload"]
 _EXPECTED = (LabError, NonFiniteLossError, ConfigError, BackendUnavailableError, MemoryError)
 
 
