@@ -57,9 +57,9 @@ def decode(send: Callable[[Any], None], arm: str, turns: int) -> Work:
 def _work(config: ModelConfig, phase: str, mode: str, batch: int, context: int, turns: int) -> Work:
     dtype = torch.float32 if phase == "step" else torch.bfloat16
     model = LanguageModel(config, seed=0, device="cuda", dtype=dtype).eval()
-    settings = Speed(repeats=turns, seconds=0, decode_tokens=DECODED, dtype="bfloat16")
+    settings = Speed(repeats=turns, seconds=0, decode_tokens=DECODED)
     tokens = torch.randint(0, config.vocabulary, (batch, context + 1), generator=torch.Generator().manual_seed(0))
-    return measure_speed(Subject(model, settings, mode), phase, tokens)
+    return measure_speed(Subject(model, settings, mode, "bfloat16"), phase, tokens)
 
 
 def share(phase: str, arm: str, result: dict[str, Any]) -> dict[str, Any]:

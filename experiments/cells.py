@@ -31,7 +31,7 @@ from experiments.measurement.process import side_by_side
 from experiments.measurement.speed import Subject, measure_speed
 from experiments.objectives import Objective
 from experiments.spec import Arm, Experiment, Measurement
-from experiments.training import token_loss, train
+from experiments.training import DTYPES, token_loss, train
 from models import checkpoint, folders
 from models.config import ModelConfig
 from models.errors import ConfigError
@@ -182,6 +182,8 @@ def train_cell(
         else:
             initial["loss"] = before.masked_token_loss
     checkpoint.save(model, folder / "checkpoint")
+    if measured_folder(experiment, folder) != folder / "checkpoint":
+        checkpoint.save(model.cast(DTYPES[experiment.measurement.dtype]), measured_folder(experiment, folder))
     samples = _samples(model, dataset, experiment, seed) if arm.objective == "causal" else []
     result = {
         "arm": name, "seed": seed, "initial": initial, "splits": splits, "samples": samples,
@@ -232,22 +234,27 @@ def _samples(model: LanguageModel, dataset: Dataset, experiment: Experiment, see
     return samples
 
 
+def measured_folder(experiment: Experiment, folder: Path) -> Path:
+    """The checkpoint of the trained model in `folder` that is measured: another one where it is measured in another
+    type than it was trained in."""
+    settings = experiment.measurement
+    same = settings.dtype == "float32" or not settings.enabled
+    return folder / ("checkpoint" if same else f"checkpoint-{settings.dtype}")
+
+
 def measure_cell(
     send: Send, experiment: Experiment, phase: str, context: int | None, batch: int | None, dataset_folder: Path,
     folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """One phase of the trained model in `folder`: load, prefill or decode; batch None: that of the settings."""
     device = prepare_process(experiment)
-    settings = experiment.measurement
+    settings, folder = experiment.measurement, measured_folder(experiment, folder)
     if phase == "load":
-        return measure_load(folder / "checkpoint", settings, device)
+        return measure_load(folder, settings, device)
     assert context is not None
     tokens = _text(dataset_folder, batch or settings.batch, context)
     measure = measure_prefill if phase == "prefill" else measure_decode
-    return measure(folder / "checkpoint", settings, context, tokens, device)
-
-
-DTYPES = {"float32": (torch.float32, 4), "bfloat16": (torch.bfloat16, 2)}
+    return measure(folder, settings, context, tokens, device)
 
 
 def build_cell(
@@ -260,7 +267,7 @@ def build_cell(
     tokens = _text(dataset_folder, 2, GATE_TOKENS).to(device)
     with untimed(device):
         passed = gates.check(model, tokens, untrained=arm.start == "scratch")
-    checkpoint.save(model.to(DTYPES[dtype][0]) if dtype != "float32" else model, folder / "checkpoint")
+    checkpoint.save(model.cast(DTYPES[dtype]), folder / "checkpoint")
     return {"gates": [gate.to_dict() for gate in passed], "backend": asdict(model.backend)}
 
 
@@ -286,26 +293,27 @@ def memory_cell(
 
 
 def speed_cell(
-    send: Send, experiment: Experiment, phase: str, context: int, batch: int, mode: str, dataset_folder: Path,
-    folder: Path,
+    send: Send, experiment: Experiment, phase: str, context: int, batch: int, mode: str, dtype: str,
+    dataset_folder: Path, folder: Path,
 ) -> Generator[None, None, dict[str, Any]]:  # fmt: skip
-    """The speed of one phase of the model in `folder`, in one execution mode, turn by turn."""
-    subject = _subject(experiment, mode, folder)
+    """The speed of one phase of the model in `folder`, in one execution mode and type, turn by turn."""
+    subject = _subject(experiment, mode, dtype, folder)
     return measure_speed(subject, phase, _text(dataset_folder, batch, context + 1))
 
 
 def speed_cells(
-    send: Send, experiment: Experiment, phase: str, shapes: list[tuple[int, int]], mode: str, dataset_folder: Path,
-    folder: Path,
+    send: Send, experiment: Experiment, phase: str, shapes: list[tuple[int, int]], mode: str, dtype: str,
+    dataset_folder: Path, folder: Path,
 ) -> Generator[None, None, list[Any]]:  # fmt: skip
     """Those of one phase at several shapes (context, batch), of one model in one process."""
-    subject = _subject(experiment, mode, folder)
+    subject = _subject(experiment, mode, dtype, folder)
     works = [measure_speed(subject, phase, _text(dataset_folder, batch, context + 1)) for context, batch in shapes]
     return side_by_side(works)
 
 
-def _subject(experiment: Experiment, mode: str, folder: Path) -> Subject:
-    return Subject(load(folder / "checkpoint", prepare_process(experiment), "direct"), experiment.speed, mode)
+def _subject(experiment: Experiment, mode: str, dtype: str, folder: Path) -> Subject:
+    model = load(folder / "checkpoint", prepare_process(experiment), "direct")
+    return Subject(model, experiment.speed, mode, dtype)
 
 
 LOADS = 3  # timed, per cell of the memory study

@@ -118,7 +118,7 @@ def _doubts(experiment: Experiment, environment: dict[str, Any], made: Results) 
 def _over_seeds(rows: list[dict]) -> list[dict]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("arm", "phase", "metric", "context", "batch", "mode"))
+        key = tuple(row[name] for name in ("arm", "phase", "metric", "context", "batch", "mode", "dtype"))
         groups.setdefault(key, []).append(row)
     summary = []
     for group in groups.values():

@@ -13,7 +13,7 @@ def row(cell: Cell, phase: str, metric: str, value: float | None, unit: str, dir
         "arm": cell.arm, "seed": cell.seed, "phase": phase, "metric": metric, "value": value, "unit": unit,
         "n": 1, "ci_low": None, "ci_high": None, "p5": None, "p95": None, "direction": direction,
         "backend": None, "comparable": True, "reason": None, "context": cell.context, "batch": cell.batch,
-        "mode": cell.mode,
+        "mode": cell.mode, "dtype": cell.dtype,
     } | rest  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +27,7 @@ from experiments.result import build_result
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, write_json
 from experiments.studies import STUDIES
+from experiments.training import DTYPES
 from models.config import ModelConfig
 from models.errors import ConfigError, nearest
 from models.feedforward import FEEDFORWARDS
@@ -74,8 +75,11 @@ def check(experiment: Experiment) -> None:
     Raises EnvironmentLacksError, ConfigError, BackendUnavailableError.
     """
     resolve_device(experiment.device)
-    for mode in experiment.speed.modes if experiment.study == "speed" else ():
-        _check_mode(mode, experiment)
+    if experiment.study == "speed":
+        for mode in experiment.speed.modes:
+            _check_mode(mode, experiment.speed.dtypes, experiment)
+    elif experiment.trains and experiment.measurement.enabled:
+        _check_mode(experiment.measurement.decode_mode, (experiment.measurement.dtype,), experiment)
     for arm in experiment.arms.values():
         config = cells.model_config(arm, experiment.data.vocabulary)
         _check_positions(config, experiment)
@@ -83,8 +87,8 @@ def check(experiment: Experiment) -> None:
             MIXERS[block.mixer.kind].select(block.mixer, torch.device(experiment.device))
 
 
-def _check_mode(mode: str, experiment: Experiment) -> None:
-    """A mode is there for every arm or refused."""
+def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> None:
+    """A mode is there for every arm in every type or refused."""
     if mode != "eager" and experiment.device == "cpu":
         reason = "CUDA graphs need a GPU"
         if mode == "compiled":
@@ -95,9 +99,10 @@ def _check_mode(mode: str, experiment: Experiment) -> None:
     for name, arm in experiment.arms.items() if mode != "eager" else ():
         for block in cells.model_config(arm, experiment.data.vocabulary).kinds:
             kind = None if block.feedforward is None else FEEDFORWARDS[block.feedforward.kind]
-            dtype, device = cells.DTYPES[experiment.speed.dtype][0], torch.device(experiment.device)
-            if kind is not None and (reason := kind.needs_host(dtype, device)) is not None:
-                raise ConfigError(f"mode '{mode}' is refused for every arm, since of '{name}' {reason}")
+            for dtype in dtypes:
+                device = torch.device(experiment.device)
+                if kind is not None and (reason := kind.needs_host(DTYPES[dtype], device)) is not None:
+                    raise ConfigError(f"mode '{mode}' is refused for every arm, since of '{name}' {reason}")
 
 
 def _check_positions(config: ModelConfig, experiment: Experiment) -> None:

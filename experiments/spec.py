@@ -18,6 +18,7 @@ from models.errors import nearest
 
 PROFILES = ("smoke", "cpu", "cuda")
 Split = Literal["validation", "test"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 class Settings(BaseModel):
@@ -79,9 +80,7 @@ class Training(Settings):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="bfloat16: autocast, parameters stay float32"
-    )
+    precision: Dtype = Field(default="float32", description="bfloat16: autocast, parameters stay float32")
     validate_every: int = Field(default=50, ge=1, description="steps between points of the validation curve")
 
     @model_validator(mode="after")
@@ -109,6 +108,10 @@ class Measurement(Settings):
     repeats: int = Field(default=10, ge=1, description="at least this many timed repeats per cell")
     seconds: float = Field(default=1.0, ge=0, description="and at least this long")
     decode_tokens: int = Field(default=16, ge=1, description="tokens per timed decode repeat")
+    decode_mode: Literal["eager", "graph"] = Field(
+        default="eager", description="of every arm; graph: the step is repeated from a CUDA graph"
+    )
+    dtype: Dtype = Field(default="float32", description="of file, weights and state")
 
 
 class Memory(Settings):
@@ -119,7 +122,7 @@ class Memory(Settings):
     train_contexts: Ascending = Field(default=(256,), description="tokens per sequence of a training step")
     train_batch: int = Field(default=1, ge=1, description="sequences of a training step")
     decode_tokens: int = Field(default=8, ge=1, description="tokens that a decode cell writes")
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: Dtype = Field(
         default="float32", description="of file, weights and state; training keeps float32 weights under autocast"
     )
 
@@ -138,16 +141,17 @@ class Speed(Settings):
     repeats: int = Field(default=10, ge=6, description="at least this many turns per cell, of a timed call or more")
     seconds: float = Field(default=1.0, ge=0, description="and at least so many seconds of timed calls")
     decode_tokens: int = Field(default=16, ge=1, description="tokens per timed decode repeat")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of weights and state; training keeps float32 weights under autocast"
-    )
+    dtypes: tuple[Dtype, ...] = Field(
+        default=("float32",), min_length=1,
+        description="each for every arm: of weights and state; training keeps float32 weights under autocast",
+    )  # fmt: skip
 
-    @field_validator("modes")
+    @field_validator("modes", "dtypes")
     @classmethod
-    def _once(cls, modes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(modes)) != len(modes):
-            raise ValueError(f"each may appear once, got {list(modes)}")
-        return modes
+    def _once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"each may appear once, got {list(values)}")
+        return values
 
 
 class Masking(Settings):

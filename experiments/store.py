@@ -24,7 +24,7 @@ from experiments.spec import Experiment, load
 @dataclass(frozen=True)
 class Cell:
     """One unit of work, in one process. kind: train or build, which make the model, or what is measured of it: load,
-    prefill, decode, step; then context, batch and mode say how, where the study varies them."""
+    prefill, decode, step; then context, batch, mode and dtype say how, where the study varies them."""
 
     arm: str
     seed: int
@@ -32,6 +32,7 @@ class Cell:
     context: int | None = None
     batch: int | None = None
     mode: str | None = None
+    dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -44,7 +45,8 @@ class Cell:
     @property
     def part(self) -> str:
         batch = "" if self.batch is None else f"b{self.batch}"
-        return "-".join(str(part) for part in (self.kind, self.context, batch, self.mode) if part not in (None, ""))
+        parts = (self.kind, self.context, batch, self.mode, self.dtype)
+        return "-".join(str(part) for part in parts if part not in (None, ""))
 
 
 def now() -> str:

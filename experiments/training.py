@@ -17,6 +17,7 @@ from experiments.objectives import IGNORED, Objective
 from experiments.spec import Training
 from models.language_model import LanguageModel
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by their names in a specification
 DROPOUT_STREAM = 1 << 40  # beyond every seed that initialises a model
 
 

@@ -98,6 +98,17 @@ class LanguageModel(nn.Module):
             weight /= len(writers) ** 0.5
         (self.norm or self.blocks[-1].last_norm).reset_parameters(FINAL_NORM)
 
+    def cast(self, dtype: torch.dtype) -> "LanguageModel":
+        """The same model with its parameters in `dtype`, except those that a mixer keeps in float32, which `to` would
+        round as well. What has its type already is shared."""
+        made = LanguageModel(self.config, seed=None, device=self.device, dtype=dtype)
+        held = self.state_dict()
+        made.load_state_dict(
+            {name: held[name].to(place.dtype) for name, place in made.state_dict().items()}, assign=True
+        )
+        made.tie()
+        return made.train(self.training)
+
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device

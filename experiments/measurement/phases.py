@@ -77,20 +77,21 @@ def measure_decode(
 ) -> dict[str, Any]:
     """Decode greedily, token by token, from a state that holds `context` tokens.
 
-    A sample is `settings.decode_tokens` tokens.
+    A sample is `settings.decode_tokens` tokens. What a recording keeps for itself is in `peak_bytes` alone.
     """
     config = _warm_up(folder, device)
     settle()
     before_load = _baseline(device)
     model = load(folder, device)
-    write, state = operations.decode(model, tokens.to(device), settings.decode_tokens)
+    write, state = operations.decode(model, tokens.to(device), settings.decode_tokens, settings.decode_mode)
     settle()
     before_phase = _baseline(device)
     with PeakMemory(device) as peak:
         samples = timed(write, repeats=settings.repeats, seconds=settings.seconds, device=device, warm_up=warm_up)
     element = state_element_size(model)
     return _phase(model, peak, before_load, before_phase) | {
-        "context": context, "batch": tokens.shape[0], "tokens_per_sample": settings.decode_tokens,
+        "context": context, "batch": tokens.shape[0], "mode": settings.decode_mode,
+        "tokens_per_sample": settings.decode_tokens,
         "state_bytes": state.nbytes,
         "state_bytes_analytic": cost.state_bytes(config, tokens.shape[0], context + settings.decode_tokens, element),
         "samples": samples.to_dict(), "noisy": samples.noisy,

@@ -14,18 +14,20 @@ from experiments.measurement.ceilings import CeilingsMeter
 from experiments.measurement.operations import Operation
 from experiments.measurement.timing import Samples, timed
 from experiments.spec import Speed
+from experiments.training import DTYPES
 from models.compiled import compile_blocks
 from models.language_model import LanguageModel
 
 
 class Subject:
-    """A model in one execution mode, with the meter of this process: what cells that share one share."""
+    """A model in one execution mode and type, with the meter of this process: what cells that share one share. dtype:
+    of weights and state, and of the products that the meter times; of training, what autocast multiplies in."""
 
-    def __init__(self, model: LanguageModel, settings: Speed, mode: str) -> None:
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-        self.model, self.settings, self.device, self.mode = model, settings, model.device, mode
+    def __init__(self, model: LanguageModel, settings: Speed, mode: str, dtype: str) -> None:
+        self.settings, self.device, self.mode, self.dtype = settings, model.device, mode, dtype
+        self.model = model.cast(DTYPES[dtype])
         self.compiled = False
-        self.meter = CeilingsMeter(self.device, dtype)
+        self.meter = CeilingsMeter(self.device, DTYPES[dtype])
 
     def prepare(self, phase: str) -> None:
         """Compile what the phase repeats, where the mode says so, once."""
@@ -41,10 +43,9 @@ def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[Non
     and is in no sample. Then come turns, each of them the ceilings and one sample or more, until there are
     `settings.repeats` of them and `settings.seconds` of samples.
     """
-    settings, device, model = subject.settings, subject.device, subject.model
+    settings, device = subject.settings, subject.device
     subject.prepare(phase)
-    make = partial(_decode, mode=subject.mode) if phase == "decode" else OPERATIONS[phase]
-    operation, per_call = make(model, settings, tokens.to(device))
+    operation, per_call = OPERATIONS[phase](subject, tokens.to(device))
     (first_ms,) = timed(operation, repeats=1, seconds=0, device=device, warm_up=0).ms
     again = timed(operation, repeats=1, seconds=0, device=device, warm_up=1)
     # the cell before has filled the caches, which a short operation would find warm in use
@@ -60,7 +61,7 @@ def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[Non
     return {
         "samples": samples.to_dict(), "turns": [len(turn) for turn in turns], "noisy": samples.noisy,
         "tokens_per_sample": per_call, "first_call_ms": first_ms, "ceilings": [asdict(one) for one in ceilings],
-        "backend": model.backend.name,
+        "backend": subject.model.backend.name,
     }  # fmt: skip
 
 
@@ -68,10 +69,10 @@ MOST_TURNS = 40  # unless `repeats` asks for more
 LONG_MS = 100.0  # beside which what a cold cache costs is nothing
 
 
-def _step(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operation, int]:
-    model = model.float().train()
+def _step(subject: Subject, tokens: Tensor) -> tuple[Operation, int]:
+    model = subject.model.float().train()
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    update, optimizer = operations.training_step(model, inputs, targets, settings.dtype)
+    update, optimizer = operations.training_step(model, inputs, targets, subject.dtype)
 
     def step() -> None:
         update()
@@ -80,19 +81,19 @@ def _step(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operat
     return step, inputs.numel()
 
 
-def _prefill(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operation, int]:
+def _prefill(subject: Subject, tokens: Tensor) -> tuple[Operation, int]:
     prompt = tokens[:, :-1].contiguous()
-    return operations.prefill(model, prompt), prompt.numel()
+    return operations.prefill(subject.model, prompt), prompt.numel()
 
 
-def _decode(model: LanguageModel, settings: Speed, tokens: Tensor, mode: str = "eager") -> tuple[Operation, int]:
-    prompt = tokens[:, :-1].contiguous()
-    operation, _ = operations.decode(model, prompt, settings.decode_tokens, mode)
-    return operation, prompt.shape[0] * settings.decode_tokens
+def _decode(subject: Subject, tokens: Tensor) -> tuple[Operation, int]:
+    prompt, count = tokens[:, :-1].contiguous(), subject.settings.decode_tokens
+    operation, _ = operations.decode(subject.model, prompt, count, subject.mode)
+    return operation, prompt.shape[0] * count
 
 
-def _forward(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operation, int]:
-    operate, inputs = _operator(model, tokens)
+def _forward(subject: Subject, tokens: Tensor) -> tuple[Operation, int]:
+    operate, inputs = _operator(subject.model, tokens)
 
     @torch.no_grad()
     def forward() -> None:
@@ -101,8 +102,8 @@ def _forward(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Ope
     return forward, tokens[:, :-1].numel()
 
 
-def _backward(model: LanguageModel, settings: Speed, tokens: Tensor) -> tuple[Operation, int]:
-    operate, inputs = _operator(model, tokens)
+def _backward(subject: Subject, tokens: Tensor) -> tuple[Operation, int]:
+    operate, inputs = _operator(subject.model, tokens)
     inputs = [one.requires_grad_() if one.is_floating_point() else one for one in inputs]
 
     def both() -> None:

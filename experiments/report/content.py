@@ -272,12 +272,28 @@ def throughput(record: Record) -> Section:
     blocks.append(table)
     if not record.measured:
         blocks.append(Text(_unmeasured(record)))
-    modes = sorted({row.mode for row in record.rows if row.mode and row.phase != "quality"})
-    if modes:
-        size = record.spec.get("measurement", {}).get("batch") if record.measured else None
-        batch = f" Batch of prefill and decode: {size}." if size else ""
-        blocks.append(Text(f"Execution mode of every arm: {', '.join(modes)}.{batch}"))
+    blocks += _how(record)
     return Section("throughput", "Throughput", intro, [block for block in blocks if not _empty(block)])
+
+
+def _how(record: Record) -> list[Block]:
+    """Mode, precision and batch, which are the same for every arm."""
+    modes, precisions = (
+        {phase: sorted({value for row in record.rows if row.phase == phase and (value := getattr(row, name))})
+         for phase in ("train", "prefill", "decode")}
+        for name in ("mode", "dtype")
+    )  # fmt: skip
+    told = []
+    for what, by_phase in (("Execution mode", modes), ("Precision", precisions)):
+        by_phase = {phase: found for phase, found in by_phase.items() if found}
+        if by_phase:
+            same = len({tuple(found) for found in by_phase.values()}) == 1
+            each = [", ".join(found) + ("" if same else f" ({phase})") for phase, found in by_phase.items()]
+            told.append(f"{what} of every arm: {', '.join(dict.fromkeys(each))}.")
+    size = record.spec.get("measurement", {}).get("batch") if record.measured else None
+    if size:
+        told.append(f"Batch of prefill and decode: {size}.")
+    return [Text(" ".join(told))] if told else []
 
 
 SPEED_LINES = (("prefill", "tokens_per_s"), ("decode", "tokens_per_s"))

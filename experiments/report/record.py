@@ -44,6 +44,7 @@ class Row:
     context: int | None
     batch: int | None
     mode: str | None
+    dtype: str | None
 
     @property
     def known(self) -> float:
@@ -53,7 +54,7 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.arm, self.seed, self.phase, self.metric, self.context, self.batch, self.mode
+        return self.arm, self.seed, self.phase, self.metric, self.context, self.batch, self.mode, self.dtype
 
 
 COLUMNS = tuple(field.name for field in fields(Row))

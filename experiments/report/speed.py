@@ -14,12 +14,16 @@ def sections(record: Record) -> list[Section]:
 
 
 def settings_of(record: Record, phase: str) -> list[dict[str, Any]]:
-    """The (batch, mode) pairs of a phase; of training the mode alone, since its batch goes with the context."""
+    """Batch, mode and type of what a phase measured, each once; of training without the batch, which goes with the
+    context."""
     found = {
-        (None if phase == "train" else row.batch, row.mode) for row in record.rows if row.phase == phase
+        (None if phase == "train" else row.batch, row.mode, row.dtype) for row in record.rows if row.phase == phase
     }  # fmt: skip
-    ordered = sorted(found, key=lambda pair: (str(pair[1]), pair[0] or 0))
-    return [{"mode": mode} | ({} if phase == "train" else {"batch": batch}) for batch, mode in ordered]
+    ordered = sorted(found, key=lambda one: (str(one[1]), str(one[2]), one[0] or 0))
+    return [
+        {"mode": mode, "dtype": dtype} | ({} if phase == "train" else {"batch": batch})
+        for batch, mode, dtype in ordered
+    ]
 
 
 def lines(record: Record, phase: str, metric: str, arm: str, **where: Any) -> list[Row]:
@@ -99,16 +103,18 @@ def operators(record: Record) -> Section:
         "the forward pass."
     )
     table = Table(f"Operations alone: {SPREAD}", [
-        Column("Arm", key=True), Column("Context", numeric=True, key=True), Column("Forward, tokens/s", numeric=True),
-        Column("Forward and backward, tokens/s", numeric=True), Column("Backend"),
+        Column("Arm", key=True), Column("Type", key=True), Column("Context", numeric=True, key=True),
+        Column("Forward, tokens/s", numeric=True), Column("Forward and backward, tokens/s", numeric=True),
+        Column("Backend"),
     ])  # fmt: skip
-    for arm in record.arms:
-        backward = {row.context: row for row in lines(record, "operator", "backward_tokens_per_s", arm)}
-        for row in lines(record, "operator", "forward_tokens_per_s", arm):
+    each = [(arm, where) for where in settings_of(record, "operator") for arm in record.arms]
+    for arm, where in each:
+        backward = {row.context: row for row in lines(record, "operator", "backward_tokens_per_s", arm, **where)}
+        for row in lines(record, "operator", "forward_tokens_per_s", arm, **where):
             other = backward.get(row.context)
             absent = record.absence(arm, "operator", "backward_tokens_per_s")
             both = table.cell(DASH, absent) if other is None else _spread(other)
-            table.add(arm, count(row.context or 0), _spread(row), both, row.backend or DASH)
+            table.add(arm, row.dtype or DASH, count(row.context or 0), _spread(row), both, row.backend or DASH)
     if table.empty:
         return Section("operators", "Operations alone", intro, [Text("None was measured.")])
     caption = f"Forward pass of the operation alone, tokens per second against context; {SPREAD}."
@@ -117,8 +123,9 @@ def operators(record: Record) -> Section:
 
 
 def _table(record: Record, title: str, phase: str, latency: str, heading: str, flops: bool) -> Table:
-    columns = [Column("Arm", key=True), Column("Mode", key=True), Column("Batch", numeric=True, key=True)]
-    columns += [Column("Context", numeric=True, key=True), Column("Tokens/s", numeric=True)]
+    columns = [Column("Arm", key=True), Column("Mode", key=True), Column("Type", key=True)]
+    columns += [Column("Batch", numeric=True, key=True), Column("Context", numeric=True, key=True)]
+    columns.append(Column("Tokens/s", numeric=True))
     columns.append(Column(heading, numeric=True))
     if flops:
         columns += [Column("GFLOP/s", numeric=True), Column("ceiling", numeric=True), Column("share", numeric=True)]
@@ -137,8 +144,8 @@ def _table(record: Record, title: str, phase: str, latency: str, heading: str, f
                     name: lines(record, phase, name, arm, **at)[0]
                     for name in (latency, f"{kind}_per_s", f"ceiling_{kind}_per_s", share, "first_call_ms")
                 }
-                cells: list[Cell | str] = [arm, row.mode or DASH, str(row.batch), count(row.context or 0), _spread(row)]
-                cells.append(_spread(one[latency]))
+                cells: list[Cell | str] = [arm, row.mode or DASH, row.dtype or DASH, str(row.batch)]
+                cells += [count(row.context or 0), _spread(row), _spread(one[latency])]
                 cells += [number(one[name].known / 1e9) for name in (f"{kind}_per_s", f"ceiling_{kind}_per_s")]
                 cells.append(percent(one[share].known).lstrip("+"))
                 if not flops:
@@ -162,5 +169,6 @@ def _alt(record: Record, phase: str, metric: str) -> str:
                 ends = [
                     f"{number(row.known)} at {count(row.context or 0)}" for row in dict.fromkeys((found[0], found[-1]))
                 ]
-                told.append(f"{arm}, {where['mode']}: {' and '.join(ends)}")
+                how = ", ".join(filter(None, (arm, where["mode"], where["dtype"])))
+                told.append(f"{how}: {' and '.join(ends)}")
     return f"{metric.replace('_', ' ')} of {phase} against context. " + "; ".join(told) + "."

@@ -27,15 +27,18 @@ def operators(record: Record, layout: Layout) -> Figure:
 
 
 def _drawn(record: Record, layout: Layout, wanted: list[tuple[str, str, str, str]]) -> Figure:
-    """A panel per quantity and per (batch, mode)."""
+    """A panel per quantity and per batch, mode and type."""
     each = [(one, where) for one in wanted for where in settings_of(record, one[0])]
     figure, every = panels(layout, len(each), 3.0)
     for axes, ((phase, metric, unit, title), where) in zip(every, each, strict=True):
         contexts: set[int] = set()
         for at, arm in enumerate(record.arms):
             contexts |= _line(axes, record, phase, metric, arm, at, where)
-        batch = f", batch {where['batch']}" if where.get("batch") and phase != "operator" else ""
-        axes.set_title(f"{title}{batch}, {where['mode']}" if len(settings_of(record, phase)) > 1 else f"{title}{batch}")
+        told = [title]
+        told += [f"batch {where['batch']}"] if where.get("batch") and phase != "operator" else []
+        others = settings_of(record, phase)
+        told += [where[name] for name in ("mode", "dtype") if len({other[name] for other in others}) > 1]
+        axes.set_title(", ".join(told))
         axes.set_ylabel(unit)
         loglog(axes, sorted(contexts))
     legend(figure, record.arms, layout)

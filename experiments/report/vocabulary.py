@@ -181,11 +181,11 @@ def speed(record: Record) -> Section:
 
 
 def memory(record: Record) -> Section:
-    text = record.spec["vocabulary"]["text_bytes"]
+    text, dtype = record.spec["vocabulary"]["text_bytes"], record.spec["measurement"].get("dtype", "float32")
     intro = (
         "What one sequence keeps while it is being continued: attention's cache has an entry for every token, so it "
         "shrinks with the tokens of a text; a recurrent state has one size. Per byte of text, after "
-        f"{text:,} bytes at the training text's tokens per byte, in float32, by formula from shapes; beside it the "
+        f"{text:,} bytes at the training text's tokens per byte, in {dtype}, by formula from shapes; beside it the "
         "bytes that the decode cells measured, "
         "whose cache also has room for what they wrote."
     )

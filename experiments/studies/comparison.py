@@ -70,7 +70,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     elif cell.kind == "load":
         yield from _load_rows(cell, result, experiment)
     else:
-        yield from _phase_rows(cell, result)
+        yield from _phase_rows(cell, result, experiment)
 
 
 def _quality_rows(cell: Cell, result: dict[str, Any], objective: str) -> Iterator[dict]:
@@ -122,7 +122,7 @@ def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, r
     train, settings = result["train"], experiment.training
     common = {
         "backend": result["backend"]["name"], "context": settings.context,
-        "batch": settings.batch * settings.accumulate, "mode": "eager",
+        "batch": settings.batch * settings.accumulate, "mode": "eager", "dtype": settings.precision,
     }  # fmt: skip
     times = percentiles(train["step_ms"])
     yield row(cell, "train", "step_ms", unit="ms", direction="lower", **times, **common)
@@ -143,7 +143,7 @@ def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, r
 
 
 def _load_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> Iterator[dict]:
-    common = {"batch": None, "mode": "eager"}
+    common = {"batch": None, "mode": "eager", "dtype": experiment.measurement.dtype}
     for metric in (
         "file_bytes",
         "host_peak_bytes",
@@ -166,8 +166,11 @@ def _load_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> It
     )
 
 
-def _phase_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
-    common = {"batch": result["batch"], "mode": "eager", "backend": result["backend"]}
+def _phase_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> Iterator[dict]:
+    common = {
+        "batch": result["batch"], "mode": result.get("mode", "eager"), "dtype": experiment.measurement.dtype,
+        "backend": result["backend"],
+    }  # fmt: skip
     times = percentiles(result["samples"]["ms"])
     if cell.kind == "prefill":
         per_sample, latency = result["batch"] * result["context"], "time_to_first_token_ms"

@@ -10,6 +10,7 @@ from experiments.report.numbers import size as shown
 from experiments.rows import on_card, percentiles, row
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, read_json
+from experiments.training import DTYPES
 from models import cost, replay
 from models.config import ModelConfig
 
@@ -61,9 +62,9 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
         return
     config = ModelConfig.from_dict(read_json(run.folder(cell) / "checkpoint" / "config.json"))
     if cell.kind == "load":
-        yield from _load_rows(cell, result)
+        yield from _load_rows(cell, result, experiment)
         return
-    common = {"backend": result["backend"]}
+    common = {"backend": result["backend"], "dtype": experiment.memory.dtype}
     phase = "train" if cell.kind == "step" else cell.kind
     found = _step(config, cell, result) if cell.kind == "step" else _inference(config, cell, result, experiment)
     for metric, value in found.items():
@@ -87,7 +88,7 @@ def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: Run
         for r in rows if r["seed"] is None and r["value"] is not None
     }  # fmt: skip
     found = [one for arm in configs if (one := _loading_against_inference(arm, table, experiment))]
-    _, element = cells.DTYPES[experiment.memory.dtype]
+    element = DTYPES[experiment.memory.dtype].itemsize
     growing = {name for name, config in configs.items() if config.causal and _grows(config)}
     for arm in (name for name in configs if name in growing):
         config = configs[arm]
@@ -152,14 +153,16 @@ def _against(exceeding: Sequence[int], measured: list[int]) -> str:
     return f"less than inference at {', '.join(f'{at:,}' for at in exceeding)} tokens and more at the other lengths"
 
 
-def _load_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
+def _load_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> Iterator[dict]:
+    common: dict[str, Any] = {"dtype": experiment.memory.dtype}
     metrics = ["file_bytes", "host_peak_bytes", "device_peak_bytes", "resident_bytes", "resident_bytes_analytic"]
     for metric in metrics:
         reason = "no GPU in this run" if result[metric] is None else None
         direction = "none" if metric.endswith("analytic") else "lower"
-        yield row(cell, "load", metric, result[metric], "bytes", direction, reason=reason)
-    yield from on_card(cell, "load", result)
-    yield row(cell, "load", "load_ms", unit="ms", direction="lower", **percentiles(result["samples"]["ms"]))
+        yield row(cell, "load", metric, result[metric], "bytes", direction, reason=reason, **common)
+    yield from on_card(cell, "load", result, **common)
+    times = percentiles(result["samples"]["ms"])
+    yield row(cell, "load", "load_ms", unit="ms", direction="lower", **times, **common)
 
 
 def _inference(
@@ -167,7 +170,8 @@ def _inference(
 ) -> dict[str, int | None]:
     assert cell.context is not None
     assert cell.batch is not None
-    dtype, element = cells.DTYPES[experiment.memory.dtype]
+    dtype = DTYPES[experiment.memory.dtype]
+    element = dtype.itemsize
     weights = cost.weight_bytes(config, element)
     found = {"peak_bytes": result["peak_bytes"], "working_bytes": result["working_bytes"]}
     if cell.kind == "prefill":

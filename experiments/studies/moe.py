@@ -13,6 +13,7 @@ from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, read_json
 from experiments.studies import comparison
 from experiments.studies.comparison import Question
+from experiments.training import DTYPES
 from models import cost
 from models.config import ModelConfig
 from models.feedforward.moe import MoEConfig
@@ -20,7 +21,6 @@ from models.feedforward.moe import MoEConfig
 MAKES, turns, together = comparison.MAKES, comparison.turns, comparison.together
 lengths, work = comparison.lengths, comparison.work
 
-ELEMENT = 4  # bytes: trained weights are float32
 SAME = 0.02  # parameters that differ by less count as equal
 
 
@@ -37,7 +37,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     if cell.kind == "train":
         config = ModelConfig.from_dict(read_json(run.folder(cell) / "checkpoint" / "config.json"))
         for batch in experiment.experts.batches:
-            touched = cost.touched_bytes(config, batch, ELEMENT)
+            touched = cost.touched_bytes(config, batch, _element(experiment))
             yield row(cell, "decode", "touched_bytes_analytic", touched, "bytes", "none", batch=batch)
 
 
@@ -86,9 +86,15 @@ def _decodes(experiment: Experiment, dense: str, sparse: str) -> list[Question]:
     return [Question(dense, sparse, "decode", "tokens_per_s", "ratio", at, b) for b in experiment.experts.batches]
 
 
+def _element(experiment: Experiment) -> int:
+    """Bytes of a weight as it is measured."""
+    return DTYPES[experiment.measurement.dtype].itemsize
+
+
 def _bytes(arm: str, config: ModelConfig, experiment: Experiment) -> dict:
-    loaded = cost.weight_bytes(config, ELEMENT)
-    touched = {batch: cost.touched_bytes(config, batch, ELEMENT) for batch in experiment.experts.batches}
+    element = _element(experiment)
+    loaded = cost.weight_bytes(config, element)
+    touched = {batch: cost.touched_bytes(config, batch, element) for batch in experiment.experts.batches}
     told = [
         f"{size(held)} at batch {batch} ({held / loaded:.0%}{_each(held, batch)})" for batch, held in touched.items()
     ]
@@ -108,8 +114,9 @@ def _bought(told: list[dict], experiment: Experiment, configs: dict[str, ModelCo
     """What the mixture has over one dense arm: bytes, quality, speed."""
     a, b = configs[dense], configs[sparse]
     batch = experiment.experts.batches[0]
-    loaded = cost.weight_bytes(b, ELEMENT) / cost.weight_bytes(a, ELEMENT)
-    touched = cost.touched_bytes(b, batch, ELEMENT) / cost.touched_bytes(a, batch, ELEMENT)
+    element = _element(experiment)
+    loaded = cost.weight_bytes(b, element) / cost.weight_bytes(a, element)
+    touched = cost.touched_bytes(b, batch, element) / cost.touched_bytes(a, batch, element)
     parts = [f"it loads {number(loaded)} times the bytes and touches {number(touched)} times as many at batch {batch}"]
     of_pair = {
         (one["phase"], one["metric"], one["context"], one["batch"]): one for one in told

@@ -2,6 +2,7 @@
 itself, beside the machine's ceilings; and the lengths from which on one arm is faster than another."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from experiments.measurement.speed import OPERATORS
 from experiments.rows import percentiles, rate, row
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, read_json
+from experiments.training import DTYPES
 from models import cost
 from models.config import ModelConfig
 
@@ -27,19 +29,19 @@ def plan(experiment: Experiment) -> list[Cell]:
     configs = {name: cells.model_config(arm, vocabulary) for name, arm in experiment.arms.items()}
     planned = [Cell(arm, seed, "build") for seed in experiment.seeds for arm in configs]
     for seed in experiment.seeds:
-        for mode in settings.modes:
+        for mode, dtype in product(settings.modes, settings.dtypes):
             for context in settings.train_contexts if mode not in RECORDED else ():
                 batch = max(1, settings.train_tokens // context)
-                planned += [Cell(arm, seed, "step", context, batch, mode) for arm in configs]
+                planned += [Cell(arm, seed, "step", context, batch, mode, dtype) for arm in configs]
             for batch in settings.batches:
                 for phase in ("prefill", "decode") if mode not in RECORDED else ("decode",):
                     for context in settings.contexts:
                         causal = [arm for arm, config in configs.items() if config.causal]
-                        planned += [Cell(arm, seed, phase, context, batch, mode) for arm in causal]
+                        planned += [Cell(arm, seed, phase, context, batch, mode, dtype) for arm in causal]
         alone = [arm for arm, config in configs.items() if any(b.mixer.kind in OPERATORS for b in config.kinds)]
-        for kind in ("forward", "backward"):
+        for kind, dtype in product(("forward", "backward"), settings.dtypes):
             for context in settings.operator_contexts:
-                planned += [Cell(arm, seed, kind, context, 1, "eager") for arm in alone]
+                planned += [Cell(arm, seed, kind, context, 1, "eager", dtype) for arm in alone]
     return planned
 
 
@@ -48,8 +50,8 @@ def turns(cell: Cell, experiment: Experiment) -> tuple | None:
     if cell.kind == "build":
         return None
     if _every_length(cell, experiment):
-        return (cell.seed, cell.kind, None if cell.kind == "step" else cell.batch, cell.mode)
-    return (cell.seed, cell.kind, cell.batch, cell.mode, cell.context)
+        return (cell.seed, cell.kind, None if cell.kind == "step" else cell.batch, cell.mode, cell.dtype)
+    return (cell.seed, cell.kind, cell.batch, cell.mode, cell.dtype, cell.context)
 
 
 def together(cell: Cell, experiment: Experiment) -> tuple | None:
@@ -74,13 +76,13 @@ def lengths(experiment: Experiment, causal: bool) -> dict[str, int]:
 
 def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]:
     if cell.kind == "build":
-        return cells.build_cell, (experiment.arms[cell.arm], cell.seed, experiment.speed.dtype)
-    return cells.speed_cell, (cell.kind, cell.context, cell.batch, cell.mode)
+        return cells.build_cell, (experiment.arms[cell.arm], cell.seed, "float32")
+    return cells.speed_cell, (cell.kind, cell.context, cell.batch, cell.mode, cell.dtype)
 
 
 def work_together(shared: list[Cell], experiment: Experiment) -> tuple[Callable[..., Any], tuple]:
     first = shared[0]
-    return cells.speed_cells, (first.kind, [(cell.context, cell.batch) for cell in shared], first.mode)
+    return cells.speed_cells, (first.kind, [(cell.context, cell.batch) for cell in shared], first.mode, first.dtype)
 
 
 def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:
@@ -101,18 +103,18 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     yield row(cell, phase, LATENCY[phase], unit="ms", direction="lower", **latency, **common)
     yield row(cell, phase, "first_call_ms", result["first_call_ms"], "ms", "none", **common)
     config = ModelConfig.from_dict(read_json(run.folder(cell) / "checkpoint" / "config.json"))
-    yield from _achieved(cell, phase, config, result, speed, experiment.speed.dtype, common)
+    yield from _achieved(cell, phase, config, result, speed, common)
 
 
 def _achieved(
-    cell: Cell, phase: str, config: ModelConfig, result: dict[str, Any], speed: dict[str, float], dtype: str,
-    common: dict,
+    cell: Cell, phase: str, config: ModelConfig, result: dict[str, Any], speed: dict[str, float], common: dict
 ) -> Iterator[dict]:  # fmt: skip
     """Arithmetic done per second, of decode bytes read, beside what the machine can do, and its share of that, formed
     turn by turn; of decode also the tokens/s that the machine's memory would allow. speed: of tokens per second."""
     context, batch = cell.context or 0, cell.batch or 0
     if phase == "decode":
-        what, unit, size = "bytes", "bytes/s", cost.decode_bytes(config, batch, context, cells.DTYPES[dtype][1]) / batch
+        element = DTYPES[cell.dtype or "float32"].itemsize
+        what, unit, size = "bytes", "bytes/s", cost.decode_bytes(config, batch, context, element) / batch
     else:
         what, unit = "flops", "FLOP/s"
         size = cost.training_flops_per_token(config, context) if phase == "train" else (
@@ -150,20 +152,20 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
 
 
 def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
-    """Per phase, batch and mode: from which length on the other arms are faster than the first, and how decode grows
-    with the length; then how far the machine moved meanwhile."""
+    """Per phase, batch, mode and type: from which length on the other arms are faster than the first, and how decode
+    grows with the length; then how far the machine moved meanwhile."""
     measured: dict[tuple, dict[int, dict[str, np.ndarray]]] = {}
     for cell in plan(experiment):
         result = run.result(cell)
         if cell.kind == "build" or cell.seed != experiment.seeds[0] or result is None:
             continue
         batch = None if cell.kind == "step" else cell.batch  # of training, a matter of the context
-        key = (cell.kind, batch, cell.mode)
+        key = (cell.kind, batch, cell.mode, cell.dtype)
         measured.setdefault(key, {}).setdefault(cell.context or 0, {})[cell.arm] = speeds_of_turns(result)
     first, *others = experiment.arms
     found = []
-    for (kind, batch, mode), by_context in measured.items():
-        head = {"phase": kind, "batch": batch, "mode": mode}
+    for (kind, batch, mode, dtype), by_context in measured.items():
+        head = {"phase": kind, "batch": batch, "mode": mode, "dtype": dtype}
         for other in others:
             both = {at: (arms[first], arms[other]) for at, arms in by_context.items() if {first, other} <= arms.keys()}
             if len(both) > 1 and kind != "backward":
@@ -254,16 +256,16 @@ def _finite(value: float) -> float | None:
 def _growth_sentence(one: dict[str, Any]) -> str:
     batch = f" at batch {one['batch']}" if one["batch"] and one["batch"] > 1 else ""
     return (
-        f"{one['arm']} decodes a token{batch}, {one['mode']}, after {one['to']:,} tokens in {one['ratio']:.3g} times "
-        f"(95% interval {one['ci_low']:.3g} to {one['ci_high']:.3g}) what it takes after {one['from']:,}; its slowest "
-        f"and fastest length differ by {one['widest']:.3g} times."
+        f"{one['arm']} decodes a token{batch}, {one['mode']}, in {one['dtype']}, after {one['to']:,} tokens in "
+        f"{one['ratio']:.3g} times (95% interval {one['ci_low']:.3g} to {one['ci_high']:.3g}) what it takes after "
+        f"{one['from']:,}; its slowest and fastest length differ by {one['widest']:.3g} times."
     )
 
 
 def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
     doing = {"step": "trains", "prefill": "prefills", "decode": "decodes", "forward": "mixes (its operation alone)"}
     batch = f" at batch {one['batch']}" if one["batch"] and one["phase"] != "forward" else ""
-    what = f"{one['arm']} {doing[one['phase']]} faster than {one['against']}{batch}, {one['mode']},"
+    what = f"{one['arm']} {doing[one['phase']]} faster than {one['against']}{batch}, {one['mode']}, in {one['dtype']},"
     ends = f"{contexts[0]:,} to {contexts[-1]:,} tokens"
     low, high = (_length(one[key], contexts) for key in ("ci_low", "ci_high"))
     spread = "" if low == high else f" (95% interval over the turns: {low} to {high})"

@@ -21,6 +21,7 @@ from experiments.spec import Arm, Experiment
 from experiments.store import Cell, RunDirectory, read_json
 from experiments.studies import comparison
 from experiments.studies.comparison import Question
+from experiments.training import DTYPES
 from models import cost
 from models.config import ModelConfig
 
@@ -98,7 +99,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     yield row(cell, "model", "embedding_parameters", embedding, "parameters", "none")
     yield row(cell, "model", "embedding_share", embedding / count.total, "share", "none")
     length, text = seen.measurement.contexts[0], experiment.vocabulary.text_bytes
-    state = cost.state_bytes(config, 1, length, 4)  # what trains here is float32
+    state = cost.state_bytes(config, 1, length, DTYPES[seen.measurement.dtype].itemsize)
     yield row(cell, "model", "state_bytes_per_byte", state / text, "bytes/byte", "lower", context=length)
 
 

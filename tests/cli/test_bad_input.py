@@ -36,6 +36,8 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--set", "training=3"], "'training' is a table"),
         (["run", "compare", "--set", "training.steps.x=3"], "'training.steps' is a value, it has no 'x'"),
         (["run", "compare", "--set", "training.steps=many"], "training.steps: "),
+        (["run", "compare", "--set", "measurement.decode_mode=graph"], "CUDA graphs need a GPU"),
+        (["run", "compare", "--set", "measurement.dtype=float16"], "measurement.dtype: "),
         (["run", "compare", "--set", "training.steps=0"], "training.steps: "),
         (["run", "compare", "--set", "training.warmup_steps=9999"], "warmup_steps = 9999 must be below steps"),
         (["run", "compare", "--set", "arms.mamba.model=mmba-1m"], "unknown model 'mmba-1m': did you mean 'mamba-1m'?"),

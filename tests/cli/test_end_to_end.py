@@ -10,6 +10,8 @@ import pytest
 from conftest import Finished, InProcess, Lab
 
 from experiments.report.record import clean
+from models import cost
+from models.config import ModelConfig
 
 ARMS, SEEDS, CONTEXTS = ("transformer", "mamba"), (0, 1), (32, 64, 128)
 QUALITY = {
@@ -234,3 +236,30 @@ def test_the_kept_specification_repeats_the_run_bit_for_bit(lab: Lab, small: lis
     ]
     assert len(quality[0]) > 20
     assert quality[0] == quality[1]
+
+
+def test_a_model_measured_in_bfloat16(lab: Lab, small: list[str], tmp_path: Path) -> None:
+    """Trained in float32; file, weights and state of what is measured are of the other type."""
+    settings = ("measurement.dtype=bfloat16", "measurement.contexts=[16, 32]", "measurement.decode_tokens=4")
+    assignments = [word for one in settings for word in ("--set", one)]
+    arms = ("--arms", ",".join(ARMS), "--seeds", 1)
+    process = lab("run", *small, *assignments, *arms, "--out", tmp_path, "--json")
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
+    assert {(row["phase"], row["dtype"]) for row in result["rows"] if row["phase"] != "quality"} == {
+        ("train", "float32"), ("load", "bfloat16"), ("prefill", "bfloat16"), ("decode", "bfloat16")
+    }  # fmt: skip
+    for arm in ARMS:
+        config = ModelConfig.from_dict(result["arms"][arm]["config"])
+        found = {
+            (row["metric"], row["context"]): row["value"] for row in result["rows"]
+            if (row["arm"], row["seed"]) == (arm, 0) and row["phase"] in ("load", "decode")
+        }  # fmt: skip
+        weights = cost.weight_bytes(config, 2)
+        assert found["resident_bytes_analytic", None] == weights
+        assert weights < found["file_bytes", None] < weights + 10_000  # and its header, and the configuration
+        for context in (16, 32):
+            expected = cost.state_bytes(config, 1, context + 4, 2)
+            assert found["state_bytes", context] == found["state_bytes_analytic", context] == expected
+    report = (next(tmp_path.iterdir()) / "report.md").read_text(encoding="utf-8")
+    assert "Precision of every arm: float32 (train), bfloat16 (prefill), bfloat16 (decode)." in report

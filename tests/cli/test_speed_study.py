@@ -11,10 +11,11 @@ from models import cost
 from models.config import ModelConfig
 
 ARMS, CONTEXTS = ("transformer", "mamba"), (8, 32)
+BYTES = {"float32": 4, "bfloat16": 2}
 SETTINGS = (
     "data.corpus=text", "data.vocabulary=300", "data.test_fraction=0.1", "data.validation_fraction=0.1",
     f"speed.contexts={list(CONTEXTS)}", "speed.train_contexts=[8, 16]", "speed.train_tokens=16",
-    "speed.operator_contexts=[16]", "speed.seconds=0", "speed.repeats=7",
+    "speed.operator_contexts=[16]", "speed.seconds=0", "speed.repeats=7", f"speed.dtypes={json.dumps(list(BYTES))}",
 )  # fmt: skip
 
 
@@ -38,52 +39,56 @@ def value(result: dict[str, Any], **wanted: Any) -> Any:
     return row["value"]
 
 
-def test_rates_times_and_shares_agree(run: Path, result: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("arm", ARMS)
+def test_rates_times_and_shares_agree(run: Path, result: dict[str, Any], arm: str, dtype: str) -> None:
+    config, files = ModelConfig.from_dict(result["arms"][arm]["config"]), run / "cells" / arm / "seed0" / "measure"
+    train = {"arm": arm, "dtype": dtype, "phase": "train", "context": 8, "batch": 2}
+    rate = value(result, metric="tokens_per_s", **train)
+    assert rate == pytest.approx(16 / value(result, metric="step_ms", **train) * 1e3)
+    done = value(result, metric="flops_per_s", **train)
+    assert done == pytest.approx(rate * cost.training_flops_per_token(config, 8))
+    cell = json.loads((files / f"step-8-b2-eager-{dtype}.json").read_text())
+    assert cell["turns"] == [1] * 7
+    flops = 16 * cost.training_flops_per_token(config, 8)
+    ceilings = [one["flops_per_s"] for one in cell["ceilings"]]
+    assert value(result, metric="ceiling_flops_per_s", **train) == pytest.approx(sorted(ceilings)[3])
+    shares = [flops / ms * 1e3 / one for ms, one in zip(cell["samples"]["ms"], ceilings, strict=True)]
+    assert value(result, metric="flops_utilisation", **train) == pytest.approx(sorted(shares)[3])
+    for context in CONTEXTS:
+        decode = {"arm": arm, "dtype": dtype, "phase": "decode", "context": context, "batch": 1}
+        rate = value(result, metric="tokens_per_s", **decode)
+        assert rate == pytest.approx(1e3 / value(result, metric="ms_per_token", **decode))
+        size, ceiling = (
+            cost.decode_bytes(config, 1, context, BYTES[dtype]), value(result, metric="ceiling_bytes_per_s", **decode)
+        )  # fmt: skip
+        assert value(result, metric="bytes_per_s", **decode) == pytest.approx(rate * size)
+        assert value(result, metric="roofline_tokens_per_s", **decode) == pytest.approx(ceiling / size)
+        prefill = {"arm": arm, "dtype": dtype, "phase": "prefill", "context": context, "batch": 1}
+        told = value(result, metric="time_to_first_token_ms", **prefill)
+        assert value(result, metric="tokens_per_s", **prefill) == pytest.approx(1e3 * context / told)
+    assert value(result, arm=arm, dtype=dtype, phase="operator", metric="forward_tokens_per_s") > 0
+    samples = json.loads((files / f"decode-8-b1-eager-{dtype}.json").read_text())["samples"]["ms"]
+    assert len(samples) == 7
+    row = value(result, arm=arm, dtype=dtype, phase="decode", metric="ms_per_token", context=8)
+    assert row == pytest.approx(sorted(samples)[3] / 4)  # the median, 4 tokens a sample
+
+
+def test_the_run_is_complete(result: dict[str, Any]) -> None:
     assert (result["status"], result["failures"]) == ("complete", [])
-    for arm in ARMS:
-        config = ModelConfig.from_dict(result["arms"][arm]["config"])
-        train = {"arm": arm, "phase": "train", "context": 8, "batch": 2}
-        rate = value(result, metric="tokens_per_s", **train)
-        assert rate == pytest.approx(16 / value(result, metric="step_ms", **train) * 1e3)
-        done = value(result, metric="flops_per_s", **train)
-        assert done == pytest.approx(rate * cost.training_flops_per_token(config, 8))
-        cell = json.loads((run / "cells" / arm / "seed0" / "measure" / "step-8-b2-eager.json").read_text())
-        assert cell["turns"] == [1] * 7
-        flops = 16 * cost.training_flops_per_token(config, 8)
-        ceilings = [one["flops_per_s"] for one in cell["ceilings"]]
-        assert value(result, metric="ceiling_flops_per_s", **train) == pytest.approx(sorted(ceilings)[3])
-        shares = [flops / ms * 1e3 / one for ms, one in zip(cell["samples"]["ms"], ceilings, strict=True)]
-        assert value(result, metric="flops_utilisation", **train) == pytest.approx(sorted(shares)[3])
-        for context in CONTEXTS:
-            decode = {"arm": arm, "phase": "decode", "context": context, "batch": 1}
-            rate = value(result, metric="tokens_per_s", **decode)
-            assert rate == pytest.approx(1e3 / value(result, metric="ms_per_token", **decode))
-            size, ceiling = (
-                cost.decode_bytes(config, 1, context, 4),
-                value(result, metric="ceiling_bytes_per_s", **decode),
-            )
-            assert value(result, metric="bytes_per_s", **decode) == pytest.approx(rate * size)
-            assert value(result, metric="roofline_tokens_per_s", **decode) == pytest.approx(ceiling / size)
-            prefill = {"arm": arm, "phase": "prefill", "context": context, "batch": 1}
-            told = value(result, metric="time_to_first_token_ms", **prefill)
-            assert value(result, metric="tokens_per_s", **prefill) == pytest.approx(1e3 * context / told)
-        assert value(result, arm=arm, phase="operator", metric="forward_tokens_per_s") > 0
-        file = run / "cells" / arm / "seed0" / "measure" / "decode-8-b1-eager.json"
-        samples = json.loads(file.read_text())["samples"]["ms"]
-        assert len(samples) == 7
-        row = value(result, arm=arm, phase="decode", metric="ms_per_token", context=8)
-        assert row == pytest.approx(sorted(samples)[3] / 4)  # the median, 4 tokens a sample
+    assert {row["dtype"] for row in result["rows"]} == set(BYTES)
 
 
 def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
     *others, drift = result["findings"]
-    found = {(one["kind"], one["phase"], one["arm"]) for one in others}
-    crossings = {("crossover", phase, "mamba") for phase in ("step", "prefill", "decode")}
-    assert found == crossings | {("growth", "decode", arm) for arm in ARMS}
+    found = [(one["kind"], one["phase"], one["arm"], one["dtype"]) for one in others]
+    expected = [("crossover", phase, "mamba") for phase in ("step", "prefill", "decode")]
+    expected += [("growth", "decode", arm) for arm in ARMS]
+    assert sorted(found) == sorted((*one, dtype) for one in expected for dtype in BYTES)
     for one in others:
         if one["kind"] == "growth":
             folder = run / "cells" / one["arm"] / "seed0" / "measure"
-            turns = [json.loads((folder / f"decode-{at}-b1-eager.json").read_text()) for at in CONTEXTS]
+            turns = [json.loads((folder / f"decode-{at}-b1-eager-{one['dtype']}.json").read_text()) for at in CONTEXTS]
             ratios = [b / a for a, b in zip(*(turn["samples"]["ms"] for turn in turns), strict=True)]
             assert (one["from"], one["to"], one["ratio"]) == (8, 32, pytest.approx(sorted(ratios)[3]))
             assert min(ratios) * 0.999 < one["ci_low"] < one["ratio"] < one["ci_high"] < max(ratios) * 1.001
@@ -103,6 +108,9 @@ def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
         ('speed.modes=["eager", "compiled"]', "mode 'compiled' is refused for every arm on a CPU"),
         ('speed.modes=["eager", "eager"]', "each may appear once"),
         ('speed.modes=["fast"]', "speed.modes"),
+        ('speed.dtypes=["float32", "float32"]', "each may appear once"),
+        ('speed.dtypes=["float16"]', "speed.dtypes"),
+        ("speed.dtype=bfloat16", "unknown key 'speed.dtype': did you mean 'dtypes'?"),
         ("speed.contexts=[]", "speed.contexts"),
         ("speed.repeats=5", "speed.repeats"),
         ("measurement.repeats=3", "the speed study does not read 'measurement'"),

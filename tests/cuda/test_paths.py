@@ -83,10 +83,9 @@ def result_of(work: Generator[None, None, dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
 def test_speed_of_the_phases(name: str, tmp_path: Path) -> None:
     written(name, tmp_path, "bfloat16")
-    settings = SPEED.model_copy(update={"dtype": "bfloat16"})
     cells = {}
     for mode, phases in {"eager": ("decode", "prefill", "forward", "backward", "step"), "graph": ("decode",)}.items():
-        subject = Subject(load(tmp_path, GPU, "direct"), settings, mode)
+        subject = Subject(load(tmp_path, GPU, "direct"), SPEED, mode, "bfloat16")
         for phase in phases:
             cells[mode, phase] = result_of(measure_speed(subject, phase, text(ROWS, TOKENS + 1)))
     for (_, phase), cell in cells.items():

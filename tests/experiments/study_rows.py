@@ -7,7 +7,7 @@ from typing import Any
 def per_seed(arm: str, phase: str, metric: str, values: Sequence[float], **rest: Any) -> list[dict]:
     """One row per seed, the seeds counted from 0."""
     usual = {"unit": "", "direction": "lower", "comparable": True, "reason": None, "context": None, "batch": None,
-             "mode": None}  # fmt: skip
+             "mode": None, "dtype": None}  # fmt: skip
     shared = usual | {"arm": arm, "phase": phase, "metric": metric} | rest
     return [shared | {"seed": seed, "value": value} for seed, value in enumerate(values)]
 

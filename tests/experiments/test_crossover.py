@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.measurement.ceilings import CeilingsMeter
-from experiments.measurement.speed import OPERATIONS, OPERATORS
+from experiments.measurement.speed import OPERATIONS, OPERATORS, Subject
 from experiments.spec import Speed
 from experiments.studies.speed import crossover, growth
 from models import cost
@@ -83,11 +83,12 @@ def test_ceilings_are_rates_of_what_they_count():
 def test_an_operation_processes_the_tokens_that_it_counts(name: str, phase: str, monkeypatch: pytest.MonkeyPatch):
     model = LanguageModel(preset(name), seed=0).eval()
     tokens = torch.zeros(2, 17, dtype=torch.int64)
-    operation, counted = OPERATIONS[phase](model, Speed(decode_tokens=5), tokens)
+    subject = Subject(model, Speed(decode_tokens=5), "eager", "float32")
+    operation, counted = OPERATIONS[phase](subject, tokens)
     assert counted == (2 * 5 if phase == "decode" else 2 * 16)
     steps = []
-    inner = model.step
-    monkeypatch.setattr(model, "step", lambda token, state: steps.append(len(token)) or inner(token, state))
+    inner = subject.model.step
+    monkeypatch.setattr(subject.model, "step", lambda token, state: steps.append(len(token)) or inner(token, state))
     operation()
     operation()  # from the same state again
     assert sum(steps) == (2 * counted if phase == "decode" else 0)

@@ -1,5 +1,6 @@
 """What a continued run does again: cells that take turns belong to one sitting."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,8 @@ def test_on_a_gpu_an_arm_has_one_process_for_every_length_of_a_phase():
             assert len({cell.arm for cell in cells}) == 1
             wanted = lengths.get(cells[0].kind, sorted({cell.context for cell in cells}))
             assert [cell.context for cell in cells] == list(wanted)
-    _, (phase, shapes, mode) = STUDY.work_together(measured[0][:: len(EXPERIMENT.arms)], on_a_gpu)
-    assert (phase, mode) == ("step", "eager")
+    _, (phase, shapes, mode, dtype) = STUDY.work_together(measured[0][:: len(EXPERIMENT.arms)], on_a_gpu)
+    assert (phase, mode, dtype) == ("step", "eager", "float32")
     assert shapes == [(context, max(1, EXPERIMENT.speed.train_tokens // context)) for context in lengths["step"]]
 
 
@@ -112,12 +113,21 @@ def test_mode_graph_is_decode_of_every_arm_and_refused_where_a_step_needs_the_ho
     on_a_gpu = recorded.model_copy(update={"device": "cuda"})
     monkeypatch.setattr(runner, "attention_of_splits", lambda: None)
     with pytest.raises(ConfigError, match="'graph' is refused for every arm: it needs Triton"):
-        runner._check_mode("graph", on_a_gpu)
-    runner._check_mode("eager", on_a_gpu)
+        runner._check_mode("graph", ["float32"], on_a_gpu)
+    runner._check_mode("eager", ["float32"], on_a_gpu)
     monkeypatch.setattr(runner, "attention_of_splits", lambda: print)
-    runner._check_mode("graph", on_a_gpu)
+    runner._check_mode("graph", ["float32"], on_a_gpu)
     experts = on_a_gpu.model_copy(update={"arms": on_a_gpu.arms | {"moe": Arm(model="moe-1m")}})
     with pytest.raises(ConfigError, match="since of 'moe' outside bfloat16"):
-        runner._check_mode("graph", experts)
-    halved = experts.model_copy(update={"speed": experts.speed.model_copy(update={"dtype": "bfloat16"})})
-    runner._check_mode("graph", halved)
+        runner._check_mode("graph", ["bfloat16", "float32"], experts)
+    runner._check_mode("graph", ["bfloat16"], experts)
+
+
+def test_every_type_has_cells_and_turns_of_its_own():
+    both = load("speed", profile="smoke", assignments=['speed.dtypes=["bfloat16", "float32"]'])
+    planned = [cell for cell in STUDY.plan(both) if cell.kind != "build"]
+    halved, others = ([cell for cell in planned if cell.dtype == dtype] for dtype in both.speed.dtypes)
+    assert len(halved) + len(others) == len(planned) == len({cell.part + cell.group for cell in planned})
+    assert others == [cell for cell in PLAN if cell.kind != "build"]
+    assert {replace(cell, dtype="float32") for cell in halved} == set(others)
+    assert not {STUDY.turns(cell, both) for cell in halved} & {STUDY.turns(cell, both) for cell in others}

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import cost
 from models.config import ModelConfig
 from models.errors import ConfigError
 from models.feedforward.mlp import MLPConfig
@@ -209,3 +210,21 @@ def test_the_first_steps_of_every_family_learn():
             loss.backward()
             optimizer.step()
         assert loss.item() < 1.0, f"{name}: {loss.item():.2f} of 2.77"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny", "mamba2-tiny", "mamba3-tiny", "hybrid-tiny"])
+def test_a_cast_model_keeps_in_float32_what_a_mixer_wants_so(name):
+    model = LanguageModel(preset(name), seed=0)
+    for parameter in model.parameters():
+        parameter.add_(torch.rand(parameter.shape) * 1e-3)  # no number that bfloat16 holds already
+    half = model.cast(torch.bfloat16)
+    assert (half.dtype, half.config, half.backend) == (torch.bfloat16, model.config, model.backend)
+    assert half.head.weight is half.embedding.weight
+    assert sum(p.nbytes for p in half.parameters()) == cost.weight_bytes(model.config, 2)
+    for found, exact in zip(half.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, exact if found.dtype is torch.float32 else exact.bfloat16())
+        assert not (found.dtype is torch.bfloat16 and torch.equal(found.float(), exact))
+    tokens = torch.arange(9)[None]
+    assert torch.equal(model.cast(torch.float32)(tokens), model(tokens))
+    assert 0 < (half(tokens).float() - model(tokens)).abs().max() < 0.1

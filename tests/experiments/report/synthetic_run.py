@@ -76,7 +76,8 @@ class Builder:
         measured = phase != "quality"
         if phase == "train":
             context = CONTEXT
-        extra = {"context": context, "batch": 1 if measured else None, "mode": "eager" if measured else None}
+        extra = {"context": context, "batch": 1 if measured else None, "mode": "eager" if measured else None,
+                 "dtype": "float32" if measured else None}  # fmt: skip
         for arm in self.arms:
             comparable = not (arm == self.options.incomparable and phase != "quality")
             shared = {
