@@ -254,6 +254,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "splits": ["validation"], "precision": "bfloat16", "device": "cuda", "contexts": [3, 5], "seeds": [7],
         "learning_rates": [0.5], "overrides": {"layers": 3}, "validation_fraction": 0.3, "test_fraction": 0.3,
         "objective": "masked", "start": "weights", "train_contexts": [7], "batches": [2, 3], "dtype": "bfloat16",
+        "operator_contexts": [7], "dtypes": ["bfloat16"], "modes": ["graph"], "decode_mode": "graph",
     }  # fmt: skip
     if path[-1] in special:
         return special[path[-1]]
@@ -262,7 +263,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
     return value + "x" if isinstance(value, str) else value + 1 if isinstance(value, int) else value * 0.5
 
 
-EXPERIMENTS = {"comparison": EXPERIMENT, "memory": load("memory", profile="smoke")}
+EXPERIMENTS = {"comparison": EXPERIMENT} | {name: load(name, profile="smoke") for name in ("memory", "speed")}
 FIELDS = [
     (study, path) for study, one in EXPERIMENTS.items() for path, _ in _leaves(one.resolved()) if path != ("study",)
 ]

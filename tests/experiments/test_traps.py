@@ -196,12 +196,25 @@ class TestOneArmInAnotherType:
         scratch = cells.first_model(Arm(model="mamba-tiny", learning_rate=1e-3), preset("mamba-tiny"), 0, CPU)
         assert {p.dtype for model in (given, scratch) for p in model.parameters()} == {torch.float32}
 
-    @pytest.mark.parametrize("study", ["memory", "speed"])
-    def test_a_type_belongs_to_the_study_and_not_to_an_arm(self, study: str):
+    def test_a_type_belongs_to_the_study_and_not_to_an_arm(self):
         assert "dtype" not in Arm.model_fields
-        experiment = load(study, profile="smoke", assignments=[f"{study}.dtype=bfloat16"])
-        makes = [STUDIES[study].work(cell, experiment) for cell in STUDIES[study].plan(experiment)]
+        experiment, study = load("memory", profile="smoke", assignments=["memory.dtype=bfloat16"]), STUDIES["memory"]
+        makes = [study.work(cell, experiment) for cell in study.plan(experiment)]
         assert {details[2] for function, details in makes if function is cells.build_cell} == {"bfloat16"}
+
+    def test_several_types_are_each_for_every_arm(self):
+        experiment = load("speed", profile="smoke", assignments=['speed.dtypes=["bfloat16", "float32"]'])
+        plan = [cell for cell in STUDIES["speed"].plan(experiment) if cell.kind != "build"]
+        by_arm = [{replace(cell, arm="") for cell in plan if cell.arm == arm} for arm in experiment.arms]
+        assert by_arm[1:] == by_arm[:-1]
+        assert {cell.dtype for cell in by_arm[0]} == {"bfloat16", "float32"}
+        turns = {STUDIES["speed"].turns(cell, experiment): cell.dtype for cell in plan}
+        assert all(turns[STUDIES["speed"].turns(cell, experiment)] == cell.dtype for cell in plan)
+
+    def test_what_a_comparison_measures_is_of_one_type(self, tmp_path: Path):
+        experiment = load("compare", profile="smoke", assignments=["measurement.dtype=bfloat16"])
+        assert cells.measured_folder(experiment, tmp_path) == tmp_path / "checkpoint-bfloat16"
+        assert cells.measured_folder(load("compare", profile="smoke"), tmp_path) == tmp_path / "checkpoint"
 
 
 class TestMissingKernelTimedAsTheArchitecture:
