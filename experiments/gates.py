@@ -37,10 +37,10 @@ class Gate:
 
 
 def logit_tolerance(operations: Iterable[tuple[str, str]]) -> float:
-    """For (form, kernel) of every mixer. Kernels that multiply in 16 bits whatever they are given, which are Mamba-3's,
-    may be off by what their own check allows them, as a share of logits that start with standard deviation 1/4; what
-    several blocks round is independent, and adds up by its squares. (Rounding x, B, C and y to bfloat16 turns a model of
-    one block by 0.006, of four by 0.013, of nine by 0.019.) What tf32 rounds stays far below LOGIT_TOLERANCE: 0.0002 in
+    """For (form, kernel) of every mixer. Kernels that multiply in 16 bits whatever they are given, Mamba-3's, may be off
+    by what their own check allows them, as a share of logits that start with standard deviation 1/4. What several
+    blocks round is independent, and adds up by its squares: rounding x, B, C and y to bfloat16 changes logits by up to
+    0.006 in one block, 0.013 in four, 0.019 in nine. What tf32 rounds stays far below LOGIT_TOLERANCE, at 0.0002 in
     eighteen blocks of Mamba-2."""
     allowed = [tolerance(form, kernel, "float32") for form, kernel in operations]
     narrow = [share for share in allowed if share == TOLERANCES["bfloat16"]]

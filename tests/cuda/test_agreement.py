@@ -48,7 +48,8 @@ def differentiated(model: LanguageModel, precision: str) -> tuple[float, Tensor,
 
 def by_kind(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of a parameter in all blocks side by side. Of a block's few numbers, Mamba-2's A_log for one, each is a sum
-    over all tokens of terms of both signs; where they happen to cancel, what is left is no measure of their rounding."""
+    over all tokens of terms of both signs; where these happen to cancel, what is left does not measure their rounding.
+    """
     kinds: dict[str, list[Tensor]] = {}
     for name, gradient in gradients.items():
         kinds.setdefault(re.sub(r"^blocks\.\d+\.", "", name), []).append(gradient.flatten())
