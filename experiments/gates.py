@@ -37,7 +37,7 @@ class Gate:
 
 
 def logit_tolerance(operations: Iterable[tuple[str, str]]) -> float:
-    """For (form, kernel) of every mixer. Kernels that multiply in 16 bits whatever they are given, Mamba-3's, may be off
+    """For (form, kernel) of every mixer. Kernels that multiply in 16 bits whatever they are given, Mamba-3's, may err
     by what their own check allows them, as a share of logits that start with standard deviation 1/4. What several
     blocks round is independent, and adds up by its squares: rounding x, B, C and y to bfloat16 changes logits by up to
     0.006 in one block, 0.013 in four, 0.019 in nine. What tf32 rounds stays far below LOGIT_TOLERANCE, at 0.0002 in
