@@ -86,6 +86,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
+        self.host_bytes = resident_bytes()  # the kernel's mark is of its cheap counter, which may lie below this
         try:
             _CLEAR_REFS.write_text("5")
             self.method = "kernel high-water mark"
@@ -103,7 +104,7 @@ class PeakMemory:
             self._stop.set()
             self._sampler.join()
         else:
-            self.host_bytes = _high_water_mark()
+            self.host_bytes = max(self.host_bytes, _high_water_mark())
         self.host_bytes = max(self.host_bytes, resident_bytes())
         if self.device.type == "cuda":
             # as the phase ends: the allocator keeps the blocks that it has reserved, and libraries their workspaces

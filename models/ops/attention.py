@@ -38,9 +38,12 @@ def weights(q: Tensor, k: Tensor, *, causal: bool = True, window: int | None = N
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
     """torch's fused kernel (flash attention where the device has it). A window much shorter than the sequence is
     walked in blocks, so that what cannot be seen is not computed either."""
-    T, S = q.shape[2], k.shape[2]
+    T = q.shape[2]
     if window is not None and causal and 2 * window < T:
         return _banded(q, k, v, window)
+    if window is not None and causal and T == 1:  # needs no mask, which flash attention does not take
+        k, v = k[:, :, -window:], v[:, :, -window:]
+    S = k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     windowed = window is not None and window < S
     mask = visible(T, S, window, q.device) if causal and (windowed or 1 < T < S) else None

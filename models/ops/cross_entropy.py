@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.ops.precision import autocast_type
+
 SoftmaxGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}  # of float32 logits
 
@@ -42,8 +44,7 @@ def linear_cross_entropy(
     if bias is not None:  # one more input that is always 1
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
         weight = torch.cat([weight, bias[:, None]], 1)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = autocast_type(hidden.device) or hidden.dtype
     return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, softmax_gradient)
 
 

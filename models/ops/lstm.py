@@ -13,6 +13,8 @@ Signature of both forms:
 import torch
 from torch import Tensor
 
+from models.ops.precision import autocast_type, without_autocast
+
 
 def reference(x: Tensor, W: Tensor, U: Tensor, b: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
     """One step at a time."""
@@ -26,7 +28,12 @@ def reference(x: Tensor, W: Tensor, U: Tensor, b: Tensor, hidden: Tensor, cell: 
 
 
 def fused(x: Tensor, W: Tensor, U: Tensor, b: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
-    """torch's own: the products with W for all steps at once; cuDNN on a GPU."""
+    """torch's own: the products with W for all steps at once; cuDNN on a GPU. Under autocast in its type."""
+    dtype = autocast_type(x.device)
+    if dtype is not None:  # by itself torch would take float16 on a GPU, in which small gradients vanish
+        x, W, U, b, hidden, cell = (m.to(dtype) for m in (x, W, U, b, hidden, cell))
     before, weights = (hidden[None], cell[None]), (W, U, b, torch.zeros_like(b))
-    h, hidden, cell = torch.lstm(x, before, weights, True, 1, 0.0, False, False, True)
+    trains = torch.is_grad_enabled()  # cuDNN keeps what its backward pass needs only where it is told so
+    with without_autocast(x.device):
+        h, hidden, cell = torch.lstm(x, before, weights, True, 1, 0.0, trains, False, True)
     return h, hidden[0], cell[0]

@@ -30,9 +30,8 @@ def gather(within: Tensor, across: Tensor, b: Tensor, x: Tensor, D: Tensor) -> T
     """within by head + b across + D x: across by group, x natural, b and D steps. Natural."""
     Q = within.shape[3]
     across = _natural(across, x)
-    y = torch.empty_like(across)
     parts = (m.unflatten(1, (-1, Q)) for m in (across, b[..., None].to(across.dtype)))
-    torch.addcmul(within.transpose(2, 3), *parts, out=y.unflatten(1, (-1, Q)))
+    y = torch.addcmul(within.transpose(2, 3), *parts).flatten(1, 2)
     return y.addcmul_(x, D[..., None].to(x.dtype))
 
 
@@ -60,9 +59,8 @@ def gather_gradient(
     """
     carried, d_left = _natural(carried, x), _natural(d_left, x)
     Q = d_within.shape[3]
-    d_written = torch.empty_like(d_left)
     parts = (m.unflatten(1, (-1, Q)) for m in (d_left, to_end[..., None].to(d_left.dtype)))
-    torch.addcmul(d_within.transpose(2, 3), *parts, out=d_written.unflatten(1, (-1, Q)))
+    d_written = torch.addcmul(d_within.transpose(2, 3), *parts).flatten(1, 2)
     d_w, d_D, given, left = ((m * n).sum(-1, dtype=w.dtype) for m, n in (
         (d_written, x), (d_y, x), (d_y, carried), (d_left, x)))  # fmt: skip
     d_x = (d_written * w[..., None].to(x.dtype)).addcmul_(d_y, D[..., None].to(x.dtype))

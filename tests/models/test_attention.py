@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,6 +81,22 @@ def test_what_a_window_hides_is_nothing_at_all(form, T):
     k[:, :, : T - 4] *= 1e6
     v[:, :, : T - 4] = 1e300
     assert torch.equal(form(q, k, v, window=4)[:, :, -1], expected[:, :, -1])
+
+
+def test_one_query_needs_no_mask(monkeypatch):
+    """With one torch takes slower kernels, on a GPU others altogether."""
+    masks, fused = [], F.scaled_dot_product_attention
+
+    def attention(q, k, v, *, attn_mask, **how):
+        masks.append(attn_mask)
+        return fused(q, k, v, attn_mask=attn_mask, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for S, window in ((1, 4), (4, 4), (9, 4), (9, None)):
+        q, k, v = draw(2, 4, 2, 1, S, 8)
+        expected = reference(q, k, v, window=window)
+        torch.testing.assert_close(sdpa(q, k, v, window=window), expected, rtol=1e-12, atol=1e-12)
+    assert masks == [None] * 4
 
 
 def test_blocks_of_a_window_never_hold_the_whole_matrix():

@@ -80,6 +80,42 @@ def test_gradients_are_those_of_finite_differences(form):
     assert torch.autograd.gradcheck(FORMS[form], [x.requires_grad_() for x in draw(2, 4, 2, 3)])
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """What `torch.lstm` is given: its tensors, whether it trains, and whether autocast is on."""
+    seen, call = [], torch.lstm
+
+    def lstm(x, before, weights, has_biases, layers, dropout, train, *rest):
+        seen.append(([x, *before, *weights], train, torch.is_autocast_enabled("cpu")))
+        return call(x, before, weights, has_biases, layers, dropout, train, *rest)
+
+    monkeypatch.setattr(torch, "lstm", lstm)
+    return seen
+
+
+def test_it_trains_wherever_a_gradient_may_be_asked_for(calls):
+    """cuDNN's backward pass refuses what its forward pass did not do for training; a CPU's takes either."""
+    inputs = draw(2, 5, 4, 3)
+    FORMS["torch"](*inputs)
+    with torch.no_grad():
+        FORMS["torch"](*inputs)
+    assert [train for _, train, _ in calls] == [True, False]
+
+
+def test_under_autocast_it_runs_in_the_type_of_that(calls):
+    """Left to itself torch has cuDNN run in float16, whatever autocast's type is."""
+    inputs = draw(2, 30, 8, 8, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h, *_ = differentiated = differentiate(FORMS["torch"], inputs, torch.float32)
+    ((given, _, autocast),) = calls
+    assert {x.dtype for x in given} == {h.dtype} == {torch.bfloat16}
+    assert not autocast
+    expected = differentiate(ops.reference, inputs, torch.float64)
+    for what, got, exact in zip(("h", "last hidden", "last cell", *NAMES), differentiated, expected, strict=True):
+        assert (got.double() - exact).norm() <= 0.02 * exact.norm(), what
+    assert {gradient.dtype for gradient in differentiated[3:]} == {torch.float32}
+
+
 def test_it_is_the_module_of_torch():
     x, W, U, b, hidden, cell = draw(2, 9, 4, 6)
     theirs = torch.nn.LSTM(4, 6, batch_first=True, dtype=torch.float64)

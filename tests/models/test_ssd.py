@@ -135,6 +135,17 @@ def test_gradients_over_a_border_of_chunks_are_those_of_finite_differences(form,
     assert torch.autograd.gradcheck(FORMS[form], inputs)
 
 
+def test_it_can_be_compiled_over_a_border_of_chunks():
+    """As it is on a GPU without the official kernels: every write has to be one that can be traced."""
+    inputs = draw(2, ops.CHUNK + 11, 4, 8, 2, 6, torch.float32)
+    torch.compiler.reset()
+    traced = torch.compile(FORMS["torch"], backend="aot_eager", dynamic=False)
+    found, expected = (differentiate(form, inputs, torch.float32) for form in (traced, FORMS["torch"]))
+    torch.compiler.reset()
+    for actual, exact in zip(*([*outputs, *gradients] for outputs, gradients in (found, expected)), strict=True):
+        assert_near(actual, exact, 1e-6)
+
+
 @all_forms
 @given(
     T=st.integers(1, 140), R=st.integers(1, 3), G=st.integers(1, 3), P=st.integers(1, 4), N=st.integers(1, 4),
