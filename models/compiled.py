@@ -4,13 +4,17 @@ The blocks of a kind share their code, so one of each kind is compiled however m
 minutes for a deep model. What stands outside the blocks, embedding, last norm, head and loss, runs as it is.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from models.language_model import LanguageModel
 from models.ops.attention import rotary_table
 
+# With one row a product is a sum over a matrix that is read once. Only under this option does torch generate it as such,
+# fused with what is beside it, instead of calling a library's matrix product; the price is that the first call tries
+# configurations of each kernel, some tens of compilations.
+ONE_ROW = {"coordinate_descent_tuning": True}
 MOST_VERSIONS = 64  # of a block's code: kinds of blocks times shapes; beyond that torch would stop compiling in silence
 
 
@@ -23,5 +27,6 @@ def compile_blocks(model: LanguageModel, method: Literal["forward", "step"]) -> 
     torch.compiler.assume_constant_result(rotary_table)  # or it would be computed anew inside
     torch._dynamo.config.recompile_limit = MOST_VERSIONS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    how: dict[str, Any] = {"dynamic": False, "options": ONE_ROW if method == "step" else None}
     for block in model.blocks:
-        setattr(block, method, torch.compile(getattr(block, method), dynamic=False))
+        setattr(block, method, torch.compile(getattr(block, method), **how))
