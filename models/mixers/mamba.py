@@ -17,6 +17,7 @@ from models.norm import Norm, RMSNorm
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
 from models.ops.kernels import Selection
+from models.ops.projections import columns
 from models.ops.selective_scan import decay_rate, forward_flops
 from models.ops.selective_scan import reference as selective_scan
 from models.settings import flags, positive, positive_or_none, step_sizes
@@ -180,7 +181,7 @@ class Mamba(Mixer):
                 self.A_log, self.D, state.conv, state.ssm, self.config.negative_eigenvalues,
             )  # fmt: skip
             return self.ops.linear_step(y, self.out_proj.weight), after
-        u, z = uz.chunk(2, -1)
+        u, z = columns(uz, self.gate_sizes)
         u = self.ops.causal_conv1d_step(u, self.conv_weight, self.conv_bias, state.conv)
         dt, B, C = self.x_proj(u).split(self.split_sizes, -1)
         y = self.ops.selective_scan_step(

@@ -19,6 +19,7 @@ from models.norm import Norm, RMSNorm
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
 from models.ops.kernels import Selection
+from models.ops.projections import columns
 from models.ops.selective_scan import decay_rate
 from models.ops.ssd import for_heads, forward_flops
 from models.ops.ssd import reference as ssd
@@ -192,7 +193,7 @@ class Mamba2(Mixer):
                 state.conv, state.ssm, self.config.negative_eigenvalues, self.config.norm_eps, self.norm_groups,
             )  # fmt: skip
             return self.ops.linear_step(y, self.out_proj.weight), after
-        z, xBC, dt = projected.split(self.split_sizes, -1)
+        z, xBC, dt = columns(projected, self.split_sizes)
         u, B, C = self._heads(self.ops.causal_conv1d_step(xBC, self.conv_weight, self.conv_bias, state.conv))
         y = self.ops.ssd_step(
             u, dt, self.A, B, C, self.D, self.dt_bias, state.ssm, self.config.negative_eigenvalues

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops.kernels import attention_of_splits
+from models.ops.kernels import attention_of_splits, splits_attention
 from models.state import Place
 
 
@@ -51,9 +51,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | 
 def of_slots(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tensor:
     """One query, T = 1, that sees the first `filled` (0-dimensional, int64, at least 1) of the S keys, which may have
     another type. On a GPU with Triton by a kernel that splits the keys, float64 excepted; else every slot is read."""
-    splitting = attention_of_splits() if q.is_cuda and q.dtype is not torch.float64 else None
-    if splitting is not None:
-        return splitting(q, k, v, filled)
+    if q.is_cuda and q.dtype is not torch.float64 and splits_attention():
+        return attention_of_splits(q, k, v, filled)
     grouped = q.shape[1] != k.shape[1]
     seen = (torch.arange(k.shape[2], device=q.device) < filled).expand(1, -1)
     k, v = k.to(q.dtype), v.to(q.dtype)
