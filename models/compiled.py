@@ -10,7 +10,7 @@ import torch
 
 from models.language_model import LanguageModel
 from models.ops.attention import rotary_table
-from models.ops.kernels import splits_attention
+from models.ops.kernels import has_triton
 
 # With one row a product is a sum over a matrix that is read once. Only under this option does torch generate it as such,
 # fused with what is beside it, instead of calling a library's matrix product; the price is that the first call tries
@@ -26,7 +26,7 @@ def compile_blocks(model: LanguageModel, method: Literal["forward", "step"]) -> 
     and would be compiled anew at every token.
     """
     torch.compiler.assume_constant_result(rotary_table)  # or it would be computed anew inside
-    torch.compiler.assume_constant_result(splits_attention)  # it imports
+    torch.compiler.assume_constant_result(has_triton)  # it imports
     torch._dynamo.config.recompile_limit = MOST_VERSIONS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     how: dict[str, Any] = {"dynamic": False, "options": ONE_ROW if method == "step" else None}

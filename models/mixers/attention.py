@@ -14,7 +14,7 @@ from models.initialisation import reset_bias, reset_convolution, reset_linear
 from models.mixers.base import Mixer
 from models.mixers.explanation import AttentionExplanation
 from models.norm import Norm, RMSNorm
-from models.ops.attention import ATTENTION, of_slots, rotary_table, weights
+from models.ops.attention import ATTENTION, of_slots, place_token, rotary_table, weights
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection, load, select
 from models.settings import divides, flags, numbers, positive, positive_or_none
@@ -158,7 +158,7 @@ class Attention(Mixer):
         y = self.attend(q, k, v, causal=self.config.causal, window=self.config.window)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), state
 
-    def _heads(self, qkv: Tensor, start: int | Place) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, qkv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, channels), the first at position `start` -> q (B, H, T, P), k and v (B, K, T, P)."""
         H, K = self.heads, self.kv_heads
         qkv = qkv.view(*qkv.shape[:2], H + 2 * K, self.head_width)
@@ -200,8 +200,7 @@ class Attention(Mixer):
         qkv = self.qkv_proj(x)
         if state.conv is not None:
             qkv = self.ops.causal_conv1d_step(qkv, self.conv_weight, self.conv_bias, state.conv)
-        q, k, v = self._heads(qkv[:, None], place)
-        y = of_slots(q, *state.put(k, v, place))
+        y = of_slots(*place_token(qkv.unflatten(1, (-1, self.head_width)), self._base, state, place))
         return self.o_proj(y.flatten(1))
 
     def branch_step(self, x: Tensor, norm: Norm, state: KVCache) -> tuple[Tensor, KVCache]:

@@ -118,12 +118,26 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"models.ops.kernels.{name}_form")
 
 
-def splits_attention() -> bool:
-    """Whether Triton can be imported, which `attention_of_splits` is written in."""
+def has_triton() -> bool:
+    """Whether Triton can be imported, which `place_token` and `attention_of_splits` are written in."""
     return _import_problem("triton", "pip install triton") is None
 
 
-# an operator of torch's, so that `torch.compile` calls it as it is and keeps its graph whole
+# operators of torch's, so that `torch.compile` calls them as they are and keeps its graph whole
+@torch.library.custom_op("lab::place_token", mutates_args=("keys", "values"), device_types="cuda")
+def place_token(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, at: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What precedes the attention of one query, for a GPU: models.ops.kernels.triton_decode."""
+    return importlib.import_module("models.ops.kernels.triton_decode").place_token(qkv, cos, sin, at, keys, values)
+
+
+@place_token.register_fake
+def _(qkv, cos, sin, at, keys, values):
+    B, K, _, P = keys.shape
+    return qkv.new_empty(B, qkv.shape[1] - 2 * K, 1, P), torch.empty_like(at)
+
+
 @torch.library.custom_op("lab::attention_of_splits", mutates_args=(), device_types="cuda")
 def attention_of_splits(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tensor:
     """Attention of one query for a GPU: models.ops.kernels.triton_decode."""
@@ -131,7 +145,7 @@ def attention_of_splits(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tens
 
 
 @attention_of_splits.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tensor:
+def _(q, k, v, filled):
     return q.new_empty(q.shape)
 
 
