@@ -32,3 +32,5 @@ def compile_blocks(model: LanguageModel, method: Literal["forward", "step"]) -> 
     how: dict[str, Any] = {"dynamic": False, "options": ONE_ROW if method == "step" else None}
     for block in model.blocks:
         setattr(block, method, torch.compile(getattr(block, method), **how))
+    if method == "step":
+        model.step_logits = torch.compile(model.step_logits, **how)

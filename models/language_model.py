@@ -158,8 +158,12 @@ class LanguageModel(nn.Module):
         for block, before in zip(self.blocks, state.blocks, strict=True):
             x, block_state = block.step(x, before)
             after.append(block_state)
+        return self.step_logits(x), ModelState(tuple(after))
+
+    def step_logits(self, x: Tensor) -> Tensor:
+        """What the last block gives for one token (B, D) -> logits (B, V)."""
         x = x if self.norm is None else self.norm(x)
-        return self.ops.linear_step(x, self.head.weight, self.head.bias), ModelState(tuple(after))
+        return self.ops.linear_step(x, self.head.weight, self.head.bias)
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype | None = None) -> ModelState:
         """An empty state for sequences of up to `max_len` tokens; dtype defaults to the parameters'."""
