@@ -1,10 +1,13 @@
 """Normalisation as a module, in the form that the device has."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ops.kernels import load_beside
+from models.ops.rms_norm import before_linear
 
 
 class RMSNorm(nn.Module):
@@ -45,6 +48,15 @@ class LayerNorm(nn.Module):
 
 Norm = RMSNorm | LayerNorm
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def then_linear(
+    norm: Norm, x: Tensor, linear: Callable[..., Tensor], weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """linear(norm(x), weight, bias) of one token, x (B, D)."""
+    if isinstance(norm, RMSNorm) and len(x) == 1 and torch.compiler.is_compiling():
+        return before_linear(x, norm.weight, norm.eps, weight, bias)
+    return linear(norm(x), weight, bias)
 
 
 def dropout(share: float) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.feedforward.base import FeedForward
 from models.initialisation import reset_linear
-from models.norm import Norm, RMSNorm
+from models.norm import Norm, RMSNorm, then_linear
 from models.settings import positive_or_none
 
 
@@ -63,5 +63,7 @@ class SwiGLU(FeedForward):
     def branch_step(self, x: Tensor, norm: Norm) -> Tensor:
         gate_up, down = self.gate_up_proj.weight, self.down_proj.weight
         if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, gate_up, down):
-            return super().branch_step(x, norm)
+            if not torch.compiler.is_compiling():
+                return super().branch_step(x, norm)
+            return x + self.ops.linear_step(self.ops.swiglu(then_linear(norm, x, self.ops.linear_step, gate_up)), down)
         return self.ops.swiglu_branch(x, norm.weight, norm.eps, gate_up, down)

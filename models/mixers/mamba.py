@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
-from models.norm import Norm, RMSNorm
+from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
 from models.ops.kernels import Selection
@@ -172,10 +172,12 @@ class Mamba(Mixer):
         )  # fmt: skip
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        uz = self.ops.linear_step(x, self.in_proj.weight)
+        return self._projected_step(self.ops.linear_step(x, self.in_proj.weight), state)
+
+    def _projected_step(self, uz: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         after = RecurrentState(state.conv, state.ssm, state.length + 1)
         # the compiled step is for one type throughout, and not a 16-bit one
-        if self.backend.name == "numba" and x.dtype == state.conv.dtype == self.A_log.dtype:
+        if self.backend.name == "numba" and uz.dtype == state.conv.dtype == self.A_log.dtype:
             y = self.ops.mamba_step(
                 uz, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
                 self.A_log, self.D, state.conv, state.ssm, self.config.negative_eigenvalues,
@@ -196,7 +198,8 @@ class Mamba(Mixer):
         )  # fmt: skip
         buffers = state.conv, state.ssm
         if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *parameters, *buffers):
-            return super().branch_step(x, norm, state)
+            y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
+            return x + y, after
         negative = self.config.negative_eigenvalues
         x = self.ops.mamba_branch(x, norm.weight, norm.eps, *parameters, *buffers, negative)
         return x, RecurrentState(*buffers, state.length + 1)

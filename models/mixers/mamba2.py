@@ -15,7 +15,7 @@ from models.errors import ConfigError
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
-from models.norm import Norm, RMSNorm
+from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
 from models.ops.kernels import Selection
@@ -184,10 +184,12 @@ class Mamba2(Mixer):
         )  # fmt: skip
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        projected = self.ops.linear_step(x, self.in_proj.weight)
+        return self._projected_step(self.ops.linear_step(x, self.in_proj.weight), state)
+
+    def _projected_step(self, projected: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         after = RecurrentState(state.conv, state.ssm, state.length + 1)
         # the compiled step is for one type throughout, and not a 16-bit one
-        if self.backend.name == "numba" and x.dtype == state.conv.dtype == self.A_log.dtype:
+        if self.backend.name == "numba" and projected.dtype == state.conv.dtype == self.A_log.dtype:
             y = self.ops.mamba2_step(
                 projected, self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.norm_weight,
                 state.conv, state.ssm, self.config.negative_eigenvalues, self.config.norm_eps, self.norm_groups,
@@ -208,7 +210,8 @@ class Mamba2(Mixer):
         )  # fmt: skip
         buffers = state.conv, state.ssm
         if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *parameters, *buffers):
-            return super().branch_step(x, norm, state)
+            y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
+            return x + y, after
         rest = self.config.negative_eigenvalues, self.config.norm_eps, self.norm_groups
         x = self.ops.mamba2_branch(x, norm.weight, norm.eps, *parameters, *buffers, *rest)
         return x, RecurrentState(*buffers, state.length + 1)
