@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ops.kernels import load_beside
-from models.ops.rms_norm import before_linear
+from models.ops.rms_norm import before_linear, one_compiled_row
 
 
 class RMSNorm(nn.Module):
@@ -54,7 +54,7 @@ def then_linear(
     norm: Norm, x: Tensor, linear: Callable[..., Tensor], weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """linear(norm(x), weight, bias) of one token, x (B, D)."""
-    if isinstance(norm, RMSNorm) and len(x) == 1 and torch.compiler.is_compiling():
+    if isinstance(norm, RMSNorm) and one_compiled_row(x):
         return before_linear(x, norm.weight, norm.eps, weight, bias)
     return linear(norm(x), weight, bias)
 

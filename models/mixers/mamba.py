@@ -17,7 +17,7 @@ from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
 from models.ops.kernels import Selection
-from models.ops.projections import columns
+from models.ops.projections import columns, kept
 from models.ops.selective_scan import decay_rate, forward_flops
 from models.ops.selective_scan import reference as selective_scan
 from models.settings import flags, positive, positive_or_none, step_sizes
@@ -189,7 +189,7 @@ class Mamba(Mixer):
         y = self.ops.selective_scan_step(
             u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
-        return self.out_proj(y), after
+        return self.out_proj(kept(y)), after
 
     def branch_step(self, x: Tensor, norm: Norm, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         parameters = (

@@ -19,7 +19,8 @@ from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
 from models.ops.kernels import Selection
-from models.ops.projections import columns
+from models.ops.projections import columns, kept
+from models.ops.rms_norm import before_linear, one_compiled_row
 from models.ops.selective_scan import decay_rate
 from models.ops.ssd import for_heads, forward_flops
 from models.ops.ssd import reference as ssd
@@ -200,8 +201,11 @@ class Mamba2(Mixer):
         y = self.ops.ssd_step(
             u, dt, self.A, B, C, self.D, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
-        y = self._normed(y.flatten(-2), z)
-        return self.ops.linear_step(y, self.out_proj.weight), after
+        y = y.flatten(-2)
+        if one_compiled_row(y) and self.norm_groups == 1:
+            norm = self.norm_weight, self.config.norm_eps
+            return before_linear(kept(y * F.silu(z)), *norm, self.out_proj.weight), after
+        return self.ops.linear_step(self._normed(y, z), self.out_proj.weight), after
 
     def branch_step(self, x: Tensor, norm: Norm, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         parameters = (

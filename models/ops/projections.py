@@ -37,6 +37,12 @@ def columns(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(y.as_strided((len(y), size), (y.shape[1], 1), start) for size, start in zip(sizes, at, strict=True))
 
 
+def kept(y: Tensor) -> Tensor:
+    """y itself. `torch.compile` then computes it once, where its last sum is made, and not anew in every row of the
+    product that reads it: a view by strides needs it in memory."""
+    return y.as_strided(y.shape, y.stride())
+
+
 def no_branches(x: Tensor, *others: Tensor) -> bool:
     """Whether these are for the form's residual branches in one call: a form that has none."""
     return False

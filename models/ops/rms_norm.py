@@ -17,6 +17,11 @@ def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def one_compiled_row(x: Tensor) -> bool:
+    """Whether x (B, D) is of a step that `torch.compile` traces for one sequence, whose products it writes as sums."""
+    return torch.compiler.is_compiling() and len(x) == 1
+
+
 def before_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """linear(norm(x)) of one row x (1, D), weight (out, D), for a compiler: one kernel instead of two.
 
