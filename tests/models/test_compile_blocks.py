@@ -20,6 +20,7 @@ MIXERS = {
     "ring": AttentionConfig(heads=4, window=4, backend="sdpa"),
     "mamba": MambaConfig(state=4, backend="torch"),
     "mamba2": Mamba2Config(head_width=8, state=6, backend="torch"),
+    "mamba2 in groups": Mamba2Config(head_width=8, state=6, groups=2, grouped_norm=True, backend="torch"),
 }
 PROMPT, LIMIT, VOCABULARY = 5, 12, 23
 
@@ -30,7 +31,10 @@ def frames(monkeypatch):
     torch.compiler.reset()
     counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
 
+    counter.options = []
+
     def compile_counted(function, *, options, **how):  # the options are those of another backend
+        counter.options.append(options)
         return compile_(function, backend=counter, **how)
 
     monkeypatch.setattr(compiled.torch, "compile", compile_counted)
@@ -50,8 +54,8 @@ def model(mixer, layers: int = 3) -> LanguageModel:
     return made
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (2, LIMIT), generator=torch.Generator().manual_seed(1))
+def tokens(rows: int = 2) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (rows, LIMIT), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -72,14 +76,21 @@ def test_a_compiled_trunk_has_the_plain_ones_outputs_and_gradients(name, frames)
     assert 0 < frames.frame_count == of_one_block
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", MIXERS)
-def test_a_compiled_step_is_compiled_once_for_every_block_and_position(name, frames):
+def test_a_compiled_step_is_compiled_once_for_every_block_and_position(name, rows, frames):
+    """One row is traced otherwise; norms with weights, whose place in a product counts."""
     plain, made = model(MIXERS[name]).eval(), model(MIXERS[name]).eval()
+    for one in (plain, made):
+        for parameter in one.parameters():
+            if parameter.ndim == 1:
+                parameter.data += torch.linspace(-0.3, 0.3, len(parameter), dtype=parameter.dtype)
     with torch.inference_mode():
-        state, own = (one.prefill(tokens()[:, :PROMPT], one.make_state(2, LIMIT))[1] for one in (plain, made))
+        text = tokens(rows)
+        state, own = (one.prefill(text[:, :PROMPT], one.make_state(rows, LIMIT))[1] for one in (plain, made))
         compile_blocks(made, "step")
         repeated = RepeatableStep(made, own, LIMIT)
-        for token in tokens()[:, PROMPT:].unbind(1):
+        for token in text[:, PROMPT:].unbind(1):
             expected, state = plain.step(token, state)
             torch.testing.assert_close(repeated.step(token), expected, rtol=1e-10, atol=1e-11)
     assert frames.frame_count == 2  # and of what stands after the blocks
@@ -96,3 +107,12 @@ def test_where_torch_would_stop_compiling_there_is_an_error(frames, monkeypatch)
             _, state = made.step(token, state)
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             made.step(tokens()[:, -1], state)
+
+
+@pytest.mark.parametrize("method", ["forward", "step"])
+def test_only_a_step_is_compiled_with_its_products_as_sums(method, frames):
+    compile_blocks(model(MIXERS["mamba"], layers=2), method)
+    expected = {"forward": [None] * 2, "step": [{"coordinate_descent_tuning": True}] * 3}
+    assert frames.options == expected[method]
+    known = torch._inductor.list_options()
+    assert all(name in known for options in frames.options if options for name in options)
