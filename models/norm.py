@@ -53,7 +53,8 @@ NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layern
 def then_linear(
     norm: Norm, x: Tensor, linear: Callable[..., Tensor], weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """linear(norm(x), weight, bias) of one token, x (B, D)."""
+    """linear(norm(x), weight, bias) of one token, x (B, D). Compiled for one row, an RMSNorm is part of the product;
+    elsewhere, and where more than one product or none reads it (experts, LSTM), it stays an operation of its own."""
     if isinstance(norm, RMSNorm) and one_compiled_row(x):
         return before_linear(x, norm.weight, norm.eps, weight, bias)
     return linear(norm(x), weight, bias)

@@ -21,9 +21,9 @@ WARM_UP = 3  # steps before recording, in which kernels are loaded and choose th
 class RepeatableStep:
     """Decoding whose every step is the same operations on fixed memory: from `state` on, up to `limit` tokens in all.
 
-    `step` as the model's; it also chooses the next token greedily, within the same operations, so that what writes
-    greedily does nothing else. The state's buffers are its own from now on. `load` goes on from a copy of another state of
-    the same shapes; `rewind` goes back to the position at which it was made or loaded: a cache is written over beyond
+    `step` as the model's; it also chooses the next token greedily, within the same operations, so that who writes
+    greedily does nothing else. The state's buffers are its own from now on. `load` goes on from a copy of another state
+    of the same shapes; `rewind` goes back to the position at which it was made or loaded: a cache is written over beyond
     it; a recurrent state just goes on. Raises ConfigError for a model that cannot be repeated so, with the reason.
     """
 

@@ -54,9 +54,7 @@ def by_triton(x: Tensor) -> bool:
     return x.is_cuda and x.dtype is not torch.float64 and has_triton()
 
 
-def place_token(
-    qkv: Tensor, base: float | None, cache: KVCache, place: Place
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def place_token(qkv: Tensor, base: float | None, cache: KVCache, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One token's queries, keys and values (B, H + 2 K, P), rotated to its place, where `base` asks for it, and put
     into the cache: what `of_slots` reads, q (B, H, 1, P), both buffers of the cache, and how many slots are filled."""
     kv_heads, P = cache.keys.shape[1], cache.keys.shape[3]

@@ -12,6 +12,7 @@ from models.language_model import LanguageModel
 from models.mixers.attention import AttentionConfig
 from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
+from models.mixers.mamba3 import Mamba3Config
 from models.ops.kernels import reference_form, torch_form
 from models.recorded import RepeatableStep
 
@@ -20,7 +21,10 @@ MIXERS = {
     "ring": AttentionConfig(heads=4, window=4, backend="sdpa"),
     "mamba": MambaConfig(state=4, backend="torch"),
     "mamba2": Mamba2Config(head_width=8, state=6, backend="torch"),
-    "mamba2 in groups": Mamba2Config(head_width=8, state=6, groups=2, grouped_norm=True, backend="torch"),
+}
+STEPPING = MIXERS | {
+    "mamba2 in groups": Mamba2Config(head_width=8, state=6, groups=2, backend="torch"),
+    "mamba3": Mamba3Config(head_width=8, state=8, backend="torch"),
 }
 PROMPT, LIMIT, VOCABULARY = 5, 12, 23
 
@@ -77,10 +81,10 @@ def test_a_compiled_trunk_has_the_plain_ones_outputs_and_gradients(name, frames)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", STEPPING)
 def test_a_compiled_step_is_compiled_once_for_every_block_and_position(name, rows, frames):
     """One row is traced otherwise; norms with weights, whose place in a product counts."""
-    plain, made = model(MIXERS[name]).eval(), model(MIXERS[name]).eval()
+    plain, made = model(STEPPING[name]).eval(), model(STEPPING[name]).eval()
     for one in (plain, made):
         for parameter in one.parameters():
             if parameter.ndim == 1:

@@ -4,7 +4,8 @@ Both libraries keep channels before time, (B, E, T), and B and C as (B, N, T). W
 is a matter of strides: the scan wants time there (`channel_projections` sees to it), SSD channels, the convolution
 takes either. `torch.compile` leaves the kernels as they are: it breaks its graph around them. Not so in a decode step:
 one token is so little work that launches are what it costs, and traced, the definitions are fused with what is beside
-them. Compiled, the forms of a step are therefore those of `torch`.
+them. Compiled, the forms of a step are therefore those of `torch`, but for the convolution's, which is an operator that
+torch knows.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -75,8 +76,8 @@ linear_cross_entropy = partial(cross_entropy.linear_cross_entropy, softmax_gradi
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    step = y.ndim == 2
-    return (_gated_step if step else _gated)(y, z, weight, eps, groups)
+    """y, z (B, E) of a step, or (B, T, E)."""
+    return (_gated_step if y.ndim == 2 else _gated)(y, z, weight, eps, groups)
 
 
 @untraced
