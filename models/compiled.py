@@ -1,8 +1,8 @@
 """`torch.compile`, a block at a time, the same way for every architecture.
 
 The blocks of a kind share their code, so one of each kind is compiled however many there are: seconds instead of
-minutes for a deep model. What stands outside the blocks, embedding, last norm, head and loss, runs as it is; in a decode
-step, where reading the head counts, the last norm and the head are compiled too.
+minutes for a deep model. What stands outside the blocks, embedding, last norm, head and loss, runs as it is; but in a
+decode step, where reading the head counts, the last norm and the head are compiled too.
 """
 
 from typing import Any, Literal

@@ -23,8 +23,8 @@ class RepeatableStep:
 
     `step` as the model's; it also chooses the next token greedily, within the same operations, so that who writes
     greedily does nothing else. The state's buffers are its own from now on. `load` goes on from a copy of another state
-    of the same shapes; `rewind` goes back to the position at which it was made or loaded: a cache is written over beyond
-    it; a recurrent state just goes on. Raises ConfigError for a model that cannot be repeated so, with the reason.
+    of the same shapes; `rewind` goes back to the position at which it was made or loaded: a cache is written over from
+    there; a recurrent state just goes on. Raises ConfigError for a model that cannot be repeated so, with the reason.
     """
 
     def __init__(self, model: LanguageModel, state: ModelState, limit: int) -> None:
