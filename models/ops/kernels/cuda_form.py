@@ -77,17 +77,16 @@ linear_cross_entropy = partial(cross_entropy.linear_cross_entropy, softmax_gradi
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
     """y, z (B, E) of a step, or (B, T, E)."""
-    return (_gated_step if y.ndim == 2 else _gated)(y, z, weight, eps, groups)
+    return (_gated_step if y.ndim == 2 else _gated_sequence)(y, z, weight, eps, groups)
 
 
-@untraced
 def _gated(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
     return rmsnorm_fn(
         y, weight, None, z=z, eps=eps, group_size=y.shape[-1] // groups, norm_before_gate=False
     )  # fmt: skip
 
 
-_gated_step = traced_as(gated_fused)(_gated)
+_gated_step, _gated_sequence = traced_as(gated_fused)(_gated), untraced(_gated)
 
 
 @untraced
