@@ -143,9 +143,9 @@ def decode(arm: str, side: str) -> common.Turn:
         else:
             logits, state = model.prefill(prompt, model.make_state(1, PROMPT + NEW))
             recorded.load(state)
-            for _ in range(NEW - 1):
-                logits = recorded.step(logits.argmax(1))
-            logits.argmax(1)
+            recorded.step(logits.argmax(1))
+            for _ in range(NEW - 2):
+                recorded.step()
         torch.cuda.synchronize()
         return NEW, loss
 

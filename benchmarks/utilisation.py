@@ -1,16 +1,17 @@
 """How much of a GPU the models use: of its arithmetic in training, of its memory in single-stream decoding.
 
-    python -m benchmarks.utilisation [--json]
+    python -m benchmarks.utilisation [--decode-size 1b|7b] [--json]
 
 Training at about 370M parameters on sequences of 2048 tokens, under bfloat16 autocast, blocks compiled; decoding at
-about 1.3B parameters in bfloat16, one sequence after 1024 tokens, the compiled step replayed from a CUDA graph. Shares
-are of a large matrix product and of a large copy, measured turn by turn beside the work. A training step counts three
-forward passes (nothing is computed twice), and a masked product of attention only what the mask leaves.
+about 1.3B or 6.9B parameters in bfloat16, one sequence after 1024 tokens, the compiled step replayed from a CUDA graph.
+A larger model's kernels read for longer, so that starting them counts for less: a share of bandwidth is of a size.
+Shares are of a large matrix product and of a large copy, measured turn by turn beside the work. A training step counts
+three forward passes (nothing is computed twice), and a masked product of attention only what the mask leaves.
 """
 
 import json
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,21 +38,38 @@ AIMS = {"training": 0.45, "decode": 0.75}
 Work = Generator[None, None, dict[str, Any]]
 
 
-def large(arm: str) -> ModelConfig:
-    """About 1.3B parameters: the 370m preset at twice the width, the transformer's hidden width fitted to Mamba's
-    parameters as the presets' are."""
-    config = replace(preset(f"{arm}-370m"), width=2048)
+@dataclass(frozen=True)
+class Size:
+    """layers, heads, hidden: of the transformer and its SwiGLU."""
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+
+
+SIZES = {"1b": Size(2048, 24, 32, 5872), "7b": Size(4096, 32, 32, 11680)}
+
+
+def large(arm: str, size: str) -> ModelConfig:
+    """About 1.3B or 6.9B parameters: the 370m preset made wider and deeper, two Mamba layers for each of the
+    transformer, whose hidden width is fitted to Mamba's parameters as the presets' are."""
+    config, chosen = preset(f"{arm}-370m"), SIZES[size]
     if arm != "transformer":
-        return config
-    return replace(config, mixer=AttentionConfig(heads=32), feedforward=SwiGLUConfig(hidden=5872))
+        return replace(config, width=chosen.width, layers=2 * chosen.layers)
+    return replace(
+        config, width=chosen.width, layers=chosen.layers, mixer=AttentionConfig(heads=chosen.heads),
+        feedforward=SwiGLUConfig(hidden=chosen.hidden),
+    )  # fmt: skip
 
 
-def training(send: Callable[[Any], None], arm: str, turns: int) -> Work:
+def training(send: Callable[[Any], None], arm: str, turns: int, size: str) -> Work:
+    """Of the same model whatever the size decoded."""
     return _work(preset(f"{arm}-370m"), "step", "compiled", BATCH, CONTEXT, turns)
 
 
-def decode(send: Callable[[Any], None], arm: str, turns: int) -> Work:
-    return _work(large(arm), "decode", "compiled-graph", 1, READ, turns)
+def decode(send: Callable[[Any], None], arm: str, turns: int, size: str) -> Work:
+    return _work(large(arm, size), "decode", "compiled-graph", 1, READ, turns)
 
 
 def _work(config: ModelConfig, phase: str, mode: str, batch: int, context: int, turns: int) -> Work:
@@ -62,13 +80,13 @@ def _work(config: ModelConfig, phase: str, mode: str, batch: int, context: int, 
     return measure_speed(Subject(model, settings, mode, "bfloat16"), phase, tokens)
 
 
-def share(phase: str, arm: str, result: dict[str, Any]) -> dict[str, Any]:
+def share(phase: str, arm: str, size: str, result: dict[str, Any]) -> dict[str, Any]:
     """Of a result of `measure_speed`: what was done per second, and its share of the ceiling, turn by turn."""
     if phase == "training":
         config, ceiling, mode = preset(f"{arm}-370m"), "flops_per_s", "compiled"
         per_token = cost.training_flops_per_token(config, CONTEXT)
     else:
-        config, ceiling, mode = large(arm), "bytes_per_s", "compiled-graph"
+        config, ceiling, mode = large(arm, size), "bytes_per_s", "compiled-graph"
         per_token = cost.decode_bytes(config, 1, READ, 2)
     speeds, best = speeds_of_turns(result), np.array([one[ceiling] for one in result["ceilings"]])
     return {
@@ -81,14 +99,21 @@ def share(phase: str, arm: str, result: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = common.arguments(__doc__ or "")
     parser.add_argument("--arms", type=common.arms(ARMS), default=list(ARMS), help="separated by commas")
+    parser.add_argument("--decode-size", choices=list(SIZES), default="1b", help="parameters of what decodes, about")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this measures a CUDA GPU, which torch does not see here")
     found = {
-        phase: {arm: share(phase, arm, run_fresh(measure, arm, options.rounds)) for arm in options.arms}
+        phase: {
+            arm: share(phase, arm, options.decode_size, run_fresh(measure, arm, options.rounds, options.decode_size))
+            for arm in options.arms
+        }
         for phase, measure in (("training", training), ("decode", decode))
     }
-    settings = {"training_batch": BATCH, "training_context": CONTEXT, "decode_after": READ, "rounds": options.rounds}
+    settings = {
+        "training_batch": BATCH, "training_context": CONTEXT, "decode_size": options.decode_size, "decode_after": READ,
+        "rounds": options.rounds,
+    }  # fmt: skip
     if options.json:
         print(json.dumps({
             "benchmark": "utilisation", "settings": settings, "aims": AIMS, "found": found,

@@ -1,27 +1,38 @@
 """`torch.compile`, a block at a time, the same way for every architecture.
 
 The blocks of a kind share their code, so one of each kind is compiled however many there are: seconds instead of
-minutes for a deep model. What stands outside the blocks, embedding, last norm, head and loss, runs as it is.
+minutes for a deep model. What stands outside the blocks, embedding, last norm, head and loss, runs as it is; but in a
+decode step, where reading the head counts, the last norm and the head are compiled too.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from models.language_model import LanguageModel
 from models.ops.attention import rotary_table
+from models.ops.kernels import has_triton
 
+# With one row a product is a sum over a matrix that is read once. Only under this option does torch generate it so,
+# fused with what is beside it, and not call a library's matrix product; the price is that the first call compiles and
+# times tens of configurations of each kernel.
+ONE_ROW = {"coordinate_descent_tuning": True}
 MOST_VERSIONS = 64  # of a block's code: kinds of blocks times shapes; beyond that torch would stop compiling in silence
 
 
 def compile_blocks(model: LanguageModel, method: Literal["forward", "step"]) -> None:
-    """Compile `method` of every block, in place, at its first call; shapes are constants in the compiled code.
+    """Compile `method` of every block, in place, at its first call; shapes are constants in the compiled code. With
+    "step" also the model's `step_logits`.
 
     A step has to be one of models.recorded.RepeatableStep: an ordinary one has its position as a number on the host,
     and would be compiled anew at every token.
     """
     torch.compiler.assume_constant_result(rotary_table)  # or it would be computed anew inside
+    torch.compiler.assume_constant_result(has_triton)  # it imports
     torch._dynamo.config.recompile_limit = MOST_VERSIONS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    how: dict[str, Any] = {"dynamic": False, "options": ONE_ROW if method == "step" else None}
     for block in model.blocks:
-        setattr(block, method, torch.compile(getattr(block, method), dynamic=False))
+        setattr(block, method, torch.compile(getattr(block, method), **how))
+    if method == "step":
+        model.step_logits = torch.compile(model.step_logits, **how)

@@ -15,7 +15,7 @@ from models.config import ModelConfig
 from models.errors import ConfigError
 from models.feedforward import Routing
 from models.initialisation import FINAL_NORM, reset_bias, reset_embedding
-from models.norm import NORMS, Norm, dropout
+from models.norm import NORMS, Norm, dropout, then_linear
 from models.ops.kernels import Selection, load_beside
 from models.state import ModelState, Place
 
@@ -169,8 +169,14 @@ class LanguageModel(nn.Module):
         for block, before in zip(self.blocks, state.blocks, strict=True):
             x, block_state = block.step(x, before)
             after.append(block_state)
-        x = x if self.norm is None else self.norm(x)
-        return self.ops.linear_step(x, self.head.weight, self.head.bias), ModelState(tuple(after))
+        return self.step_logits(x), ModelState(tuple(after))
+
+    def step_logits(self, x: Tensor) -> Tensor:
+        """What the last block gives for one token (B, D) -> logits (B, V)."""
+        head = self.head.weight, self.head.bias
+        if self.norm is None:
+            return self.ops.linear_step(x, *head)
+        return then_linear(self.norm, x, self.ops.linear_step, *head)
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype | None = None) -> ModelState:
         """An empty state for sequences of up to `max_len` tokens; dtype defaults to the parameters'."""

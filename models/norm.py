@@ -1,10 +1,13 @@
 """Normalisation as a module, in the form that the device has."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ops.kernels import load_beside
+from models.ops.rms_norm import before_linear, one_compiled_row
 
 
 class RMSNorm(nn.Module):
@@ -45,6 +48,16 @@ class LayerNorm(nn.Module):
 
 Norm = RMSNorm | LayerNorm
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def then_linear(
+    norm: Norm, x: Tensor, linear: Callable[..., Tensor], weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """linear(norm(x), weight, bias) of one token, x (B, D). Compiled for one row, an RMSNorm is part of the product;
+    elsewhere, and where more than one product or none reads it (experts, LSTM), it stays an operation of its own."""
+    if isinstance(norm, RMSNorm) and one_compiled_row(x):
+        return before_linear(x, norm.weight, norm.eps, weight, bias)
+    return linear(norm(x), weight, bias)
 
 
 def dropout(share: float) -> nn.Module:

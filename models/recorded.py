@@ -21,9 +21,10 @@ WARM_UP = 3  # steps before recording, in which kernels are loaded and choose th
 class RepeatableStep:
     """Decoding whose every step is the same operations on fixed memory: from `state` on, up to `limit` tokens in all.
 
-    `step` as the model's. The state's buffers are its own from now on. `load` goes on from a copy of another state of
-    the same shapes; `rewind` goes back to the position at which it was made or loaded: a cache is written over beyond
-    it; a recurrent state just goes on. Raises ConfigError for a model that cannot be repeated so, with the reason.
+    `step` as the model's; it also chooses the next token greedily, within the same operations, so that who writes
+    greedily does nothing else. The state's buffers are its own from now on. `load` goes on from a copy of another state
+    of the same shapes; `rewind` goes back to the position at which it was made or loaded: a cache is written over from
+    there; a recurrent state just goes on. Raises ConfigError for a model that cannot be repeated so, with the reason.
     """
 
     def __init__(self, model: LanguageModel, state: ModelState, limit: int) -> None:
@@ -39,24 +40,26 @@ class RepeatableStep:
         self.token = torch.zeros(batch, dtype=torch.int64, device=model.device)
         self.logits = torch.zeros(batch, model.config.vocabulary, dtype=model.dtype, device=model.device)
 
-    def step(self, token: Tensor) -> Tensor:
-        """Read one token (B,): the logits after it (B, V), in memory that the next step writes over. Raises ConfigError
-        beyond the limit."""
+    def step(self, token: Tensor | None = None) -> Tensor:
+        """Read one token (B,), or without one the likeliest after the last step, which stands in `token`: the logits
+        after it (B, V), in memory that the next step writes over. Raises ConfigError beyond the limit."""
         if self.length >= self.limit:
             raise ConfigError(f"the repeated step was made for {self.limit} tokens: raise the limit")
         self.length += 1
-        self.token.copy_(token)
+        if token is not None:
+            self.token.copy_(token)
         self.repeat()
         return self.logits
 
     def repeat(self) -> None:
-        """Read `token`, move the state and its place on, write `logits`."""
+        """Read `token`, move the state and its place on, write `logits` and the likeliest next `token`."""
         logits, after = self.model.step(self.token, self.state)
         for kept, new in zip(self.state.blocks, after.blocks, strict=True):
             for name, buffer in kept.buffers.items():
                 if new.buffers[name] is not buffer:
                     buffer.copy_(new.buffers[name])
         self.logits.copy_(logits)
+        self.token.copy_(logits.argmax(1))
         self.place.at.add_(1)
 
     def load(self, state: ModelState) -> None:

@@ -64,10 +64,10 @@ def decode(model: LanguageModel, prompt: Tensor, tokens: int, mode: str = "eager
         @torch.inference_mode()
         def repeat() -> Tensor:
             step.rewind()
-            token = first
-            for _ in range(tokens):
-                token = step.step(token).argmax(1)
-            return token
+            step.step(first)
+            for _ in range(tokens - 1):
+                step.step()
+            return step.token
 
         return repeat, state
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.feedforward.base import FeedForward
 from models.initialisation import reset_linear
-from models.norm import Norm, RMSNorm
+from models.norm import Norm, RMSNorm, then_linear
+from models.ops.projections import kept
+from models.ops.rms_norm import one_compiled_row
 from models.settings import positive_or_none
 
 
@@ -63,5 +66,9 @@ class SwiGLU(FeedForward):
     def branch_step(self, x: Tensor, norm: Norm) -> Tensor:
         gate_up, down = self.gate_up_proj.weight, self.down_proj.weight
         if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, gate_up, down):
-            return super().branch_step(x, norm)
+            if not one_compiled_row(x):
+                return super().branch_step(x, norm)
+            # apart, both are sums of the same size: one kernel makes them and what comes of them
+            gate, up = (then_linear(norm, x, self.ops.linear_step, part) for part in gate_up.chunk(2))
+            return x + self.ops.linear_step(kept(F.silu(gate) * up), down)
         return self.ops.swiglu_branch(x, norm.weight, norm.eps, gate_up, down)

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ConfigError, nearest
 from models.initialisation import reset_bias, reset_convolution, reset_linear
 from models.mixers.base import Mixer
 from models.mixers.explanation import AttentionExplanation
-from models.norm import Norm, RMSNorm
-from models.ops.attention import ATTENTION, of_slots, rotary_table, weights
+from models.norm import Norm, RMSNorm, then_linear
+from models.ops.attention import ATTENTION, of_slots, place_token, rotary_table, weights
 from models.ops.causal_conv1d import last_inputs
 from models.ops.kernels import Selection, load, select
 from models.settings import divides, flags, numbers, positive, positive_or_none
@@ -158,7 +159,7 @@ class Attention(Mixer):
         y = self.attend(q, k, v, causal=self.config.causal, window=self.config.window)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), state
 
-    def _heads(self, qkv: Tensor, start: int | Place) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, qkv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, channels), the first at position `start` -> q (B, H, T, P), k and v (B, K, T, P)."""
         H, K = self.heads, self.kv_heads
         qkv = qkv.view(*qkv.shape[:2], H + 2 * K, self.head_width)
@@ -182,7 +183,7 @@ class Attention(Mixer):
 
     def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         if state.place is not None:
-            return self._recorded_step(x, state, state.place), state
+            return self._recorded_step(self.qkv_proj(x), state, state.place), state
         # the compiled step is for one type throughout, and not a 16-bit one
         compiled = self.backend.name == "numba" and state.keys.dtype == x.dtype and x.dtype.itemsize >= 4
         if not compiled or self.conv_weight is not None:
@@ -195,16 +196,17 @@ class Attention(Mixer):
         y = self.ops.attention_step(qkv, self._base, state.keys, state.values, *places)
         return self.ops.linear_step(y, self.o_proj.weight, self.o_proj.bias), after
 
-    def _recorded_step(self, x: Tensor, state: KVCache, place: Place) -> Tensor:
-        """`step` with its position on the device."""
-        qkv = self.qkv_proj(x)
+    def _recorded_step(self, qkv: Tensor, state: KVCache, place: Place) -> Tensor:
+        """`step` with its position on the device, after its first projection."""
         if state.conv is not None:
             qkv = self.ops.causal_conv1d_step(qkv, self.conv_weight, self.conv_bias, state.conv)
-        q, k, v = self._heads(qkv[:, None], place)
-        y = of_slots(q, *state.put(k, v, place))
+        y = of_slots(*place_token(qkv.unflatten(1, (-1, self.head_width)), self._base, state, place))
         return self.o_proj(y.flatten(1))
 
     def branch_step(self, x: Tensor, norm: Norm, state: KVCache) -> tuple[Tensor, KVCache]:
+        if state.place is not None:
+            qkv = then_linear(norm, x, F.linear, self.qkv_proj.weight, self.qkv_proj.bias)
+            return x + self._recorded_step(qkv, state, state.place), state
         weights = self.qkv_proj.weight, self.o_proj.weight
         plain = isinstance(norm, RMSNorm) and not self.config.bias and self.conv_weight is None
         plain = plain and self.backend.name == "numba" and state.keys.dtype == x.dtype

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
-from models.norm import Norm, RMSNorm
+from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
 from models.ops.kernels import Selection
+from models.ops.projections import columns, kept
 from models.ops.selective_scan import decay_rate, forward_flops
 from models.ops.selective_scan import reference as selective_scan
 from models.settings import flags, positive, positive_or_none, step_sizes
@@ -171,22 +172,24 @@ class Mamba(Mixer):
         )  # fmt: skip
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        uz = self.ops.linear_step(x, self.in_proj.weight)
+        return self._projected_step(self.ops.linear_step(x, self.in_proj.weight), state)
+
+    def _projected_step(self, uz: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         after = RecurrentState(state.conv, state.ssm, state.length + 1)
         # the compiled step is for one type throughout, and not a 16-bit one
-        if self.backend.name == "numba" and x.dtype == state.conv.dtype == self.A_log.dtype:
+        if self.backend.name == "numba" and uz.dtype == state.conv.dtype == self.A_log.dtype:
             y = self.ops.mamba_step(
                 uz, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
                 self.A_log, self.D, state.conv, state.ssm, self.config.negative_eigenvalues,
             )  # fmt: skip
             return self.ops.linear_step(y, self.out_proj.weight), after
-        u, z = uz.chunk(2, -1)
+        u, z = columns(uz, self.gate_sizes)
         u = self.ops.causal_conv1d_step(u, self.conv_weight, self.conv_bias, state.conv)
         dt, B, C = self.x_proj(u).split(self.split_sizes, -1)
         y = self.ops.selective_scan_step(
             u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
-        return self.out_proj(y), after
+        return self.out_proj(kept(y)), after
 
     def branch_step(self, x: Tensor, norm: Norm, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         parameters = (
@@ -195,7 +198,8 @@ class Mamba(Mixer):
         )  # fmt: skip
         buffers = state.conv, state.ssm
         if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *parameters, *buffers):
-            return super().branch_step(x, norm, state)
+            y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
+            return x + y, after
         negative = self.config.negative_eigenvalues
         x = self.ops.mamba_branch(x, norm.weight, norm.eps, *parameters, *buffers, negative)
         return x, RecurrentState(*buffers, state.length + 1)

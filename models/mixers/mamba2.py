@@ -15,10 +15,12 @@ from models.errors import ConfigError
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
-from models.norm import Norm, RMSNorm
+from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
 from models.ops.kernels import Selection
+from models.ops.projections import columns, kept
+from models.ops.rms_norm import before_linear, one_compiled_row
 from models.ops.selective_scan import decay_rate
 from models.ops.ssd import for_heads, forward_flops
 from models.ops.ssd import reference as ssd
@@ -183,22 +185,27 @@ class Mamba2(Mixer):
         )  # fmt: skip
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        projected = self.ops.linear_step(x, self.in_proj.weight)
+        return self._projected_step(self.ops.linear_step(x, self.in_proj.weight), state)
+
+    def _projected_step(self, projected: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         after = RecurrentState(state.conv, state.ssm, state.length + 1)
         # the compiled step is for one type throughout, and not a 16-bit one
-        if self.backend.name == "numba" and x.dtype == state.conv.dtype == self.A_log.dtype:
+        if self.backend.name == "numba" and projected.dtype == state.conv.dtype == self.A_log.dtype:
             y = self.ops.mamba2_step(
                 projected, self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.norm_weight,
                 state.conv, state.ssm, self.config.negative_eigenvalues, self.config.norm_eps, self.norm_groups,
             )  # fmt: skip
             return self.ops.linear_step(y, self.out_proj.weight), after
-        z, xBC, dt = projected.split(self.split_sizes, -1)
+        z, xBC, dt = columns(projected, self.split_sizes)
         u, B, C = self._heads(self.ops.causal_conv1d_step(xBC, self.conv_weight, self.conv_bias, state.conv))
         y = self.ops.ssd_step(
             u, dt, self.A, B, C, self.D, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
-        y = self._normed(y.flatten(-2), z)
-        return self.ops.linear_step(y, self.out_proj.weight), after
+        y = y.flatten(-2)
+        if one_compiled_row(y) and self.norm_groups == 1:
+            norm = self.norm_weight, self.config.norm_eps
+            return before_linear(kept(y * F.silu(z)), *norm, self.out_proj.weight), after
+        return self.ops.linear_step(self._normed(y, z), self.out_proj.weight), after
 
     def branch_step(self, x: Tensor, norm: Norm, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         parameters = (
@@ -207,7 +214,8 @@ class Mamba2(Mixer):
         )  # fmt: skip
         buffers = state.conv, state.ssm
         if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *parameters, *buffers):
-            return super().branch_step(x, norm, state)
+            y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
+            return x + y, after
         rest = self.config.negative_eigenvalues, self.config.norm_eps, self.norm_groups
         x = self.ops.mamba2_branch(x, norm.weight, norm.eps, *parameters, *buffers, *rest)
         return x, RecurrentState(*buffers, state.length + 1)

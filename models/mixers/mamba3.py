@@ -15,6 +15,7 @@ from models.errors import BackendUnavailableError, ConfigError
 from models.initialisation import reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
+from models.norm import Norm, then_linear
 from models.ops.impulses import response
 from models.ops.kernels import Selection
 from models.ops.trapezoid import State, forward_flops, log_alpha_and_delta
@@ -166,7 +167,14 @@ class Mamba3(Mixer):
         return y, None if state is None else self._write(state, after, x.shape[1])
 
     def step(self, x: Tensor, state: RotatingState) -> tuple[Tensor, RotatingState]:
-        z, *inputs = self._inputs(x)
+        return self._projected_step(self.ops.linear_step(x, self.in_proj.weight), state)
+
+    def branch_step(self, x: Tensor, norm: Norm, state: RotatingState) -> tuple[Tensor, RotatingState]:
+        y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
+        return x + y, after
+
+    def _projected_step(self, projected: Tensor, state: RotatingState) -> tuple[Tensor, RotatingState]:
+        z, *inputs = self._taken_apart(projected)
         before = self._read(state, inputs[0].dtype)
         y, after = self.ops.trapezoid_step(*inputs, self.D, self.dt_bias, self.config.A_floor, before)
         return self._out(y, z), self._write(state, after, 1)
@@ -200,8 +208,12 @@ class Mamba3(Mixer):
 
     def _inputs(self, x: Tensor) -> list[Tensor]:
         """x (..., D) -> z and x (..., [R,] H, P); dt, a, trap (..., H); angle (..., S); B, C (..., R, H, N)."""
+        return self._taken_apart(self.ops.linear_step(x, self.in_proj.weight))
+
+    def _taken_apart(self, projected: Tensor) -> list[Tensor]:
+        """That, from what the first projection gives."""
         config = self.config
-        z, u, B, C, dt, a, trap, angle = self.ops.linear_step(x, self.in_proj.weight).split(self.split_sizes, -1)
+        z, u, B, C, dt, a, trap, angle = projected.split(self.split_sizes, -1)
         z, u = (m.unflatten(-1, (self.heads, config.head_width)) for m in (z, u))
         if self.map_x is not None and self.map_z is not None:
             z, u = (m[..., None, :, :] * w.transpose(0, 1) for m, w in ((z, self.map_z), (u, self.map_x)))
@@ -210,7 +222,7 @@ class Mamba3(Mixer):
             m = m.unflatten(-1, (config.rank, config.groups, config.state))
             m = self.ops.rms_norm(m, weight, config.norm_eps)
             m = m.repeat_interleave(self.heads // config.groups, -2)
-            states.append((m + bias.transpose(0, 1)).to(x.dtype))
+            states.append((m + bias.transpose(0, 1)).to(projected.dtype))
         return [z, u, dt, a, trap, angle, *states]
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops.kernels import attention_of_splits
-from models.state import Place
+from models.ops.kernels import attention_of_splits, has_triton
+from models.ops.kernels import place_token as place_by_kernel
+from models.state import KVCache, Place
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
@@ -51,12 +52,32 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=grouped)
 
 
+def by_triton(x: Tensor) -> bool:
+    """Whether one token's attention over a cache runs in the kernels of a GPU; there, float64 excepted."""
+    return x.is_cuda and x.dtype is not torch.float64 and has_triton()
+
+
+def place_token(qkv: Tensor, base: float | None, cache: KVCache, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One token's queries, keys and values (B, H + 2 K, P), rotated to its place, where `base` asks for it, and put
+    into the cache: what `of_slots` reads, q (B, H, 1, P), both buffers of the cache, and how many slots are filled."""
+    kv_heads, P = cache.keys.shape[1], cache.keys.shape[3]
+    if by_triton(qkv):
+        cos, sin = place.tables[P, base] if base is not None else (None, None)
+        q, filled = place_by_kernel(qkv, cos, sin, place.at, cache.keys, cache.values)
+        return q, cache.keys, cache.values, filled
+    if base is not None:
+        q, k, v = rotary_qkv(qkv[:, None], kv_heads, place, base)
+    else:
+        heads = [qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
+        q, k, v = qkv[:, :, None].split(heads, 1)
+    return q, *cache.put(k, v, place)
+
+
 def of_slots(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tensor:
     """One query, T = 1, that sees the first `filled` (0-dimensional, int64, at least 1) of the S keys, which may have
-    another type. On a GPU with Triton by a kernel that splits the keys, float64 excepted; else every slot is read."""
-    splitting = attention_of_splits() if q.is_cuda and q.dtype is not torch.float64 else None
-    if splitting is not None:
-        return splitting(q, k, v, filled)
+    another type. In Triton by a kernel that splits the keys; else every slot is read."""
+    if by_triton(q):
+        return attention_of_splits(q, k, v, filled)
     grouped = q.shape[1] != k.shape[1]
     seen = (torch.arange(k.shape[2], device=q.device) < filled).expand(1, -1)
     k, v = k.to(q.dtype), v.to(q.dtype)

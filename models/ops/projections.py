@@ -28,6 +28,21 @@ def time_innermost(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Ten
     return tuple((part @ columns).view(-1, B, T).permute(1, 2, 0) for part in weight.split(tuple(sizes)))
 
 
+def columns(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """y (B, sum of sizes), a product that has its memory to itself, as its parts, each (B, size).
+
+    As `y.split(sizes, 1)`; but `torch.compile` takes a split into whatever reads a part, and leaves y in the type of
+    the sum, for another kernel to convert. A view by strides needs y itself."""
+    at = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(y.as_strided((len(y), size), (y.shape[1], 1), start) for size, start in zip(sizes, at, strict=True))
+
+
+def kept(y: Tensor) -> Tensor:
+    """y itself. `torch.compile` then computes it once, where its last sum is made, and not anew in every row of the
+    product that reads it: a view by strides needs it in memory."""
+    return y.as_strided(y.shape, y.stride())
+
+
 def no_branches(x: Tensor, *others: Tensor) -> bool:
     """Whether these are for the form's residual branches in one call: a form that has none."""
     return False

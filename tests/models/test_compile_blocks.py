@@ -12,6 +12,7 @@ from models.language_model import LanguageModel
 from models.mixers.attention import AttentionConfig
 from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
+from models.mixers.mamba3 import Mamba3Config
 from models.ops.kernels import reference_form, torch_form
 from models.recorded import RepeatableStep
 
@@ -21,6 +22,10 @@ MIXERS = {
     "mamba": MambaConfig(state=4, backend="torch"),
     "mamba2": Mamba2Config(head_width=8, state=6, backend="torch"),
 }
+STEPPING = MIXERS | {
+    "mamba2 in groups": Mamba2Config(head_width=8, state=6, groups=2, backend="torch"),
+    "mamba3": Mamba3Config(head_width=8, state=8, backend="torch"),
+}
 PROMPT, LIMIT, VOCABULARY = 5, 12, 23
 
 
@@ -29,7 +34,14 @@ def frames(monkeypatch):
     """Counts compilations, by a backend that needs no compiler of C++."""
     torch.compiler.reset()
     counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
-    monkeypatch.setattr(compiled.torch, "compile", lambda function, **how: compile_(function, backend=counter, **how))
+
+    counter.options = []
+
+    def compile_counted(function, *, options, **how):  # the options are those of another backend
+        counter.options.append(options)
+        return compile_(function, backend=counter, **how)
+
+    monkeypatch.setattr(compiled.torch, "compile", compile_counted)
     settings = torch._dynamo.config
     with settings.patch(recompile_limit=settings.recompile_limit, fail_on_recompile_limit_hit=False):
         yield counter  # what it sets does not outlive the test
@@ -46,8 +58,8 @@ def model(mixer, layers: int = 3) -> LanguageModel:
     return made
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (2, LIMIT), generator=torch.Generator().manual_seed(1))
+def tokens(rows: int = 2) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (rows, LIMIT), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -68,17 +80,24 @@ def test_a_compiled_trunk_has_the_plain_ones_outputs_and_gradients(name, frames)
     assert 0 < frames.frame_count == of_one_block
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_a_compiled_step_is_compiled_once_for_every_block_and_position(name, frames):
-    plain, made = model(MIXERS[name]).eval(), model(MIXERS[name]).eval()
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", STEPPING)
+def test_a_compiled_step_is_compiled_once_for_every_block_and_position(name, rows, frames):
+    """One row is traced otherwise; norms with weights, whose place in a product counts."""
+    plain, made = model(STEPPING[name]).eval(), model(STEPPING[name]).eval()
+    for one in (plain, made):
+        for parameter in one.parameters():
+            if parameter.ndim == 1:
+                parameter.data += torch.linspace(-0.3, 0.3, len(parameter), dtype=parameter.dtype)
     with torch.inference_mode():
-        state, own = (one.prefill(tokens()[:, :PROMPT], one.make_state(2, LIMIT))[1] for one in (plain, made))
+        text = tokens(rows)
+        state, own = (one.prefill(text[:, :PROMPT], one.make_state(rows, LIMIT))[1] for one in (plain, made))
         compile_blocks(made, "step")
         repeated = RepeatableStep(made, own, LIMIT)
-        for token in tokens()[:, PROMPT:].unbind(1):
+        for token in text[:, PROMPT:].unbind(1):
             expected, state = plain.step(token, state)
             torch.testing.assert_close(repeated.step(token), expected, rtol=1e-10, atol=1e-11)
-    assert frames.frame_count == 1
+    assert frames.frame_count == 2  # and of what stands after the blocks
 
 
 def test_where_torch_would_stop_compiling_there_is_an_error(frames, monkeypatch):
@@ -92,3 +111,12 @@ def test_where_torch_would_stop_compiling_there_is_an_error(frames, monkeypatch)
             _, state = made.step(token, state)
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             made.step(tokens()[:, -1], state)
+
+
+@pytest.mark.parametrize("method", ["forward", "step"])
+def test_only_a_step_is_compiled_with_its_products_as_sums(method, frames):
+    compile_blocks(model(MIXERS["mamba"], layers=2), method)
+    expected = {"forward": [None] * 2, "step": [{"coordinate_descent_tuning": True}] * 3}
+    assert frames.options == expected[method]
+    known = torch._inductor.list_options()
+    assert all(name in known for options in frames.options if options for name in options)

@@ -380,6 +380,28 @@ def test_cuda_form_of_the_convolution_step(official, dtype):
         assert (got - y).abs().max() < (TOLERANCE[dtype] if dtype == torch.float32 else 0.02)
 
 
+@torch.no_grad()
+def test_a_compiled_step_traces_the_definitions_in_place_of_kernels(official):
+    """Whole, without a break, and with the kernels' numbers."""
+    form, E, N = official.cuda, 16, 4
+    u, dt, z, weight = (normal(2, E, seed=seed) for seed in range(4))
+    B, C = (normal(2, N, seed=seed) for seed in (5, 6))
+    A, D, bias = -normal(E, N, seed=7).exp(), normal(E, seed=8), normal(E, seed=9)
+    heads = [u.view(2, 4, 4), dt[:, :4], A[:4, 0], B[:, None], C[:, None], D[:4], bias[:4]]
+    calls = {
+        form.selective_scan_step: [u, dt, A, B, C, D, z, bias, normal(2, E, N, seed=10)],
+        form.ssd_step: [*heads, normal(2, 4, 4, N, seed=11)],
+        form.gated_rms_norm: [u, z, weight[0], 1e-5, 1],
+    }
+    for step, given in calls.items():
+        traced = torch.compile(step, backend="eager", fullgraph=True)
+        for _ in range(2):
+            ours = [m.clone() if isinstance(m, Tensor) else m for m in given]
+            assert (traced(*ours) - step(*given)).abs().max() < 5e-5
+            torch.testing.assert_close(ours, given, atol=5e-5, rtol=0)  # the state, too
+    torch.compiler.reset()
+
+
 # ------------------------------------------------------------------------------------------------------------- Mamba-2
 
 

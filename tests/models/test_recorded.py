@@ -103,6 +103,25 @@ def test_a_step_goes_on_from_another_state(name):
         assert step.place.at.item() == state.length
 
 
+@pytest.mark.parametrize("name", ["ring", "mamba"])
+def test_a_step_goes_on_with_the_likeliest_token(name):
+    made = model(CASES[name])
+    with torch.inference_mode():
+        state, tokens = after_prompt(made)
+        step, token = RepeatableStep(made, state.clone(), LIMIT), tokens[:, 0]
+        step.step(token)
+        chosen = []
+        for _ in range(LIMIT - PROMPT - 1):
+            logits, state = made.step(token, state)
+            token = logits.argmax(1)
+            assert torch.equal(step.token, token)
+            torch.testing.assert_close(step.step(), made.step(token, state.clone())[0], rtol=1e-10, atol=1e-11)
+            chosen.append(token)
+        assert len(set(torch.stack(chosen).flatten().tolist())) > 2
+        with pytest.raises(ConfigError, match="raise the limit"):
+            step.step()
+
+
 class Operations(TorchDispatchMode):
     """What was asked for: each operation, its numbers and flags, and the shapes of its tensors; of those in `fixed`,
     which one."""

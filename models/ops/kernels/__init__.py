@@ -14,11 +14,9 @@ makes the arm's speed and memory not comparable in the record.
 """
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,14 +118,35 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"models.ops.kernels.{name}_form")
 
 
-@cache
-def attention_of_splits() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
-    """Attention of one query for a GPU (models.ops.kernels.triton_decode), or None where Triton cannot be imported;
-    `torch.compile` breaks its graph around it."""
-    if _import_problem("triton", "pip install triton"):
-        return None
-    kernel: Any = torch.compiler.disable(importlib.import_module("models.ops.kernels.triton_decode").attend)
-    return kernel
+def has_triton() -> bool:
+    """Whether Triton can be imported, which `place_token` and `attention_of_splits` are written in."""
+    return _import_problem("triton", "pip install triton") is None
+
+
+# operators of torch's, so that `torch.compile` calls them as they are and keeps its graph whole
+@torch.library.custom_op("lab::place_token", mutates_args=("keys", "values"), device_types="cuda")
+def place_token(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, at: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What precedes the attention of one query, for a GPU: models.ops.kernels.triton_decode."""
+    return importlib.import_module("models.ops.kernels.triton_decode").place_token(qkv, cos, sin, at, keys, values)
+
+
+@place_token.register_fake
+def _(qkv, cos, sin, at, keys, values):
+    B, K, _, P = keys.shape
+    return qkv.new_empty(B, qkv.shape[1] - 2 * K, 1, P), torch.empty_like(at)
+
+
+@torch.library.custom_op("lab::attention_of_splits", mutates_args=(), device_types="cuda")
+def attention_of_splits(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tensor:
+    """Attention of one query for a GPU: models.ops.kernels.triton_decode."""
+    return importlib.import_module("models.ops.kernels.triton_decode").attend(q, k, v, filled)
+
+
+@attention_of_splits.register_fake
+def _(q, k, v, filled):
+    return q.new_empty(q.shape)
 
 
 def load_beside(mixer_backend: str, device: torch.device) -> ModuleType:

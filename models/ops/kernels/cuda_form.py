@@ -2,14 +2,17 @@
 
 Both libraries keep channels before time, (B, E, T), and B and C as (B, N, T). Which of the two is innermost in memory
 is a matter of strides: the scan wants time there (`channel_projections` sees to it), SSD channels, the convolution
-takes either. `torch.compile` leaves the kernels as they are: it breaks its graph around them.
+takes either. `torch.compile` leaves the kernels as they are: it breaks its graph around them. Not so in a decode step:
+one token is so little work that launches are what it costs, and traced, the definitions are fused with what is beside
+them. Compiled, the forms of a step are therefore those of `torch`, but for the convolution's, which is an operator that
+torch knows.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # (the two libraries are installed on CUDA machines only)
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import TypeVar
 
 import torch
@@ -30,7 +33,10 @@ from models.ops.projections import no_branches as suits_step
 from models.ops.projections import time_innermost as channel_projections
 from models.ops.projections import together as projections
 from models.ops.rms_norm import fused as rms_norm
+from models.ops.rms_norm import gated_fused
 from models.ops.selective_scan import CHUNK
+from models.ops.selective_scan import step_reference as scan_step
+from models.ops.ssd import step_reference as heads_step
 from models.ops.swiglu import reference as swiglu
 from models.ops.swiglu import step_reference as swiglu_step
 from models.ops.trapezoid import State, log_alpha_and_delta
@@ -51,14 +57,36 @@ def untraced(function: Kernel) -> Kernel:
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
+def traced_as(definition: Kernel) -> Callable[[Kernel], Kernel]:
+    """A kernel in whose place `torch.compile` traces the definition, of the same signature."""
+
+    def either(kernel: Kernel) -> Kernel:
+        untraced_kernel = untraced(kernel)
+
+        @wraps(kernel)
+        def form(*args, **kwargs):
+            return (definition if torch.compiler.is_compiling() else untraced_kernel)(*args, **kwargs)
+
+        return form  # pyright: ignore[reportReturnType]
+
+    return either
+
+
 linear_cross_entropy = partial(cross_entropy.linear_cross_entropy, softmax_gradient=softmax_gradient)
 
 
-@untraced
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """y, z (B, E) of a step, or (B, T, E)."""
+    return (_gated_step if y.ndim == 2 else _gated_sequence)(y, z, weight, eps, groups)
+
+
+def _gated(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
     return rmsnorm_fn(
         y, weight, None, z=z, eps=eps, group_size=y.shape[-1] // groups, norm_before_gate=False
     )  # fmt: skip
+
+
+_gated_step, _gated_sequence = traced_as(gated_fused)(_gated), untraced(_gated)
 
 
 @untraced
@@ -96,7 +124,7 @@ def _carried(dt: Tensor, A: Tensor, C: Tensor, dt_bias: Tensor, state: Tensor) -
     return torch.cat(ys, 1), h
 
 
-@untraced
+@traced_as(scan_step)
 def selective_scan_step(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
     state: Tensor, negative: bool = False,
@@ -126,7 +154,6 @@ def _suits_convolution(x: Tensor) -> bool:
     )  # fmt: skip
 
 
-@untraced
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
     """The kernel wants the state in the type of its input; another one, 16 bits say, is converted on the way."""
     same = state.to(x.dtype)
@@ -148,7 +175,7 @@ def ssd(
     )  # fmt: skip
 
 
-@untraced
+@traced_as(heads_step)
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, state: Tensor,
     negative: bool = False,

@@ -1,4 +1,4 @@
-"""Attention of one query over a long cache on a GPU: the keys are split among the multiprocessors.
+"""One token's attention over a long cache on a GPU: the keys are split among the multiprocessors.
 
 With one query, a program for each head leaves most of a GPU idle, and it is reading the cache that takes the time. Here
 each split of the keys has a program of its own, which walks its keys in blocks under an online softmax (arXiv
@@ -22,6 +22,53 @@ BLOCK_PRODUCTS = 8192
 PROGRAMS_PER_PROCESSOR = 4  # some read while others compute
 MOST_SPLITS = 128  # what one program can join
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32; the difference of two infinities is no number
+
+
+def place_token(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, at: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`models.ops.attention.place_token`, in one kernel."""
+    B, K, S, P = keys.shape
+    H = qkv.shape[1] - 2 * K
+    assert qkv.is_contiguous()
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    q, filled = qkv.new_empty(B, H, 1, P), torch.empty_like(at)
+    _place[B, H + 2 * K](
+        qkv, qkv if cos is None else cos, qkv if sin is None else sin, at, keys, values, q, filled, S,
+        H=H, K=K, P=P, width=triton.next_power_of_2(P), rotary=cos is not None,
+    )  # fmt: skip
+    return q, filled
+
+
+@triton.jit
+def _place(
+    qkv_at, cos_at, sin_at, at_at, k_at, v_at, q_at, filled_at, S,
+    H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, width: tl.constexpr, rotary: tl.constexpr,
+):  # fmt: skip
+    """One head of queries, keys or values."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    p = tl.arange(0, width)
+    at = tl.load(at_at)
+    here = qkv_at + (row.to(tl.int64) * (H + 2 * K) + head) * P
+    x = tl.load(here + p, mask=p < P)
+    if rotary and head < H + K:
+        half = P // 2
+        # entry i turns with i + P/2, by the table in the type of x
+        other = tl.load(here + (p + half) % P, mask=p < P).to(tl.float32)
+        cos = tl.load(cos_at + at * half + p % half).to(x.dtype).to(tl.float32)
+        sin = tl.load(sin_at + at * half + p % half).to(x.dtype).to(tl.float32)
+        x = (x.to(tl.float32) * cos + tl.where(p < half, -other, other) * sin).to(x.dtype)
+    if head < H:
+        tl.store(q_at + (row.to(tl.int64) * H + head) * P + p, x, mask=p < P)
+    else:
+        slot = ((row.to(tl.int64) * K + (head - H) % K) * S + at % S) * P + p
+        if head < H + K:
+            tl.store(k_at + slot, x.to(k_at.dtype.element_ty), mask=p < P)
+        else:
+            tl.store(v_at + slot, x.to(v_at.dtype.element_ty), mask=p < P)
+    if row + head == 0:
+        tl.store(filled_at, tl.minimum(at + 1, S))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tensor:
