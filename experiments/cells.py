@@ -25,7 +25,7 @@ from experiments.evaluation import (
 )
 from experiments.measurement.card import remember_cards
 from experiments.measurement.loading import load
-from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
+from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, settle
 from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step
 from experiments.measurement.process import side_by_side
 from experiments.measurement.speed import Subject, measure_speed
@@ -278,10 +278,8 @@ def memory_cell(
     """The memory of one phase of the model in `folder`: load in one of the ways, prefill, decode, a training step."""
     device, settings = prepare_process(experiment), experiment.memory
     folder = folder / "checkpoint"
-    once = Measurement(repeats=1, seconds=0, decode_tokens=settings.decode_tokens)
     if way is not None:
         return measure_load(folder, Measurement(repeats=LOADS, seconds=0), device, way)
-    return_freed_memory()  # of what follows no time is reported
     assert context is not None
     assert batch is not None
     with untimed(device):
@@ -289,7 +287,8 @@ def memory_cell(
             tokens = _text(dataset_folder, batch, context + 1)
             return measure_step(folder, tokens, device, settings.dtype)
         measure = measure_prefill if phase == "prefill" else measure_decode
-        return measure(folder, once, context, _text(dataset_folder, batch, context), device, warm_up=0)
+        tokens, once = _text(dataset_folder, batch, context), Measurement(decode_tokens=settings.decode_tokens)
+        return measure(folder, once, context, tokens, device, times=False)
 
 
 def speed_cell(

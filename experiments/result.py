@@ -16,6 +16,8 @@ UNTOUCHED = {  # metrics that do not depend on the form that ran
     "file_bytes", "state_bytes", "flops_per_token", "flops_per_byte", "tokens_per_byte", "bytes_seen", "parameters",
     "embedding_parameters", "embedding_share", "state_bytes_per_byte",
 }  # fmt: skip
+MATCHED = 0.02  # by which arms may differ in active parameters and count as of one size
+LITTLE_TEXT = 10_000  # bytes
 Results = dict[Cell, dict[str, Any]]
 
 
@@ -50,7 +52,11 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
         "status": "partial" if missing or failures else "complete",
         "missing": missing,
         "failures": failures,
-        "warnings": _warnings(run, cells, environment, made, doubts),
+        "warnings": [
+            *_warnings(run, cells, environment, made, doubts),
+            *_unmatched(experiment),
+            *_little_text(experiment, facts),
+        ],
         "baselines": facts["baselines"] if tested else None,
         "arms": _arms(experiment, environment, made),
         "verdicts": study.verdicts(rows, experiment),
@@ -128,7 +134,8 @@ def _over_seeds(rows: list[dict]) -> list[dict]:
         one["reason"] = next((row["reason"] for row in group if row["reason"]), None)
         if values:
             interval = mean_interval(values)
-            one |= {"value": interval.estimate, "ci_low": interval.low, "ci_high": interval.high}
+            low = None if interval.low is None else max(0.0, interval.low)  # nothing that a row counts is below 0
+            one |= {"value": interval.estimate, "ci_low": low, "ci_high": interval.high}
         summary.append(one)
     return summary
 
@@ -152,3 +159,27 @@ def _warnings(
         if not gate["passed"]
     ]
     return warnings
+
+
+def _unmatched(experiment: Experiment) -> list[str]:
+    """A comparison claims arms of one size; other studies differ in it on purpose, and say so."""
+    if experiment.study != "comparison":
+        return []
+    sizes = {
+        name: cost.parameters(model_config(arm, experiment.data.vocabulary)).active
+        for name, arm in experiment.arms.items()
+    }
+    low, high = min(sizes, key=lambda name: sizes[name]), max(sizes, key=lambda name: sizes[name])
+    if sizes[high] <= (1 + MATCHED) * sizes[low]:
+        return []
+    return [
+        f"the arms are not of one size: {high} has {sizes[high] / sizes[low]:.3g} times {low}'s active parameters "
+        f"({sizes[high]:,} and {sizes[low]:,}), and what differs may be that"
+    ]
+
+
+def _little_text(experiment: Experiment, facts: dict[str, Any]) -> list[str]:
+    tested = experiment.trains and "test" in experiment.evaluation.splits
+    if not tested or facts["baselines"]["bytes"] >= LITTLE_TEXT:
+        return []
+    return [f"the test text has only {facts['baselines']['bytes']:,} bytes: its bits per byte say little of other text"]

@@ -6,7 +6,7 @@ Speeds and sizes compare as ratios, through the logarithm.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -30,22 +30,24 @@ class Comparison:
     """b against a over paired seeds.
 
     p: two-sided paired t test of no difference. None where there is nothing to test: one seed, or no spread at all.
-    exact: every pair gives the same non-zero difference (bytes of state, say).
-    differences: one per pair, in the scale of the test (of logarithms for a ratio).
+    exact: every pair gives the same non-zero difference of what was counted (bytes of state, say).
+    differences: one per pair, in the scale of the test (of logarithms for a ratio); deviation: what is taken for their
+    standard deviation, 0 for one.
     """
 
     interval: Interval
     p: float | None
     exact: bool
     differences: tuple[float, ...]
+    deviation: float
 
     def more_seeds(self, comparisons: int = 1) -> int | None:
         """How many more seeds would resolve it beside `comparisons - 1` others (Bonferroni's level, which Holm's
         never exceeds), if estimate and spread stayed as they are. None: cannot be said, none, or over MOST_SEEDS."""
         x = np.asarray(self.differences)
-        if len(x) < 2 or np.ptp(x) == 0 or x.mean() == 0:
+        if len(x) < 2 or self.deviation == 0 or x.mean() == 0:
             return None
-        effect = abs(x.mean()) / x.std(ddof=1)
+        effect = abs(x.mean()) / self.deviation
         for total in range(len(x), MOST_SEEDS + 1):
             if 2 * stats.t.sf(effect * math.sqrt(total), total - 1) < (1 - CONFIDENCE) / comparisons:
                 return total - len(x) or None
@@ -57,25 +59,31 @@ def mean_interval(values: Sequence[float]) -> Interval:
     if not values:
         raise ValueError("no values to average")
     x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2:
-        return Interval(float(x[0]), None, None, 1)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return _interval(x, float(x.std(ddof=1)) if len(x) > 1 else 0.0)
+
+
+def _interval(x: np.ndarray, deviation: float) -> Interval:
     mean = float(x.mean())
+    if len(x) < 2:
+        return Interval(mean, None, None, 1)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * deviation / math.sqrt(len(x)))
     return Interval(mean, mean - half, mean + half, len(x))
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Comparison:
     """b - a, pair by pair."""
-    differences = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    return _comparison(differences, mean_interval(differences.tolist()))
+    return _comparison(np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64), 0.0)
 
 
-def paired_ratio(a: Sequence[float], b: Sequence[float]) -> Comparison:
-    """b / a, the geometric mean over pairs. All values must be positive."""
-    logs = np.log(np.asarray(b, dtype=np.float64)) - np.log(np.asarray(a, dtype=np.float64))
-    inner = mean_interval(logs.tolist())
+def paired_ratio(a: Sequence[float], b: Sequence[float], resolution: float = 0.0) -> Comparison:
+    """b / a, the geometric mean over pairs. All values must be positive. resolution: what a value is read to, in its
+    unit; equal readings then do not pass for no spread."""
+    a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
+    steps = [np.minimum(resolution / values, 1.0) for values in (a, b)]  # of logarithms, near enough
+    compared = _comparison(np.log(b) - np.log(a), float(np.sqrt((np.square(steps).sum(0)).mean())))
+    inner = compared.interval
     low, high = (None if bound is None else math.exp(bound) for bound in (inner.low, inner.high))
-    return _comparison(logs, Interval(math.exp(inner.estimate), low, high, inner.n))
+    return replace(compared, interval=Interval(math.exp(inner.estimate), low, high, inner.n))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -89,8 +97,12 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _comparison(differences: np.ndarray, interval: Interval) -> Comparison:
-    spread = bool(len(differences) > 1 and np.ptp(differences) > 0)
-    p = float(np.asarray(stats.ttest_1samp(differences, 0.0))[1]) if spread else None
-    exact = bool(len(differences) > 1 and not spread and differences[0] != 0)
-    return Comparison(interval, p, exact, tuple(differences.tolist()))
+def _comparison(differences: np.ndarray, resolution: float) -> Comparison:
+    """resolution: of a difference, added in squares to their spread."""
+    n, spread = len(differences), float(np.ptp(differences))
+    deviation, p = 0.0, None
+    if n > 1 and (spread or resolution):
+        deviation = math.hypot(float(differences.std(ddof=1)) if spread else 0.0, resolution)
+        p = float(2 * stats.t.sf(abs(differences.mean()) * math.sqrt(n) / deviation, n - 1))
+    exact = bool(n > 1 and p is None and differences[0] != 0)
+    return Comparison(_interval(differences, deviation), p, exact, tuple(differences.tolist()), deviation)

@@ -3,9 +3,11 @@
 Memory. Before its baseline, a cell loads and runs a one-layer replica of the model, so that code, libraries and
 thread pools are in memory already and what is counted belongs to the model. `peak_bytes` is the peak over the
 baseline before the model was loaded: all that the process needs for that phase, weights included. `working_bytes`
-is the peak over the baseline right before the phase: activations and state. On a GPU both are torch's allocations;
-beside them stand `reserved_peak_bytes`, the most that torch's allocator had reserved, and `process_bytes`, what the
-whole process holds on the card as the phase ends. Those two are over no baseline.
+is the peak over the baseline right before the phase: of prefill activations and state; of decode what its steps add
+to the state, which stands there already. The peak is that of one call, under an allocator that hands back what is
+freed; the calls that are timed come after it, under one that keeps it, whose peak would hold that too. On a GPU both
+are torch's allocations; beside them stand `reserved_peak_bytes`, the most that torch's allocator had reserved, and
+`process_bytes`, what the whole process holds on the card after that call. Those two are over no baseline.
 """
 
 import tempfile
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from experiments.measurement import operations
 from experiments.measurement.loading import load
-from experiments.measurement.memory import PeakMemory, resident_bytes, settle
-from experiments.measurement.timing import WARM_UP, timed
+from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
+from experiments.measurement.timing import timed
 from experiments.spec import Measurement
 from experiments.training import token_loss
 from models import checkpoint, cost
@@ -30,6 +32,7 @@ from models.ops.kernels.tuning import untimed
 
 def measure_load(folder: Path, settings: Measurement, device: torch.device, way: str = "mapped") -> dict[str, Any]:
     """From files to a model that is ready for its first token, every weight having been read."""
+    return_freed_memory()
     config = _warm_up(folder, device)
     settle()
     baseline, device_baseline = resident_bytes(), _allocated(device)
@@ -39,6 +42,7 @@ def measure_load(folder: Path, settings: Measurement, device: torch.device, way:
     resident = resident_bytes() - baseline if device.type == "cpu" else _allocated(device) - device_baseline
     element = state_element_size(model)
     del model
+    keep_freed_memory()
     samples = timed(
         lambda: load(folder, device, way), repeats=settings.repeats, seconds=settings.seconds, device=device
     )
@@ -55,9 +59,11 @@ def measure_load(folder: Path, settings: Measurement, device: torch.device, way:
 
 
 def measure_prefill(
-    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device, warm_up: int = WARM_UP
+    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device, times: bool = True
 ) -> dict[str, Any]:
-    """Read a prompt of `context` tokens (B, context) into an empty state and name the next token."""
+    """Read a prompt of `context` tokens (B, context) into an empty state and name the next token. times: False, its
+    memory alone."""
+    return_freed_memory()
     _warm_up(folder, device)
     settle()
     before_load = _baseline(device)
@@ -65,20 +71,20 @@ def measure_prefill(
     read = operations.prefill(model, tokens.to(device))
     settle()
     before_phase = _baseline(device)
-    with PeakMemory(device) as peak:
-        samples = timed(read, repeats=settings.repeats, seconds=settings.seconds, device=device, warm_up=warm_up)
+    peak = _peak(read, device)
     return _phase(model, peak, before_load, before_phase) | {
-        "context": context, "batch": tokens.shape[0], "samples": samples.to_dict(), "noisy": samples.noisy,
+        "context": context, "batch": tokens.shape[0], **(_times(read, settings, device) if times else {}),
     }  # fmt: skip
 
 
 def measure_decode(
-    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device, warm_up: int = WARM_UP
+    folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device, times: bool = True
 ) -> dict[str, Any]:
-    """Decode greedily, token by token, from a state that holds `context` tokens.
+    """Decode greedily, token by token, from a state that holds `context` tokens. times: False, its memory alone.
 
     A sample is `settings.decode_tokens` tokens. What a recording keeps for itself is in `peak_bytes` alone.
     """
+    return_freed_memory()
     config = _warm_up(folder, device)
     settle()
     before_load = _baseline(device)
@@ -86,16 +92,28 @@ def measure_decode(
     write, state = operations.decode(model, tokens.to(device), settings.decode_tokens, settings.decode_mode)
     settle()
     before_phase = _baseline(device)
-    with PeakMemory(device) as peak:
-        samples = timed(write, repeats=settings.repeats, seconds=settings.seconds, device=device, warm_up=warm_up)
+    peak = _peak(write, device)
     element = state_element_size(model)
     return _phase(model, peak, before_load, before_phase) | {
         "context": context, "batch": tokens.shape[0], "mode": settings.decode_mode,
         "tokens_per_sample": settings.decode_tokens,
         "state_bytes": state.nbytes,
         "state_bytes_analytic": cost.state_bytes(config, tokens.shape[0], context + settings.decode_tokens, element),
-        "samples": samples.to_dict(), "noisy": samples.noisy,
+        **(_times(write, settings, device) if times else {}),
     }  # fmt: skip
+
+
+def _peak(operation: operations.Operation, device: torch.device) -> PeakMemory:
+    """Of one call, in which Triton tries nothing out."""
+    with untimed(device), PeakMemory(device) as peak:
+        operation()
+    return peak
+
+
+def _times(operation: operations.Operation, settings: Measurement, device: torch.device) -> dict[str, Any]:
+    keep_freed_memory()
+    samples = timed(operation, repeats=settings.repeats, seconds=settings.seconds, device=device)
+    return {"samples": samples.to_dict(), "noisy": samples.noisy}
 
 
 def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: str) -> dict[str, Any]:
@@ -104,6 +122,7 @@ def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: 
     Weights, gradients and optimizer state are counted from their tensors, activations from what autograd keeps; the
     peak is measured.
     """
+    return_freed_memory()
     _warm_up(folder, device, trains=True)
     settle()
     before_load = _baseline(device)

@@ -333,8 +333,10 @@ def _ends(record: Record, arm: str, phase: str, metric: str) -> list[tuple[int, 
 def memory(record: Record) -> Section:
     intro = (
         "Loading costs the file on disk, the highest host memory while it is read, and what stays "
-        "resident. Running costs more: the peak of prefill and of decode includes the weights, over the "
-        "process before it loaded the model; working memory counts only what that phase adds. The cache "
+        "resident. The peak of prefill and of decode includes the weights, over the process before it loaded "
+        "the model; working memory counts only what that phase adds to what it starts from, which in decode "
+        "is the state as well. Peaks are of a call that is not timed, whose allocator hands back what is freed; the "
+        "peak of training is of the timed steps, whose allocator keeps it. The cache "
         "or state is what one sequence keeps between decoded tokens: keys and values for attention, which "
         "grow with the context, or a fixed recurrent state. Each cell was measured in a fresh process."
     )

@@ -428,7 +428,10 @@ def residuals(record: Record) -> Table:
     lines = [("load", "resident_bytes", None, "resident")]
     contexts = record.contexts("decode", "state_bytes")
     lines += [("decode", "state_bytes", at, f"cache or state, context {count(at)}") for at in contexts]
-    large = f"beyond {RESIDUAL_LIMIT:.0%}: formula and measurement disagree, which wants an explanation"
+    large = (
+        f"beyond {RESIDUAL_LIMIT:.0%}: in a model of a few megabytes Python's own objects, about half a megabyte, are "
+        "the difference; in a larger one it wants an explanation"
+    )
     for arm in record.arms:
         for phase, metric, context, title in lines:
             measured = record.row(arm, phase, metric, context)

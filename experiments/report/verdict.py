@@ -70,7 +70,7 @@ def verdict(record: Record) -> Section:
         intro = (
             "Arms are paired by seed: the same batches in the same order, the same recipe. A difference "
             "is called resolved when a paired t test over the seeds gives p < 0.05 after Holm's "
-            "correction for making several comparisons, or when it is the same at every seed."
+            "correction for making several comparisons, or when what was counted is the same at every seed."
         )
         chosen = headlines(record.verdicts)
         for one in chosen:

@@ -209,6 +209,8 @@ _QUESTIONS = (
     ("decode", "state_bytes", "ratio", "longest"),
 )
 
+PAGE = 4096  # bytes: what a process holds is read in whole ones
+_READ_IN_PAGES = {"resident_bytes", "peak_bytes"}
 _QUALIFIED = {"peak_bytes", "state_bytes", "test_masked_token_loss"}  # a second question about their phase
 
 
@@ -253,7 +255,6 @@ def compared(rows: list[dict], asked: Sequence[Question]) -> list[dict]:
             continue
         if one.kind == "ratio" and any(v <= 0 for side in values for v in side):
             continue
-        compare = paired_difference if one.kind == "difference" else paired_ratio
         pairs = [side[seed] for side in (a, b) for seed in seeds]
         head = {
             "id": one.phase if one.metric not in _QUALIFIED else f"{one.phase}-{one.metric}",
@@ -261,7 +262,10 @@ def compared(rows: list[dict], asked: Sequence[Question]) -> list[dict]:
             "a": one.a, "b": one.b, "kind": one.kind, "unit": pairs[0]["unit"] if one.kind == "difference" else "x",
             "direction": pairs[0]["direction"], **comparability(pairs),
         }  # fmt: skip
-        drafts.append((head, compare(*values)))
+        if one.kind == "difference":
+            drafts.append((head, paired_difference(*values)))
+        else:
+            drafts.append((head, paired_ratio(*values, resolution=PAGE if one.metric in _READ_IN_PAGES else 0)))
     return [verdict | {"sentence": _sentence(verdict)} for verdict in settled(drafts)]
 
 

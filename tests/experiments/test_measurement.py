@@ -3,14 +3,22 @@
 import os
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from experiments.errors import CorpusError
+from experiments.measurement import phases
 from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
 from experiments.measurement.process import CellFailedError, run_fresh, side_by_side, take_turns
 from experiments.measurement.timing import MOST_REPEATS, WARM_UP, Samples, timed
+from experiments.spec import Measurement
+from models import checkpoint
+from models.language_model import LanguageModel
+from models.presets import preset
 
 CPU = torch.device("cpu")
 MB = 1 << 20
@@ -227,3 +235,37 @@ def test_a_cell_that_fails_leaves_those_that_share_its_process_alone(tmp_path) -
     assert (a[0], c[0]) == ("a", "c")
     assert isinstance(b, CellFailedError)
     assert (str(b), b.detail) == ("no text", "")
+
+
+@pytest.mark.parametrize("phase", ["load", "prefill", "decode"])
+def test_peaks_are_of_calls_that_are_not_timed(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under an allocator that hands back what is freed; the timed ones come after, under one that keeps it."""
+    order: list[str] = []
+
+    class Peak(PeakMemory):
+        def __enter__(self) -> PeakMemory:
+            order.append("peak")
+            return super().__enter__()
+
+    def noted(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **keywords: order.append(name) or inner(*args, **keywords)
+
+    monkeypatch.setattr(phases, "PeakMemory", Peak)
+    for name, inner in (
+        ("return_freed_memory", return_freed_memory), ("keep_freed_memory", keep_freed_memory), ("timed", timed)
+    ):  # fmt: skip
+        monkeypatch.setattr(phases, name, noted(name, inner))
+    checkpoint.save(LanguageModel(preset("mamba-tiny"), seed=0), tmp_path)
+    tokens, once = torch.zeros(1, 9).long(), Measurement(repeats=1, seconds=0, decode_tokens=1)
+    measure = {
+        "load": lambda **how: phases.measure_load(tmp_path, once, CPU),
+        "prefill": lambda **how: phases.measure_prefill(tmp_path, once, 9, tokens, CPU, **how),
+        "decode": lambda **how: phases.measure_decode(tmp_path, once, 9, tokens, CPU, **how),
+    }[phase]
+    found = measure()
+    assert order == ["return_freed_memory", "peak", "keep_freed_memory", "timed"]
+    assert found["samples"]["ms"]
+    if phase != "load":
+        order.clear()
+        assert "samples" not in measure(times=False)
+        assert order == ["return_freed_memory", "peak"]

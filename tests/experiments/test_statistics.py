@@ -85,6 +85,20 @@ def test_no_spread() -> None:
     assert type(same.exact) is bool
 
 
+def test_equal_readings_are_no_closer_than_what_they_are_read_to() -> None:
+    a, b, page = [1e6, 1e6], [9e5, 9e5], 4096
+    counted, read = paired_ratio(a, b), paired_ratio(a, b, page)
+    assert (counted.p, counted.exact) == (None, True)
+    assert not read.exact
+    deviation = math.hypot(page / 1e6, page / 9e5)
+    expected = stats.ttest_1samp([math.log(0.9) - deviation / 2**0.5, math.log(0.9) + deviation / 2**0.5], 0)
+    assert read.p == pytest.approx(expected.pvalue, rel=1e-6)
+    low, high = expected.confidence_interval()
+    assert (read.interval.low, read.interval.high) == pytest.approx((math.exp(low), math.exp(high)), rel=1e-6)
+    assert paired_ratio(a, b, 8 * page).p > read.p
+    assert 0 < paired_ratio([3, 4], [5, 6], page).p < 1  # less than a page
+
+
 def test_holm_known_example() -> None:
     # 0.01 * 4, 0.02 * 3, 0.03 * 2 (raised to 0.06 by the one before), 0.5 * 1
     assert holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])

@@ -15,6 +15,7 @@ from experiments.runner import run_hash
 from experiments.spec import Experiment, load
 from experiments.store import RunDirectory, write_json
 from experiments.studies.comparison import plan
+from models import cost
 
 VOCABULARY = 512
 STEP_MS = [4.0, 5.0, 6.0, 7.0, 40.0]
@@ -141,6 +142,38 @@ def test_a_resolved_but_slight_difference_says_so(run: RunDirectory, state_bytes
             run.finish(cell, measured("decode", "mamba") | {"state_bytes": state_bytes})
     verdicts = {v["id"]: v for v in build_result(run, EXPERIMENT, FACTS)["verdicts"]}
     assert verdicts["decode-state_bytes"]["sentence"].endswith(f": mamba is {end}")
+
+
+def test_memory_read_in_pages_is_not_exact(run: RunDirectory) -> None:
+    """The run's cells read the same for both seeds."""
+    verdicts = {v["id"]: v for v in build_result(run, EXPERIMENT, FACTS)["verdicts"]}
+    assert verdicts["decode-state_bytes"]["exact"]
+    for one in ("load", "decode-peak_bytes"):
+        assert not verdicts[one]["exact"]
+        assert verdicts[one]["p"] is not None
+
+
+def test_arms_of_several_sizes_and_a_short_test_text_are_told(run: RunDirectory) -> None:
+    short = "the test text has only 9 bytes: its bits per byte say little of other text"
+    *others, last = build_result(run, EXPERIMENT, FACTS)["warnings"]
+    assert last == short
+    long = FACTS | {"baselines": FACTS["baselines"] | {"bytes": 10_000}}
+    assert build_result(run, EXPERIMENT, long)["warnings"] == others
+    deep = EXPERIMENT.arms["mamba"].model_copy(update={"overrides": {"layers": 8}})
+    deeper = EXPERIMENT.model_copy(update={"arms": EXPERIMENT.arms | {"mamba": deep}})
+    (told,) = build_result(run, deeper, long)["warnings"][len(others) :]
+    sizes = [cost.parameters(model_config(arm, EXPERIMENT.data.vocabulary)).active for arm in deeper.arms.values()]
+    assert told.startswith(f"the arms are not of one size: mamba has {sizes[1] / sizes[0]:.3g} times transformer's")
+
+
+def test_a_row_over_seeds_is_cut_off_at_nought(run: RunDirectory) -> None:
+    change(run, "mamba", 0, lambda result: result["train"].update(step_ms=[1.0]))
+    change(run, "mamba", 1, lambda result: result["train"].update(step_ms=[100.0]))
+    (found,) = (
+        one for one in build_result(run, EXPERIMENT, FACTS)["rows"]
+        if (one["arm"], one["phase"], one["metric"], one["seed"]) == ("mamba", "train", "tokens_per_s", None)
+    )  # fmt: skip
+    assert found["ci_low"] == 0 < found["value"] < found["ci_high"]
 
 
 def test_a_failed_gate_taints_every_number_of_its_arm_and_seed(run: RunDirectory) -> None:
