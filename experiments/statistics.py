@@ -78,9 +78,9 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Comparison:
 def paired_ratio(a: Sequence[float], b: Sequence[float], resolution: float = 0.0) -> Comparison:
     """b / a, the geometric mean over pairs. All values must be positive. resolution: what a value is read to, in its
     unit; equal readings then do not pass for no spread."""
-    a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
-    steps = [np.minimum(resolution / values, 1.0) for values in (a, b)]  # of logarithms, near enough
-    compared = _comparison(np.log(b) - np.log(a), float(np.sqrt((np.square(steps).sum(0)).mean())))
+    both = [np.asarray(values, dtype=np.float64) for values in (a, b)]
+    steps = [np.minimum(resolution / values, 1.0) for values in both]  # of logarithms, near enough
+    compared = _comparison(np.log(both[1]) - np.log(both[0]), float(np.sqrt(np.square(steps).sum(0).mean())))
     inner = compared.interval
     low, high = (None if bound is None else math.exp(bound) for bound in (inner.low, inner.high))
     return replace(compared, interval=Interval(math.exp(inner.estimate), low, high, inner.n))
