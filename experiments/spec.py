@@ -415,6 +415,8 @@ def load(
         for arm in arms:
             if arm not in known:
                 raise SpecError(f"unknown arm '{arm}' in {source}: {nearest(arm, known)}")
+        if len(set(arms)) != len(arms):
+            raise SpecError(f"each arm may appear once, got {', '.join(arms)}")
         raw["arms"] = {arm: known[arm] for arm in arms}
     if seeds is not None:
         if seeds < 1:

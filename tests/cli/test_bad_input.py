@@ -28,6 +28,7 @@ def one_line(stderr: str) -> str:
     [
         (["run", "comparre"], "unknown experiment 'comparre': did you mean 'compare'?"),
         (["run", "compare", "--arms", "mmba"], "unknown arm 'mmba' in experiment 'compare': did you mean 'mamba'?"),
+        (["run", "compare", "--arms", "mamba,mamba"], "each arm may appear once, got mamba, mamba"),
         (["run", "compare", "--set", "trainin.steps=1"], "unknown key 'trainin': did you mean 'training'?"),
         (["run", "compare", "--set", "training.stepz=1"], "unknown key 'training.stepz': did you mean 'steps'?"),
         (["run", "compare", "--set", "arms.mamba.modle=x"], "unknown key 'modle' of an arm: did you mean 'model'?"),
