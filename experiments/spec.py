@@ -86,7 +86,8 @@ class Training(Settings):
     @model_validator(mode="after")
     def _warmup_fits(self) -> "Training":
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps} must be below steps = {self.steps}")
+            raise ValueError(f"warmup_steps = {self.warmup_steps} must be below steps = {self.steps}: "
+                             f"set training.warmup_steps too")  # fmt: skip
         return self
 
 

@@ -41,6 +41,7 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--set", "measurement.dtype=float16"], "measurement.dtype: "),
         (["run", "compare", "--set", "training.steps=0"], "training.steps: "),
         (["run", "compare", "--set", "training.warmup_steps=9999"], "warmup_steps = 9999 must be below steps"),
+        (["run", "compare", "--profile", "smoke", "--set", "training.steps=4"], "set training.warmup_steps too"),
         (["run", "compare", "--set", "arms.mamba.model=mmba-1m"], "unknown model 'mmba-1m': did you mean 'mamba-1m'?"),
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.stat=3"], "mixer.stat': did you mean 'state'?"),
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.state=-3"], "mamba.state must be a positive"),
