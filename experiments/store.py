@@ -117,12 +117,15 @@ def runs(folder: Path) -> list[RunDirectory]:
 
 
 def summary(run: RunDirectory) -> dict[str, Any]:
-    """One line of `lab runs`."""
-    experiment = run.experiment()
-    file = run.path / "result.json"
-    status = read_json(file)["status"] if file.is_file() else "unfinished"
+    """One line of `lab runs`; problem: why a run is damaged, or None."""
+    try:
+        experiment = run.experiment()
+        file = run.path / "result.json"
+        status = read_json(file)["status"] if file.is_file() else "unfinished"
+    except (LabError, KeyError, TypeError) as error:
+        return {"run": run.path.name, "status": "damaged", "profile": "", "arms": [], "problem": str(error)}
     arms = list(experiment.cells())
-    return {"run": run.path.name, "status": status, "profile": experiment.profile, "arms": arms}
+    return {"run": run.path.name, "status": status, "profile": experiment.profile, "arms": arms, "problem": None}
 
 
 def is_run(folder: Path) -> bool:
