@@ -11,7 +11,9 @@ from experiments.store import write_json
 
 
 @pytest.mark.parametrize(("file", "text"), [("result.json", '{"status": '), ("result.json", "[]"), ("spec.toml", "x=")])
-def test_other_runs_are_listed_beside_a_damaged_one(in_process: InProcess, tmp_path: Path, file: str, text: str) -> None:
+def test_other_runs_are_listed_beside_a_damaged_one(
+    in_process: InProcess, tmp_path: Path, file: str, text: str
+) -> None:
     for name in ("a-whole", "b-broken"):
         write_json(tmp_path / name / "environment.json", {"device": "cpu"})
         (tmp_path / name / "spec.toml").write_text(load("compare", profile="smoke").to_toml(), encoding="utf-8")

@@ -26,7 +26,7 @@ CONFIGS = {
 def test_others_may_read_the_weights_as_any_new_file(tmp_path):
     model = LanguageModel(CONFIGS["transformer"], seed=0)
     checkpoint.save(model, tmp_path / "ours")
-    hf.save(model, tmp_path / "theirs")
+    hf.export(model, tmp_path / "theirs")
     (tmp_path / "plain").touch()
     for folder in ("ours", "theirs"):
         assert (tmp_path / folder / checkpoint.WEIGHTS).stat().st_mode == (tmp_path / "plain").stat().st_mode
