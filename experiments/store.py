@@ -78,7 +78,10 @@ class RunDirectory:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         file = self.result_file(cell)
-        return read_json(file) if file.is_file() else None
+        try:
+            return read_json(file) if file.is_file() else None
+        except RunFailedError as error:
+            raise RunFailedError(f"{error}; delete that file and lab resume: the cell is done again") from None
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
         file = self.failure_file(cell)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import InProcess
 
+from experiments.errors import RunFailedError
 from experiments.spec import load
-from experiments.store import write_json
+from experiments.store import Cell, RunDirectory, write_json
 
 
 @pytest.mark.parametrize(("file", "text"), [("result.json", '{"status": '), ("result.json", "[]"), ("spec.toml", "x=")])
@@ -27,3 +28,14 @@ def test_other_runs_are_listed_beside_a_damaged_one(
     code, stdout, _ = in_process("runs", "--out", tmp_path, "--json")
     assert code == 0
     assert [one["status"] for one in json.loads(stdout)] == ["complete", "damaged"]
+
+
+def test_a_damaged_cell_names_the_remedy(tmp_path: Path) -> None:
+    run, cell = RunDirectory(tmp_path), Cell("mamba", 0, "load")
+    file = run.result_file(cell)
+    file.parent.mkdir(parents=True)
+    file.write_text('{"ms": ', encoding="utf-8")
+    with pytest.raises(RunFailedError, match="load.json is damaged: .*; delete that file and lab resume"):
+        run.result(cell)
+    file.unlink()
+    assert run.result(cell) is None
