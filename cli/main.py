@@ -192,6 +192,9 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
     from experiments import store
 
     listed = [store.summary(directory) for directory in store.runs(out)]
+    for one in listed:
+        if one["problem"] is not None:
+            typer.echo(f"note: {one['run']} is damaged: {' '.join(one['problem'].split())}", err=True)
     if as_json:
         print_json(listed)
         return

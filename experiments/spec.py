@@ -86,7 +86,8 @@ class Training(Settings):
     @model_validator(mode="after")
     def _warmup_fits(self) -> "Training":
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps} must be below steps = {self.steps}")
+            raise ValueError(f"warmup_steps = {self.warmup_steps} must be below steps = {self.steps}: "
+                             f"set training.warmup_steps too")  # fmt: skip
         return self
 
 
@@ -415,6 +416,8 @@ def load(
         for arm in arms:
             if arm not in known:
                 raise SpecError(f"unknown arm '{arm}' in {source}: {nearest(arm, known)}")
+        if len(set(arms)) != len(arms):
+            raise SpecError(f"each arm may appear once, got {', '.join(arms)}")
         raw["arms"] = {arm: known[arm] for arm in arms}
     if seeds is not None:
         if seeds < 1:

@@ -78,7 +78,10 @@ class RunDirectory:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         file = self.result_file(cell)
-        return read_json(file) if file.is_file() else None
+        try:
+            return read_json(file) if file.is_file() else None
+        except RunFailedError as error:
+            raise RunFailedError(f"{error}; delete that file and lab resume: the cell is done again") from None
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
         file = self.failure_file(cell)
@@ -117,12 +120,15 @@ def runs(folder: Path) -> list[RunDirectory]:
 
 
 def summary(run: RunDirectory) -> dict[str, Any]:
-    """One line of `lab runs`."""
-    experiment = run.experiment()
-    file = run.path / "result.json"
-    status = read_json(file)["status"] if file.is_file() else "unfinished"
+    """One line of `lab runs`; problem: why a run is damaged, or None."""
+    try:
+        experiment = run.experiment()
+        file = run.path / "result.json"
+        status = read_json(file)["status"] if file.is_file() else "unfinished"
+    except (LabError, KeyError, TypeError) as error:
+        return {"run": run.path.name, "status": "damaged", "profile": "", "arms": [], "problem": str(error)}
     arms = list(experiment.cells())
-    return {"run": run.path.name, "status": status, "profile": experiment.profile, "arms": arms}
+    return {"run": run.path.name, "status": status, "profile": experiment.profile, "arms": arms, "problem": None}
 
 
 def is_run(folder: Path) -> bool:

@@ -1,12 +1,14 @@
 """Models on disk: `config.json` and `model.safetensors` in one folder. Loading one executes nothing."""
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as _save_file
 
 from models.config import ModelConfig
 from models.errors import ConfigError
@@ -21,6 +23,16 @@ def save(model: LanguageModel, folder: Path) -> None:
     tensors = dict(model.named_parameters())  # shared parameters appear once
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' own, which lets nobody but the owner read the file; here it has the mode of every other new file."""
+    part = path.with_name(f"{path.name}.part")
+    part.touch()
+    mode = stat.S_IMODE(part.stat().st_mode)
+    _save_file(tensors, part, metadata=metadata)
+    part.chmod(mode)
+    part.replace(path)
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:

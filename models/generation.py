@@ -3,6 +3,7 @@
 B: batch   T: time   V: vocabulary
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +50,10 @@ class Sampling:
         """(B, V) -> (B, V), each row summing to 1; one-hot for temperature 0."""
         if self.greedy:
             return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-        p = (logits.float() / self.temperature).softmax(1)
+        # float64, and from the highest score down: no temperature above 0 then gives softmax an infinity above, and the
+        # lowest ones meet the limit, greedy. A subnormal one is as its neighbour, whose inverse is finite.
+        below = logits.double() - logits.amax(1, keepdim=True).double()
+        p = (below / max(self.temperature, sys.float_info.min)).softmax(1).float()
         if self.top_k is not None and self.top_k < p.shape[1]:
             kept = p.topk(self.top_k, 1)
             p = torch.zeros_like(p).scatter_(1, kept.indices, kept.values)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoint import CONFIG, WEIGHTS, read_table
+from models.checkpoint import CONFIG, WEIGHTS, read_table, save_file
 from models.config import ModelConfig
 from models.errors import ConfigError
 from models.hf.architectures import (

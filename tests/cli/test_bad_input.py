@@ -28,6 +28,7 @@ def one_line(stderr: str) -> str:
     [
         (["run", "comparre"], "unknown experiment 'comparre': did you mean 'compare'?"),
         (["run", "compare", "--arms", "mmba"], "unknown arm 'mmba' in experiment 'compare': did you mean 'mamba'?"),
+        (["run", "compare", "--arms", "mamba,mamba"], "each arm may appear once, got mamba, mamba"),
         (["run", "compare", "--set", "trainin.steps=1"], "unknown key 'trainin': did you mean 'training'?"),
         (["run", "compare", "--set", "training.stepz=1"], "unknown key 'training.stepz': did you mean 'steps'?"),
         (["run", "compare", "--set", "arms.mamba.modle=x"], "unknown key 'modle' of an arm: did you mean 'model'?"),
@@ -40,6 +41,7 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--set", "measurement.dtype=float16"], "measurement.dtype: "),
         (["run", "compare", "--set", "training.steps=0"], "training.steps: "),
         (["run", "compare", "--set", "training.warmup_steps=9999"], "warmup_steps = 9999 must be below steps"),
+        (["run", "compare", "--profile", "smoke", "--set", "training.steps=4"], "set training.warmup_steps too"),
         (["run", "compare", "--set", "arms.mamba.model=mmba-1m"], "unknown model 'mmba-1m': did you mean 'mamba-1m'?"),
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.stat=3"], "mixer.stat': did you mean 'state'?"),
         (["run", "compare", "--set", "arms.mamba.overrides.mixer.state=-3"], "mamba.state must be a positive"),

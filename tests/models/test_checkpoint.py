@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from models import checkpoint
+from models import checkpoint, hf
 from models.config import ModelConfig
 from models.errors import ConfigError
 from models.feedforward.swiglu import SwiGLUConfig
@@ -21,6 +21,16 @@ CONFIGS = {
         tie_embeddings=False,
     ),
 }  # fmt: skip
+
+
+def test_others_may_read_the_weights_as_any_new_file(tmp_path):
+    model = LanguageModel(CONFIGS["transformer"], seed=0)
+    checkpoint.save(model, tmp_path / "ours")
+    hf.export(model, tmp_path / "theirs")
+    (tmp_path / "plain").touch()
+    for folder in ("ours", "theirs"):
+        assert (tmp_path / folder / checkpoint.WEIGHTS).stat().st_mode == (tmp_path / "plain").stat().st_mode
+        assert not list((tmp_path / folder).glob("*.part"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

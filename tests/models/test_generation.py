@@ -132,6 +132,18 @@ def test_probabilities(scores, temperature, top_k, top_p):
             assert torch.equal(row > 0, expected.float() > 0)
 
 
+@given(logits(), st.floats(1e-308, 1e300) | st.floats(-308, 300).map(lambda power: 10.0**power) | st.just(5e-324))
+@settings(max_examples=150, deadline=None)
+def test_every_temperature_is_well_defined(scores, temperature):
+    p = Sampling(temperature=temperature).probabilities(scores)
+    torch.testing.assert_close(p.sum(1), torch.ones(2))
+    assert torch.equal(p.gather(1, scores.argmax(1, keepdim=True))[:, 0], p.amax(1))
+    if temperature < 1e-6:  # scores lie 0.01 apart at the least
+        assert torch.equal(p, Sampling().probabilities(scores))
+    if temperature > 1e9:
+        torch.testing.assert_close(p, torch.full_like(p, 1 / p.shape[1]))
+
+
 def test_by_hand():
     scores = torch.tensor([[0.5, 0.2, 0.25, 0.05]]).log()
     at = lambda **kwargs: Sampling(temperature=1.0, **kwargs).probabilities(scores)[0].tolist()  # noqa: E731
