@@ -6,9 +6,11 @@ a side would inherit the other's freed memory: a step that reuses it skips page 
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
@@ -22,6 +24,13 @@ from experiments.statistics import paired_ratio
 
 Turn = Callable[[], tuple[int, Any]]  # does some work; the tokens it processed, and what they gave
 Side = Callable[[], Turn]  # builds the model; picklable
+
+
+def needs(package: str) -> None:
+    """Leave with one line where it is not installed."""
+    if importlib.util.find_spec(package) is None:
+        print(f"this benchmark needs {package}: pip install -e '.[bench]'", file=sys.stderr)
+        raise SystemExit(3)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -117,19 +126,19 @@ def ratio(numerator: list[float], denominator: list[float], at_least: float | No
 
 def publish(
     name: str, settings: dict[str, Any], found: dict[str, list[float]], ratios: dict[str, Any], as_json: bool,
-    device: str = "cpu",
+    device: str = "cpu", unit: str = "tokens",
 ):  # fmt: skip
-    """Print the object, or a Markdown table of it."""
+    """Print the object, or a Markdown table of it. unit: of what the rates count."""
     medians = {side: statistics.median(values) for side, values in found.items()}
     if as_json:
         print(json.dumps({
-            "benchmark": name, "settings": settings, "tokens_per_s": medians, "samples": found, "ratios": ratios,
+            "benchmark": name, "settings": settings, f"{unit}_per_s": medians, "samples": found, "ratios": ratios,
             "environment": describe(device, torch.get_num_threads()),
         }, indent=1))  # fmt: skip
         return
     plain = {key: value for key, value in settings.items() if not isinstance(value, dict)}
     print(f"{name}: {', '.join(f'{key} {value}' for key, value in plain.items())}\n")
-    print("| side | per second (median) |\n|---|---|")
+    print(f"| side | {unit}/s (median) |\n|---|---|")
     for side, value in medians.items():
         print(f"| {side} | {value:,.0f} |")
     for side, peak in settings.get("memory", {}).items():

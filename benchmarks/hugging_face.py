@@ -3,11 +3,15 @@
 from typing import Any
 
 import torch
-import transformers
-from transformers import LlamaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM, PreTrainedModel
 
+from benchmarks import common
 from models import hf
 from models.language_model import LanguageModel
+
+common.needs("transformers")
+
+import transformers  # noqa: E402
+from transformers import LlamaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM, PreTrainedModel  # noqa: E402
 
 
 def counterpart(model: LanguageModel, **settings: Any) -> PreTrainedModel:

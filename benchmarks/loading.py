@@ -17,7 +17,6 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
 
 from benchmarks import common, hugging_face  # noqa: E402
 from experiments.measurement.memory import PeakMemory, resident_bytes, settle  # noqa: E402
@@ -43,7 +42,7 @@ def load(side: str, arm: str, folder: Path) -> torch.nn.Module:
     if side == "our loader":
         model: torch.nn.Module = folders.load(folder / arm)
     else:
-        model = getattr(transformers, ARMS[arm]).from_pretrained(folder / arm)
+        model = getattr(hugging_face.transformers, ARMS[arm]).from_pretrained(folder / arm)
     for parameter in model.parameters():
         parameter.sum()
     return model
@@ -86,7 +85,7 @@ def main() -> None:
                 most = run_fresh(peak, side, arm, folder, small)
                 memory[name] = {"peak_bytes": most, "weight_bytes": weights, "peak_over_weights": most / weights}
     settings = {"parameters": "30m", "threads": torch.get_num_threads(), "memory": memory, "memory_at_most": AIM}
-    common.publish("loading", settings, found, ratios, options.json)
+    common.publish("loading", settings, found, ratios, options.json, unit="loads")
 
 
 if __name__ == "__main__":

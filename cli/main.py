@@ -208,6 +208,7 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
 @one_line_errors
 def models(as_json: AsJson = False) -> None:
     """List the presets: parameters, mixers, feed-forward, bytes of decode state."""
+    from experiments.report.numbers import size
     from models import anatomy, cost
     from models.presets import PRESETS
 
@@ -224,11 +225,11 @@ def models(as_json: AsJson = False) -> None:
         print_json(listed)
         return
     typer.echo(f"{'model':<18}{'mixer':<26}{'feed-forward':<14}{'width':>6}{'parameters':>15}{'active':>15}"
-               f"{'state at 1k':>13}{'at 16k':>10}   (16-bit state, MB = 10^6)")  # fmt: skip
+               f"{'state at 1k':>13}{'at 16k':>12}   (16-bit state, MB = 10^6)")  # fmt: skip
     for one in listed:
-        short, long = (f"{one['state_bytes_16bit'][T] / 1e6:.3g} MB" for T in ("1024", "16384"))
+        short, long = (size(one["state_bytes_16bit"][T]) for T in ("1024", "16384"))
         typer.echo(f"{one['model']:<18}{one['mixer']:<26}{one['feedforward']:<14}{one['width']:>6}"
-                   f"{one['parameters']:>15,}{one['active']:>15,}{short:>13}{long:>10}")  # fmt: skip
+                   f"{one['parameters']:>15,}{one['active']:>15,}{short:>13}{long:>12}")  # fmt: skip
 
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -452,7 +453,8 @@ def export(
 @app.command()
 @one_line_errors
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine has: CPU, GPU, versions, and which form of each heavy operation would run."""
+    """Say what this machine has: CPU, GPU, versions, which form of each heavy operation would run, and whether it
+    agrees with the reference here."""
     from experiments.doctor import examine
 
     findings = examine()

@@ -123,6 +123,8 @@ def run(
     neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
     """
     check(experiment)
+    if experiment.study == "comparison" and len(experiment.arms) == 1 and not experiment.learning_rates:
+        listener(Event("note", "one arm: it will be trained and measured, and compared with nothing"))
     dataset = prepare_all(
         experiment.data, experiment.vocabularies, cache or default_cache(),
         lambda message: listener(Event("note", message)),

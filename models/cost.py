@@ -98,7 +98,7 @@ def state_formula(config: ModelConfig) -> str:
     """`state_bytes` in words, for a report."""
     formulas = [block.mixer.state_formula(config.width) for block in config.blocks]
     counts = {formula: formulas.count(formula) for formula in formulas}
-    return "; ".join(f"{count} blocks x {formula}" for formula, count in counts.items())
+    return "; ".join(f"{count} block{'s' if count > 1 else ''} x {formula}" for formula, count in counts.items())
 
 
 def weight_bytes(config: ModelConfig, element_size: int) -> int:

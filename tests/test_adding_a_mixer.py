@@ -106,7 +106,7 @@ def test_the_mixer_keeps_the_contract(copy):
 def test_the_example_trains_and_the_preset_is_what_it_says(copy):
     (example,) = [text for path, text in blocks("python") if path is None]
     shown = python(copy, "-c", example + PROMISES)
-    assert "3 blocks x 32 x 16 elements, whatever the length; 1 blocks x" in shown
+    assert "3 blocks x 32 x 16 elements, whatever the length; 1 block x" in shown
     first, last = map(float, re.findall(r"learned by heart: ([\d.]+) nats, then ([\d.]+)", shown)[0])
     assert 3.5 < first < 4.6  # ln 64 = 4.16
     assert last < 0.5 * first
