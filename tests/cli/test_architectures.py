@@ -138,6 +138,7 @@ def test_no_split_is_a_result_without_quality(in_process: InProcess, small: list
     quick = ["--seeds", 1, "--set", "measurement.enabled=false", "--set", "evaluation.splits=[]"]
     code, stdout, stderr = in_process("run", *small, "--arms", "mamba", *quick, "--out", tmp_path / "runs", "--json")
     assert code == 0, stderr
+    assert "one arm: it will be trained and measured, and compared with nothing" in stderr
     assert {row["phase"] for row in json.loads(stdout)["rows"]} == {"train"}
 
 
