@@ -35,7 +35,7 @@ def test_a_damaged_cell_names_the_remedy(tmp_path: Path) -> None:
     file = run.result_file(cell)
     file.parent.mkdir(parents=True)
     file.write_text('{"ms": ', encoding="utf-8")
-    with pytest.raises(RunFailedError, match="load.json is damaged: .*; delete that file and lab resume"):
+    with pytest.raises(RunFailedError, match=r"load\.json is damaged: .*; delete that file and lab resume"):
         run.result(cell)
     file.unlink()
     assert run.result(cell) is None
