@@ -55,7 +55,7 @@ class Progress:
             bars.reset(self.steps, description=escape(event.cell or ""), total=None)
             bars.update(self.cells, completed=event.done)
         elif event.kind == "step":
-            bars.update(self.steps, completed=event.done, total=event.total)
+            bars.update(self.steps, description=escape(event.cell or ""), completed=event.done, total=event.total)
         elif event.kind == "finish":
             bars.update(self.cells, completed=event.done)
 

@@ -67,6 +67,11 @@ def model_config(arm: Arm, vocabulary: int) -> ModelConfig:
     return config
 
 
+def model_configs(experiment: Experiment) -> dict[str, ModelConfig]:
+    """Of each of `Experiment.cells`. Raises ConfigError."""
+    return {name: model_config(arm, experiment.vocabulary_of(name)) for name, arm in experiment.cells().items()}
+
+
 def folder_hashes(experiment: Experiment) -> dict[str, str]:
     """Of each arm whose model is a folder: SHA-256 of its configuration, and of the weights that it starts from."""
     found = {}
@@ -126,12 +131,16 @@ def _try(model: LanguageModel) -> None:
             model.step(tokens[:rows, 0], state)
 
 
+TURN_MS = 500.0  # of training steps in a turn, at least
+
+
 def train_cell(
     send: Send, experiment: Experiment, name: str, arm: Arm, seed: int, dataset_folder: Path, folder: Path,
     batches: Batches | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Generator[None, None, dict[str, Any]]:  # fmt: skip
     """Train, evaluate, sample, and keep everything under `folder`. Messages: ("step", done, total). batches: None draws
-    windows of the training tokens."""
+    windows of the training tokens. A turn is half a second of steps; what comes before them and after is in the first
+    and the last."""
     device = prepare_process(experiment)
     dataset = Dataset.load(dataset_folder)
     settings, evaluation = experiment.training, experiment.evaluation
@@ -160,6 +169,8 @@ def train_cell(
             log.flush()
 
         record({"step": 0, "validation_loss": mean_loss(model, validation, objective, **curve)})
+        yield
+        of_turn_ms = 0.0
         for step in train(model, batches, settings, arm.learning_rate, stream, objective):
             record(asdict(step))
             step_ms.append(step.step_ms)
@@ -167,6 +178,10 @@ def train_cell(
             if step.step % settings.validate_every == 0 or step.step == settings.steps:
                 loss = mean_loss(model, validation, objective, **curve)
                 record({"step": step.step, "validation_loss": loss})
+            of_turn_ms += step.step_ms
+            if of_turn_ms >= TURN_MS and step.step < settings.steps:
+                yield
+                of_turn_ms = 0.0
 
     def quality(model: LanguageModel, split: str) -> Quality | MaskedQuality:
         if arm.objective == "masked":
@@ -245,8 +260,9 @@ def measured_folder(experiment: Experiment, folder: Path) -> Path:
 def measure_cell(
     send: Send, experiment: Experiment, phase: str, context: int | None, batch: int | None, dataset_folder: Path,
     folder: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """One phase of the trained model in `folder`: load, prefill or decode; batch None: that of the settings."""
+) -> Generator[None, None, dict[str, Any]]:  # fmt: skip
+    """One phase of the trained model in `folder`: load, prefill or decode, these turn by turn; batch None: that of the
+    settings."""
     device = prepare_process(experiment)
     settings, folder = experiment.measurement, measured_folder(experiment, folder)
     if phase == "load":
@@ -254,7 +270,7 @@ def measure_cell(
     assert context is not None
     tokens = _text(dataset_folder, batch or settings.batch, context)
     measure = measure_prefill if phase == "prefill" else measure_decode
-    return measure(folder, settings, context, tokens, device)
+    return (yield from measure(folder, settings, context, tokens, device))
 
 
 def build_cell(
@@ -274,7 +290,7 @@ def build_cell(
 def memory_cell(
     send: Send, experiment: Experiment, phase: str, context: int | None, batch: int | None, way: str | None,
     dataset_folder: Path, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+) -> Generator[None, None, dict[str, Any]]:  # fmt: skip
     """The memory of one phase of the model in `folder`: load in one of the ways, prefill, decode, a training step."""
     device, settings = prepare_process(experiment), experiment.memory
     folder = folder / "checkpoint"
@@ -288,7 +304,7 @@ def memory_cell(
             return measure_step(folder, tokens, device, settings.dtype)
         measure = measure_prefill if phase == "prefill" else measure_decode
         tokens, once = _text(dataset_folder, batch, context), Measurement(decode_tokens=settings.decode_tokens)
-        return measure(folder, once, context, tokens, device, times=False)
+        return (yield from measure(folder, once, context, tokens, device, times=False))
 
 
 def speed_cell(

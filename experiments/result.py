@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiments.cells import model_config
+from experiments.cells import model_configs
 from experiments.errors import RunFailedError
 from experiments.kernels.check import doubt, kernels_of
 from experiments.spec import Experiment
@@ -60,7 +60,7 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
         "baselines": facts["baselines"] if tested else None,
         "arms": _arms(experiment, environment, made),
         "verdicts": study.verdicts(rows, experiment),
-        "findings": study.findings(rows, experiment, experiment.data.vocabulary, run),
+        "findings": study.findings(rows, experiment, run),
         "rows": rows,
     }
 
@@ -80,9 +80,9 @@ def _check_same_data(made: Results, experiment: Experiment) -> None:
 
 
 def _arms(experiment: Experiment, environment: dict[str, Any], made: Results) -> dict[str, Any]:
-    arms = {}
+    arms, configs = {}, model_configs(experiment)
     for name, arm in experiment.cells().items():
-        config = model_config(arm, experiment.vocabulary_of(name))
+        config = configs[name]
         count = cost.parameters(config)
         hashes = {str(c.seed): r["data_sha256"] for c, r in made.items() if c.arm == name and "data_sha256" in r}
         arms[name] = {
@@ -112,10 +112,9 @@ def _taint(row: dict, made: dict[str, Any] | None) -> str | None:
 
 def _doubts(experiment: Experiment, environment: dict[str, Any], made: Results) -> dict[Cell, str]:
     """Of each model whose kernels were not checked on this GPU, or failed: why no number of it may be compared."""
-    doubts = {}
+    doubts, configs = {}, model_configs(experiment)
     for cell, result in made.items():
-        config = model_config(experiment.cells()[cell.arm], experiment.vocabulary_of(cell.arm))
-        reason = doubt(environment, result["backend"]["name"].split("+"), kernels_of(config))
+        reason = doubt(environment, result["backend"]["name"].split("+"), kernels_of(configs[cell.arm]))
         if reason:
             doubts[cell] = reason
     return doubts
@@ -165,10 +164,7 @@ def _unmatched(experiment: Experiment) -> list[str]:
     """A comparison claims arms of one size; other studies differ in it on purpose, and say so."""
     if experiment.study != "comparison":
         return []
-    sizes = {
-        name: cost.parameters(model_config(arm, experiment.data.vocabulary)).active
-        for name, arm in experiment.arms.items()
-    }
+    sizes = {name: cost.parameters(config).active for name, config in model_configs(experiment).items()}
     low, high = min(sizes, key=lambda name: sizes[name]), max(sizes, key=lambda name: sizes[name])
     if sizes[high] <= (1 + MATCHED) * sizes[low]:
         return []

@@ -26,6 +26,12 @@ def on_card(cell: Cell, phase: str, result: dict[str, Any], **rest: Any) -> Iter
         yield row(cell, phase, "process_bytes", process, "bytes", "lower", reason=reason, **rest)
 
 
+def turn_ms(result: dict[str, Any]) -> np.ndarray:
+    """Of each turn the median of its samples: a turn counts once, however many calls it had time for."""
+    borders = np.cumsum(result["turns"])[:-1]
+    return np.array([np.median(turn) for turn in np.split(np.array(result["samples"]["ms"]), borders)])
+
+
 def percentiles(samples: list[float]) -> dict[str, Any]:
     p5, median, p95 = np.percentile(samples, [5, 50, 95])
     return {"value": float(median), "p5": float(p5), "p95": float(p95), "n": len(samples)}

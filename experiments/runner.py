@@ -80,8 +80,7 @@ def check(experiment: Experiment) -> None:
             _check_mode(mode, experiment.speed.dtypes, experiment)
     elif experiment.trains and experiment.measurement.enabled:
         _check_mode(experiment.measurement.decode_mode, (experiment.measurement.dtype,), experiment)
-    for arm in experiment.arms.values():
-        config = cells.model_config(arm, experiment.data.vocabulary)
+    for config in cells.model_configs(experiment).values():
         _check_positions(config, experiment)
         for block in config.kinds:
             MIXERS[block.mixer.kind].select(block.mixer, torch.device(experiment.device))
@@ -96,8 +95,8 @@ def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> Non
         raise ConfigError(f"mode '{mode}' is refused for every arm on a CPU: {reason}")
     if mode != "eager" and attention_of_splits() is None:
         raise ConfigError(f"mode '{mode}' is refused for every arm: it needs Triton (pip install triton)")
-    for name, arm in experiment.arms.items() if mode != "eager" else ():
-        for block in cells.model_config(arm, experiment.data.vocabulary).kinds:
+    for name, config in cells.model_configs(experiment).items() if mode != "eager" else ():
+        for block in config.kinds:
             kind = None if block.feedforward is None else FEEDFORWARDS[block.feedforward.kind]
             for dtype in dtypes:
                 device = torch.device(experiment.device)
@@ -171,11 +170,8 @@ def _create(
         raise RunFailedError(f"the models cannot be built and run here: {error}{error.detail}") from None
     kernels = None
     if experiment.device == "cuda":
-        called = [
-            kernel for cell, arm in experiment.cells().items()
-            for kernel in kernels_of(cells.model_config(arm, experiment.vocabulary_of(cell)))
-        ]  # fmt: skip
-        kernels = of_this_gpu(cache, lambda text: listener(Event("note", text)), kernels=sorted(set(called)))
+        called = {kernel for config in cells.model_configs(experiment).values() for kernel in kernels_of(config)}
+        kernels = of_this_gpu(cache, lambda text: listener(Event("note", text)), kernels=sorted(called))
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = out / f"{stamp}-{experiment.name}-{run_hash(experiment, dataset)}"
     path.mkdir(parents=True)

@@ -106,7 +106,7 @@ class Measurement(Settings):
     enabled: bool = True
     contexts: Ascending = (128, 512, 2048)
     batch: int = Field(default=1, ge=1)
-    repeats: int = Field(default=10, ge=1, description="at least this many timed repeats per cell")
+    repeats: int = Field(default=10, ge=1, description="at least this many turns per timed cell, of a call or more")
     seconds: float = Field(default=1.0, ge=0, description="and at least this long")
     decode_tokens: int = Field(default=16, ge=1, description="tokens per timed decode repeat")
     decode_mode: Literal["eager", "graph"] = Field(

@@ -1,4 +1,5 @@
-"""The phases, measured: load, prefill, decode, a training step. Each function is one cell, run in a fresh process.
+"""The phases, measured: load, prefill, decode, a training step. Each function is one cell, run in a fresh process, the
+timed ones turn by turn (experiments.measurement.process).
 
 Memory. Before its baseline, a cell loads and runs a one-layer replica of the model, so that code, libraries and
 thread pools are in memory already and what is counted belongs to the model. `peak_bytes` is the peak over the
@@ -11,6 +12,7 @@ are torch's allocations; beside them stand `reserved_peak_bytes`, the most that 
 """
 
 import tempfile
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor
 from experiments.measurement import operations
 from experiments.measurement.loading import load
 from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
-from experiments.measurement.timing import timed
+from experiments.measurement.timing import timed, timed_in_turns
 from experiments.spec import Measurement
 from experiments.training import token_loss
 from models import checkpoint, cost
@@ -60,7 +62,7 @@ def measure_load(folder: Path, settings: Measurement, device: torch.device, way:
 
 def measure_prefill(
     folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device, times: bool = True
-) -> dict[str, Any]:
+) -> Generator[None, None, dict[str, Any]]:
     """Read a prompt of `context` tokens (B, context) into an empty state and name the next token. times: False, its
     memory alone."""
     return_freed_memory()
@@ -73,13 +75,14 @@ def measure_prefill(
     before_phase = _baseline(device)
     peak = _peak(read, device)
     return _phase(model, peak, before_load, before_phase) | {
-        "context": context, "batch": tokens.shape[0], **(_times(read, settings, device) if times else {}),
+        "context": context, "batch": tokens.shape[0],
+        **((yield from _times(read, settings, device)) if times else {}),
     }  # fmt: skip
 
 
 def measure_decode(
     folder: Path, settings: Measurement, context: int, tokens: Tensor, device: torch.device, times: bool = True
-) -> dict[str, Any]:
+) -> Generator[None, None, dict[str, Any]]:
     """Decode greedily, token by token, from a state that holds `context` tokens. times: False, its memory alone.
 
     A sample is `settings.decode_tokens` tokens. What a recording keeps for itself is in `peak_bytes` alone.
@@ -99,7 +102,7 @@ def measure_decode(
         "tokens_per_sample": settings.decode_tokens,
         "state_bytes": state.nbytes,
         "state_bytes_analytic": cost.state_bytes(config, tokens.shape[0], context + settings.decode_tokens, element),
-        **(_times(write, settings, device) if times else {}),
+        **((yield from _times(write, settings, device)) if times else {}),
     }  # fmt: skip
 
 
@@ -110,10 +113,11 @@ def _peak(operation: operations.Operation, device: torch.device) -> PeakMemory:
     return peak
 
 
-def _times(operation: operations.Operation, settings: Measurement, device: torch.device) -> dict[str, Any]:
+def _times(
+    operation: operations.Operation, settings: Measurement, device: torch.device
+) -> Generator[None, None, dict[str, Any]]:
     keep_freed_memory()
-    samples = timed(operation, repeats=settings.repeats, seconds=settings.seconds, device=device)
-    return {"samples": samples.to_dict(), "noisy": samples.noisy}
+    return timed_in_turns(operation, repeats=settings.repeats, seconds=settings.seconds, device=device)
 
 
 def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: str) -> dict[str, Any]:

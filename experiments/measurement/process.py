@@ -45,6 +45,7 @@ def quiet_thread_pools() -> None:
 
 
 Key = TypeVar("Key")
+Result = TypeVar("Result")
 Job = tuple[Callable[..., Any], tuple]  # a cell's function and its arguments after `send`
 
 
@@ -163,7 +164,7 @@ def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple) -> 
     try:
         result = function(lambda message: pipe.send(("message", message)), *arguments)
         if isinstance(result, Generator):
-            result = _turn_by_turn(result, pipe)
+            result = all_turns(result, between=lambda: _hand_over(pipe))
         pipe.send(("result", result))
     except Exception as error:
         pipe.send(("error", _told(error)))
@@ -198,17 +199,23 @@ def side_by_side(works: list[Generator[None, None, Any]]) -> Generator[None, Non
     return results
 
 
-def _turn_by_turn(work: Generator[Any, Any, Any], pipe: Connection) -> Any:
+def all_turns(work: Generator[None, None, Result], between: Callable[[], object] = lambda: None) -> Result:
+    """Every turn of `work`, with `between` after each but the last; what it returns."""
     while True:
         try:
             next(work)
         except StopIteration as end:
             return end.value
-        pipe.send(("turn", None))
-        try:
-            pipe.recv()
-        except EOFError:  # whoever waited for the result is gone
-            raise SystemExit from None
+        between()
+
+
+def _hand_over(pipe: Connection) -> None:
+    """End a turn, and wait for the next."""
+    pipe.send(("turn", None))
+    try:
+        pipe.recv()
+    except EOFError:  # whoever waited for the result is gone
+        raise SystemExit from None
 
 
 def _unforeseen(error: Exception) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from experiments.measurement import operations
 from experiments.measurement.ceilings import CeilingsMeter
 from experiments.measurement.operations import Operation
-from experiments.measurement.timing import Samples, timed
+from experiments.measurement.timing import timed, timed_in_turns
 from experiments.spec import Speed
 from experiments.training import DTYPES
 from models.compiled import compile_blocks
@@ -40,33 +40,21 @@ def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[Non
     """phase: step, prefill, decode, forward or backward. tokens (B, T + 1).
 
     The first turn makes ready: the first call, in which kernels are loaded and a compiler may work, is timed by itself
-    and is in no sample. Then come turns, each of them the ceilings and one sample or more, until there are
-    `settings.repeats` of them and `settings.seconds` of samples.
+    and is in no sample. The turns after it measure the ceilings, then the operation.
     """
     settings, device = subject.settings, subject.device
     subject.prepare(phase)
     operation, per_call = OPERATIONS[phase](subject, tokens.to(device))
     (first_ms,) = timed(operation, repeats=1, seconds=0, device=device, warm_up=0).ms
-    again = timed(operation, repeats=1, seconds=0, device=device, warm_up=1)
-    # the cell before has filled the caches, which a short operation would find warm in use
-    warm_up = 1 if again.median < LONG_MS else 0
-    turns: list[list[float]] = []
-    ceilings = []
-    while len(turns) < settings.repeats or sum(map(sum, turns)) < settings.seconds * 1e3:
-        yield
-        ceilings.append(subject.meter.measure())
-        seconds = settings.seconds / MOST_TURNS
-        turns.append(timed(operation, repeats=1, seconds=seconds, device=device, warm_up=warm_up).ms)
-    samples = Samples([ms for turn in turns for ms in turn])
-    return {
-        "samples": samples.to_dict(), "turns": [len(turn) for turn in turns], "noisy": samples.noisy,
-        "tokens_per_sample": per_call, "first_call_ms": first_ms, "ceilings": [asdict(one) for one in ceilings],
+    ceilings: list[dict[str, Any]] = []
+    times = yield from timed_in_turns(
+        operation, repeats=settings.repeats, seconds=settings.seconds, device=device,
+        before=lambda: ceilings.append(asdict(subject.meter.measure())),
+    )  # fmt: skip
+    return times | {
+        "tokens_per_sample": per_call, "first_call_ms": first_ms, "ceilings": ceilings,
         "backend": subject.model.backend.name,
     }  # fmt: skip
-
-
-MOST_TURNS = 40  # unless `repeats` asks for more
-LONG_MS = 100.0  # beside which what a cold cache costs is nothing
 
 
 def _step(subject: Subject, tokens: Tensor) -> tuple[Operation, int]:

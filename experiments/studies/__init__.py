@@ -11,7 +11,7 @@ Each study is a module with
     work_together(cells, experiment)       the same for cells that share one, where there are any: a list of results
     rows(cell, result, experiment, run)    the rows of result.json that a finished cell gives
     verdicts(rows, experiment)             the paired comparisons that were planned
-    findings(rows, experiment, vocabulary, run)   what else the study says, a sentence each
+    findings(rows, experiment, run)        what else the study says, a sentence each
 """
 
 from types import ModuleType

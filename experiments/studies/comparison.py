@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
-from experiments.rows import on_card, percentiles, rate, row
+from experiments.rows import on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, holm, paired_difference, paired_ratio
 from experiments.store import Cell, RunDirectory, read_json
@@ -14,6 +14,7 @@ from models.config import ModelConfig
 
 MAKES = "train"
 SEES = "the model saw the token that it was to predict"
+TIMED = ("train", "prefill", "decode")  # the kinds of cells whose speeds are compared
 RESOLVED = 0.05  # Holm-corrected p below which a difference counts as resolved
 
 
@@ -21,24 +22,27 @@ def plan(experiment: Experiment) -> list[Cell]:
     """Every cell in the order in which it runs. Arms alternate, and swap places from seed to seed, so that a
     machine that slows down in time does not slow down one arm."""
     arms = list(experiment.cells())
-    turns = [(seed, arms if i % 2 == 0 else arms[::-1]) for i, seed in enumerate(experiment.seeds)]
-    planned = [Cell(arm, seed, "train") for seed, order in turns for arm in order]
+    ordered = [(seed, arms if i % 2 == 0 else arms[::-1]) for i, seed in enumerate(experiment.seeds)]
+    planned = [Cell(arm, seed, "train") for seed, order in ordered for arm in order]
     if not experiment.measurement.enabled:
         return planned
     phases: list[tuple[str, int | None]] = [("load", None)]
     phases += [(kind, context) for kind in ("prefill", "decode") for context in experiment.measurement.contexts]
-    vocabulary = experiment.data.vocabulary
-    decodes = {name: cells.model_config(arm, vocabulary).causal for name, arm in experiment.cells().items()}
+    configs = cells.model_configs(experiment)
     planned += [
         Cell(arm, seed, kind, context)
-        for seed, order in turns for kind, context in phases for arm in order
-        if kind == "load" or decodes[arm]
+        for seed, order in ordered for kind, context in phases for arm in order
+        if kind == "load" or configs[arm].causal
     ]  # fmt: skip
     return planned
 
 
-def turns(cell: Cell, experiment: Experiment) -> None:
-    """None take turns: pairs of seeds stand for that."""
+def turns(cell: Cell, experiment: Experiment) -> tuple | None:
+    """Where speed is measured on a CPU, which other programs use too, the arms of a seed take turns, so that one that
+    grows slower in between grows slower for all of them. A GPU is each arm's alone, with all its memory."""
+    if experiment.device == "cuda" or not experiment.measurement.enabled or cell.kind not in TIMED:
+        return None
+    return (cell.seed, cell.kind, cell.context, cell.batch)
 
 
 def together(cell: Cell, experiment: Experiment) -> None:
@@ -171,7 +175,7 @@ def _phase_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> I
         "batch": result["batch"], "mode": result.get("mode", "eager"), "dtype": experiment.measurement.dtype,
         "backend": result["backend"],
     }  # fmt: skip
-    times = percentiles(result["samples"]["ms"])
+    times = percentiles(turn_ms(result).tolist())
     if cell.kind == "prefill":
         per_sample, latency = result["batch"] * result["context"], "time_to_first_token_ms"
     else:
@@ -282,7 +286,7 @@ def settled(drafts: Sequence[tuple[dict, Comparison]]) -> list[dict]:
     return [_verdict(head, comparison, p, tested) for (head, comparison), p in zip(drafts, corrected, strict=True)]
 
 
-def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """None: the verdicts say it all."""
     return []
 

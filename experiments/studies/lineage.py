@@ -30,7 +30,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     return [verdict for one in asked.values() for verdict in comparison.compared(rows, one)]
 
 
-def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """What each step bought, and what all of them did."""
     told = {(one["a"], one["b"], one["phase"], one["metric"]): one for one in verdicts(rows, experiment)}
     arms, found = list(experiment.arms), []

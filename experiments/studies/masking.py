@@ -108,7 +108,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     return comparison.verdicts(asked, experiment)
 
 
-def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """Of each arm without a mask its training loss and what it writes, of each encoder its blanks; beside the judge's.
     Holm's correction covers all of these comparisons."""
     judging, context = judge(experiment), experiment.training.context

@@ -20,7 +20,7 @@ MAKES = "build"
 def plan(experiment: Experiment) -> list[Cell]:
     """Arm by arm within each phase."""
     settings, arms, seeds = experiment.memory, list(experiment.arms), experiment.seeds
-    configs = {name: cells.model_config(arm, experiment.data.vocabulary) for name, arm in experiment.arms.items()}
+    configs = cells.model_configs(experiment)
     planned = [Cell(arm, seed, "build") for seed in seeds for arm in arms]
     planned += [Cell(arm, seed, "load", mode=way) for seed in seeds for way in WAYS for arm in arms]
     planned += [
@@ -79,10 +79,10 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     return []
 
 
-def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """When loading costs more than inference, per arm; from which length on a cache outweighs another arm's state, and
     its own weights."""
-    configs = {name: cells.model_config(arm, vocabulary) for name, arm in experiment.arms.items()}
+    configs = cells.model_configs(experiment)
     table = {
         (r["arm"], r["phase"], r["metric"], r["context"], r["batch"], r["mode"]): r["value"]
         for r in rows if r["seed"] is None and r["value"] is not None

@@ -44,15 +44,15 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     """Each arm with experts against each without, on the comparison's questions and on decode at every batch."""
     asked = []
-    for dense, sparse in _pairs(_configs(experiment, experiment.data.vocabulary)):
+    for dense, sparse in _pairs(cells.model_configs(experiment)):
         asked += comparison.questions(experiment, dense, sparse)
         asked += [one for one in _decodes(experiment, dense, sparse) if one not in asked]
     return comparison.compared(rows, asked) if asked else comparison.verdicts(rows, experiment)
 
 
-def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """Of each arm what must be loaded and what is touched; of each pair what that bought; of experts their load."""
-    configs = _configs(experiment, vocabulary)
+    configs = cells.model_configs(experiment)
     found = [_bytes(arm, config, experiment) for arm, config in configs.items()]
     told = verdicts(rows, experiment)
     found += [_bought(told, experiment, configs, dense, sparse) for dense, sparse in _pairs(configs)]
@@ -64,10 +64,6 @@ def expected(loads: list[float], top_k: int, tokens: int) -> float:
     """How many experts of a layer `tokens` independent tokens touch on average, each choosing `top_k` of them with the
     frequencies `loads`, which sum to 1."""
     return sum(1 - (1 - min(1.0, top_k * load)) ** tokens for load in loads)
-
-
-def _configs(experiment: Experiment, vocabulary: int) -> dict[str, ModelConfig]:
-    return {name: cells.model_config(arm, vocabulary) for name, arm in experiment.arms.items()}
 
 
 def _experts(config: ModelConfig) -> list[MoEConfig]:

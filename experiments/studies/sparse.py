@@ -36,8 +36,7 @@ def reach(config: ModelConfig) -> int | None:
 
 def baseline(experiment: Experiment) -> str | None:
     """The arm that the others are compared with."""
-    vocabulary = experiment.data.vocabulary
-    return next((a for a, arm in experiment.arms.items() if windows(cells.model_config(arm, vocabulary)) is None), None)
+    return next((arm for arm, config in cells.model_configs(experiment).items() if windows(config) is None), None)
 
 
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
@@ -47,10 +46,10 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     return comparison.compared(rows, asked)
 
 
-def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """Of every window: the loss before it is full and after, what it keeps, how fast it is; and which of them lose."""
     base = baseline(experiment)
-    configs = {name: cells.model_config(arm, vocabulary) for name, arm in experiment.arms.items()}
+    configs = cells.model_configs(experiment)
     bounded = {arm: config for arm, config in configs.items() if windows(config)}
     if base is None:
         return []

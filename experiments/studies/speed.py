@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import cells
 from experiments.measurement.speed import OPERATORS
-from experiments.rows import percentiles, rate, row
+from experiments.rows import percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, read_json
 from experiments.training import DTYPES
@@ -25,8 +25,7 @@ RESAMPLES = 2000  # of the turns, for intervals
 
 def plan(experiment: Experiment) -> list[Cell]:
     """The cells that take turns, directly after each other."""
-    settings, vocabulary = experiment.speed, experiment.data.vocabulary
-    configs = {name: cells.model_config(arm, vocabulary) for name, arm in experiment.arms.items()}
+    settings, configs = experiment.speed, cells.model_configs(experiment)
     planned = [Cell(arm, seed, "build") for seed in experiment.seeds for arm in configs]
     for seed in experiment.seeds:
         for mode, dtype in product(settings.modes, settings.dtypes):
@@ -135,12 +134,6 @@ def _achieved(
         yield row(cell, phase, "roofline_tokens_per_s", roof, "tokens/s", "none", **common)
 
 
-def turn_ms(result: dict[str, Any]) -> np.ndarray:
-    """Of each turn the median of its samples: a turn counts once, however many calls it had time for."""
-    borders = np.cumsum(result["turns"])[:-1]
-    return np.array([np.median(turn) for turn in np.split(np.array(result["samples"]["ms"]), borders)])
-
-
 def speeds_of_turns(result: dict[str, Any]) -> np.ndarray:
     """Tokens per second in each turn."""
     return 1e3 * result["tokens_per_sample"] / turn_ms(result)
@@ -151,7 +144,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     return []
 
 
-def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """Per phase, batch, mode and type: from which length on the other arms are faster than the first, and how decode
     grows with the length; then how far the machine moved meanwhile."""
     measured: dict[tuple, dict[int, dict[str, np.ndarray]]] = {}

@@ -5,7 +5,7 @@ it on average, so each size has a context of its own; sequences begin at the sam
 and every size has the same number of updates. What differs is how much computation the same text takes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -56,7 +56,7 @@ def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]
 
 def train_cell(
     send: cells.Send, experiment: Experiment, name: str, arm: Arm, seed: int, dataset_folder: Path, folder: Path
-) -> dict[str, Any]:
+) -> Generator[None, None, dict[str, Any]]:
     """As the comparison trains, on windows that begin at the same places of the text for every size."""
     dataset = Dataset.load(dataset_folder)
     seen = experiment.seen_with(tokens_per_byte(dataset.facts, dataset.vocabulary))
@@ -66,12 +66,14 @@ def train_cell(
         window_bytes=experiment.vocabulary.window_bytes,
     )  # fmt: skip
     assert batches.text_bytes == dataset.splits["train"].bytes
-    result = cells.train_cell(send, seen, name, arm, seed, dataset_folder, folder, batches)
+    result = yield from cells.train_cell(send, seen, name, arm, seed, dataset_folder, folder, batches)
     text_bytes, places = batches.seen(settings.steps * settings.accumulate)
     return result | {"text_bytes": text_bytes, "places_sha256": places}
 
 
-def decode_cell(send: cells.Send, experiment: Experiment, dataset_folder: Path, folder: Path) -> dict[str, Any]:
+def decode_cell(
+    send: cells.Send, experiment: Experiment, dataset_folder: Path, folder: Path
+) -> Generator[None, None, dict[str, Any]]:
     dataset = Dataset.load(dataset_folder)
     seen = experiment.seen_with(tokens_per_byte(dataset.facts, dataset.vocabulary))
     return cells.measure_cell(send, seen, "decode", seen.measurement.contexts[0], None, dataset_folder, folder)
@@ -126,7 +128,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     return comparison.compared(rows, asked)
 
 
-def findings(rows: list[dict], experiment: Experiment, vocabulary: int, run: RunDirectory) -> list[dict]:
+def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """What a larger vocabulary changes, as far as the sizes of an arm have been trained."""
     decided = {(one["phase"], one["b"]): one for one in verdicts(rows, experiment)}
     arms = list(experiment.arms)

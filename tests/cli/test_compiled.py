@@ -1,6 +1,7 @@
 """Kernels are compiled before anything is measured: otherwise the first arm would pay for it in memory and time."""
 
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ def _kernels() -> set[tuple[str, str, Any]]:
     }  # fmt: skip
 
 
-def _compiled_too_late(send: cells.Send, experiment: Experiment, dataset: Path, folder: Path) -> tuple[int, list[str]]:
+def _compiled_too_late(
+    send: cells.Send, experiment: Experiment, dataset: Path, folder: Path
+) -> Generator[None, None, tuple[int, list[str]]]:
     cells.compile_kernels(send, experiment, dataset)
     before = _kernels()
     for name, arm in experiment.arms.items():
-        cells.train_cell(send, experiment, name, arm, 0, dataset, folder / name)
+        yield from cells.train_cell(send, experiment, name, arm, 0, dataset, folder / name)
         for phase in ("load", "prefill", "decode"):
-            cells.measure_cell(send, experiment, phase, 8, None, dataset, folder / name)
+            yield from cells.measure_cell(send, experiment, phase, 8, None, dataset, folder / name)
     return len(before), sorted(f"{module}.{name}{types}" for module, name, types in _kernels() - before)
 
 

@@ -1,6 +1,5 @@
 """What the studies measure with, run on a GPU: the cells of memory and of speed, and the execution modes."""
 
-from collections.abc import Generator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +11,7 @@ from on_gpu import DTYPES, GPU, ROWS, TINY, TOKENS, allowed, config, error, on_g
 from experiments.measurement import operations
 from experiments.measurement.loading import WAYS, load
 from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step
+from experiments.measurement.process import all_turns
 from experiments.measurement.speed import Subject, measure_speed
 from experiments.spec import Measurement, Speed
 from experiments.training import token_loss
@@ -48,10 +48,10 @@ def test_memory_of_the_phases(name: str, tmp_path: Path) -> None:
         assert weights <= loaded["resident_bytes"] <= max(rounded, 1.05 * weights), way
         assert loaded["device_peak_bytes"] >= loaded["resident_bytes"], way
         assert loaded["host_peak_bytes"] >= 0  # so small a model may fit between what the process has already
-    read = measure_prefill(tmp_path, ONCE, TOKENS, text(), GPU)
+    read = all_turns(measure_prefill(tmp_path, ONCE, TOKENS, text(), GPU))
     assert read["working_bytes"] > 0
     assert read["peak_bytes"] > weights
-    decoded = measure_decode(tmp_path, ONCE, TOKENS, text(), GPU)
+    decoded = all_turns(measure_decode(tmp_path, ONCE, TOKENS, text(), GPU))
     expected = cost.state_bytes(model.config, ROWS, TOKENS + ONCE.decode_tokens, 2)
     assert decoded["state_bytes"] == decoded["state_bytes_analytic"] == expected
     assert decoded["peak_bytes"] - decoded["working_bytes"] >= weights + expected  # what stands before the first step
@@ -72,14 +72,6 @@ def test_memory_of_a_training_step(name: str, tmp_path: Path) -> None:
     assert step["weight_bytes"] + step["optimizer_bytes"] + step["gradient_bytes"] <= step["peak_bytes"]
 
 
-def result_of(work: Generator[None, None, dict[str, Any]]) -> dict[str, Any]:
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
-
-
 @pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
 def test_speed_of_the_phases(name: str, tmp_path: Path) -> None:
     written(name, tmp_path, "bfloat16")
@@ -87,7 +79,7 @@ def test_speed_of_the_phases(name: str, tmp_path: Path) -> None:
     for mode, phases in {"eager": ("decode", "prefill", "forward", "backward", "step"), "graph": ("decode",)}.items():
         subject = Subject(load(tmp_path, GPU, "direct"), SPEED, mode, "bfloat16")
         for phase in phases:
-            cells[mode, phase] = result_of(measure_speed(subject, phase, text(ROWS, TOKENS + 1)))
+            cells[mode, phase] = all_turns(measure_speed(subject, phase, text(ROWS, TOKENS + 1)))
     for (_, phase), cell in cells.items():
         tokens = ROWS * (SPEED.decode_tokens if phase == "decode" else TOKENS)
         assert cell["tokens_per_sample"] == tokens

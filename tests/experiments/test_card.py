@@ -12,6 +12,7 @@ import torch
 from experiments import cells
 from experiments.measurement import card, phases
 from experiments.measurement.memory import PeakMemory
+from experiments.measurement.process import all_turns
 from experiments.rows import on_card
 from experiments.spec import Measurement, load
 from experiments.store import Cell
@@ -207,8 +208,8 @@ def test_every_measured_phase_has_it_in_its_file(tmp_path: Path, monkeypatch: py
     checkpoint.save(LanguageModel(preset("mamba-tiny"), seed=0), tmp_path)
     phases_of = {
         "load": lambda: phases.measure_load(tmp_path, once, cpu),
-        "prefill": lambda: phases.measure_prefill(tmp_path, once, 9, tokens, cpu, times=False),
-        "decode": lambda: phases.measure_decode(tmp_path, once, 9, tokens, cpu, times=False),
+        "prefill": lambda: all_turns(phases.measure_prefill(tmp_path, once, 9, tokens, cpu, times=False)),
+        "decode": lambda: all_turns(phases.measure_decode(tmp_path, once, 9, tokens, cpu, times=False)),
         "step": lambda: phases.measure_step(tmp_path, tokens, cpu, "float32"),
     }
     for measure in phases_of.values():

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import runner
 from experiments.spec import Arm, load
-from experiments.store import Cell, RunDirectory
+from experiments.store import RunDirectory
 from experiments.studies import STUDIES
 from models.errors import ConfigError
 
@@ -94,13 +94,42 @@ def test_a_failed_cell_is_left_alone_unless_it_is_tried_again(finished: RunDirec
     ]
 
 
-def test_cells_of_their_own_are_not_done_again(tmp_path: Path):
-    comparison, directory = load("compare", profile="smoke"), RunDirectory(tmp_path)
-    plan = STUDIES["comparison"].plan(comparison)
-    for cell in plan[1:]:
+def test_arms_of_a_comparison_take_turns_at_what_is_timed():
+    study, experiment = STUDIES["comparison"], load("compare", profile="smoke")
+    groups = list(runner._groups(study.plan(experiment), study, experiment))
+    assert [cell for group in groups for cell in group] == study.plan(experiment)
+    for group in groups:
+        if group[0].kind == "load":
+            assert len(group) == 1
+        else:
+            assert {cell.arm for cell in group} == set(experiment.arms)
+            assert len({(cell.seed, cell.kind, cell.context) for cell in group}) == 1
+        assert runner._processes(group, study, experiment) == [[cell] for cell in group]
+    timed = len(experiment.seeds) * (1 + 2 * len(experiment.measurement.contexts))
+    assert sum(len(group) > 1 for group in groups) == timed
+
+
+@pytest.mark.parametrize("name", ["compare", "learning-rate", "lineage", "masking", "moe", "vocabulary"])
+def test_no_cell_waits_for_others_on_a_gpu_or_where_no_speed_is_measured(name: str):
+    for experiment in (
+        load(name, profile="smoke").model_copy(update={"device": "cuda"}),
+        load(name, profile="smoke", assignments=["measurement.enabled=false"]),
+    ):
+        study = STUDIES[experiment.study]
+        groups = list(runner._groups(study.plan(experiment), study, experiment))
+        assert groups == [[cell] for cell in study.plan(experiment)]
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_is_trained_again_with_an_arm_that_is_missing(tmp_path: Path, measured: bool):
+    """The arms that took turns with it, where speed is measured; itself alone elsewhere."""
+    experiment = load("compare", profile="smoke", assignments=[f"measurement.enabled={str(measured).lower()}"])
+    study, directory = STUDIES["comparison"], RunDirectory(tmp_path)
+    first, second, *rest = study.plan(experiment)
+    for cell in (second, *rest):
         directory.finish(cell, {})
-    assert runner._todo(directory, comparison, retry=False) == [Cell(plan[0].arm, plan[0].seed, "train")]
-    assert all(directory.result(cell) == {} for cell in plan[1:])
+    assert runner._todo(directory, experiment, retry=False) == ([first, second] if measured else [first])
+    assert all(directory.result(cell) == {} for cell in rest)
 
 
 def test_mode_graph_is_decode_of_every_arm_and_refused_where_a_step_needs_the_host(monkeypatch):

@@ -21,7 +21,7 @@ def experiment(batch: int = 1) -> Experiment:
 
 
 def said(rows: list[dict], batch: int = 1) -> list[dict]:
-    return lineage.findings(rows, experiment(batch), 512, NOWHERE)
+    return lineage.findings(rows, experiment(batch), NOWHERE)
 
 
 # each value of a seed is that of seed 0 and the same spread for every arm: differences are exact but for 0.001
@@ -97,7 +97,7 @@ def test_neighbours_and_the_ends_are_compared_with_one_correction_a_question() -
     assert [one["tested"] for one in verdicts if one["phase"] == "train"] == [1]
     two = Experiment(name="x", title="x", study="lineage", arms=dict(list(ARMS.items())[:2]))
     assert lineage.steps(two) == [("lstm", "transformer")]
-    assert [one["kind"] for one in lineage.findings(QUALITY, two, 512, NOWHERE)] == ["step"]
+    assert [one["kind"] for one in lineage.findings(QUALITY, two, NOWHERE)] == ["step"]
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "cuda"])

@@ -36,7 +36,7 @@ def made(arm: str, metric: str, values: list[float], mode: str | None = None, co
 
 
 def found(rows: list[dict], folder: Path, seeds: int = 3) -> list[dict[str, Any]]:
-    return masking.findings(rows, experiment(seeds), 300, RunDirectory(folder))
+    return masking.findings(rows, experiment(seeds), RunDirectory(folder))
 
 
 def only(rows: list[dict], folder: Path, seeds: int = 3) -> dict[str, Any]:

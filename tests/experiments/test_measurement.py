@@ -13,8 +13,8 @@ import torch
 from experiments.errors import CorpusError
 from experiments.measurement import phases
 from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
-from experiments.measurement.process import CellFailedError, run_fresh, side_by_side, take_turns
-from experiments.measurement.timing import MOST_REPEATS, WARM_UP, Samples, timed
+from experiments.measurement.process import CellFailedError, all_turns, run_fresh, side_by_side, take_turns
+from experiments.measurement.timing import MOST_REPEATS, WARM_UP, Samples, timed, timed_in_turns
 from experiments.spec import Measurement
 from models import checkpoint
 from models.language_model import LanguageModel
@@ -252,18 +252,20 @@ def test_peaks_are_of_calls_that_are_not_timed(phase: str, tmp_path: Path, monke
 
     monkeypatch.setattr(phases, "PeakMemory", Peak)
     for name, inner in (
-        ("return_freed_memory", return_freed_memory), ("keep_freed_memory", keep_freed_memory), ("timed", timed)
+        ("return_freed_memory", return_freed_memory), ("keep_freed_memory", keep_freed_memory),
+        ("timed", timed), ("timed_in_turns", timed_in_turns),
     ):  # fmt: skip
         monkeypatch.setattr(phases, name, noted(name, inner))
     checkpoint.save(LanguageModel(preset("mamba-tiny"), seed=0), tmp_path)
     tokens, once = torch.zeros(1, 9).long(), Measurement(repeats=1, seconds=0, decode_tokens=1)
     measure = {
         "load": lambda **how: phases.measure_load(tmp_path, once, CPU),
-        "prefill": lambda **how: phases.measure_prefill(tmp_path, once, 9, tokens, CPU, **how),
-        "decode": lambda **how: phases.measure_decode(tmp_path, once, 9, tokens, CPU, **how),
+        "prefill": lambda **how: all_turns(phases.measure_prefill(tmp_path, once, 9, tokens, CPU, **how)),
+        "decode": lambda **how: all_turns(phases.measure_decode(tmp_path, once, 9, tokens, CPU, **how)),
     }[phase]
     found = measure()
-    assert order == ["return_freed_memory", "peak", "keep_freed_memory", "timed"]
+    timer = "timed" if phase == "load" else "timed_in_turns"
+    assert order == ["return_freed_memory", "peak", "keep_freed_memory", timer]
     assert found["samples"]["ms"]
     if phase != "load":
         order.clear()

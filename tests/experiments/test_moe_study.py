@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from study_rows import quality, speed
 
-from experiments.spec import Arm, Experiment, Experts, Measurement, load
+from experiments.spec import Arm, Data, Experiment, Experts, Measurement, load
 from experiments.store import Cell, RunDirectory
 from experiments.studies import moe
 from models.language_model import LanguageModel
@@ -27,7 +27,8 @@ ARMS = {
 def experiment(*arms: str, batches: tuple[int, ...] = (1, 4), batch: int = 1) -> Experiment:
     return Experiment(
         name="x", title="x", study="moe", arms={name: ARMS[name] for name in arms}, seeds=(0, 1, 2),
-        experts=Experts(batches=batches), measurement=Measurement(contexts=(64, 128), batch=batch),
+        data=Data(vocabulary=V), experts=Experts(batches=batches),
+        measurement=Measurement(contexts=(64, 128), batch=batch),
     )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def test_bytes_against_the_tensors_of_the_model() -> None:
     setting = experiment("dense", "moe")
     model = LanguageModel(moe.cells.model_config(ARMS["moe"], V), seed=0)
     whole = sum(4 * p.numel() for p in model.parameters())
-    dense, sparse = kind(moe.findings([], setting, V, NOWHERE), "bytes")
+    dense, sparse = kind(moe.findings([], setting, NOWHERE), "bytes")
     assert sparse["loaded_bytes"] == whole
     assert sparse["touched_bytes"]["1"] == whole - (X - K) * EXPERT  # one token meets K experts and the router
     assert sparse["touched_bytes"]["4"] == pytest.approx(whole - X * (1 - K / X) ** 4 * EXPERT)
@@ -54,7 +55,7 @@ def test_what_the_arms_are_equal_in_and_what_that_bought() -> None:
     for batch, rate in ((1, 100.0), (4, 300.0)):
         for arm, factor in (("dense", 1.0), ("moe", 0.5), ("wide", 0.4 * batch)):
             rows += speed(arm, "decode", [rate * factor * f for f in (1, 1.1, 1.2)], context=64, batch=batch)
-    dense, wide = kind(moe.findings(rows, experiment("dense", "moe", "wide"), V, NOWHERE), "bought")
+    dense, wide = kind(moe.findings(rows, experiment("dense", "moe", "wide"), NOWHERE), "bought")
     assert dense["sentence"].startswith("moe against dense (equal parameters, active): it loads 2.5")
     assert "moe predicts better, by 0.100 bits per byte" in dense["sentence"]
     assert "it decodes at batch 1 0.5 times" in dense["sentence"]
@@ -63,7 +64,7 @@ def test_what_the_arms_are_equal_in_and_what_that_bought() -> None:
     assert "wide predicts better, by 0.199 bits per byte" in wide["sentence"]
     assert "it decodes at batch 1 1.25 times" in wide["sentence"]
     assert "it decodes at batch 4 0.312 times" in wide["sentence"]
-    (other,) = kind(moe.findings([], experiment("other", "moe"), V, NOWHERE), "bought")
+    (other,) = kind(moe.findings([], experiment("other", "moe"), NOWHERE), "bought")
     assert "times the parameters, active" in other["sentence"]
     assert other["bits_per_byte"] is None
 
@@ -71,7 +72,7 @@ def test_what_the_arms_are_equal_in_and_what_that_bought() -> None:
 def test_without_experts_the_verdicts_are_the_comparisons() -> None:
     rows = quality("dense", (3.0, 3.1, 3.2)) + quality("wide", (2.7, 2.801, 2.9))
     assert [(one["a"], one["b"]) for one in moe.verdicts(rows, experiment("dense", "wide"))] == [("dense", "wide")]
-    assert not kind(moe.findings(rows, experiment("dense", "wide"), V, NOWHERE), "bought")
+    assert not kind(moe.findings(rows, experiment("dense", "wide"), NOWHERE), "bought")
 
 
 def test_the_load_is_ranked_within_a_seed(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_the_load_is_ranked_within_a_seed(tmp_path: Path) -> None:
     second = [0.05, 0.05, 0.5, 0.08, 0.08, 0.08, 0.08, 0.08]
     for seed, loads in enumerate((first, second)):
         run.finish(Cell("moe", seed, "train"), {"expert_load": [loads]})
-    (one,) = kind(moe.findings([], experiment("dense", "moe"), V, run), "load")
+    (one,) = kind(moe.findings([], experiment("dense", "moe"), run), "load")
     assert one["busiest"] == pytest.approx(X * (0.3 + 0.5) / 2)
     assert one["idlest"] == pytest.approx(X * (0.1 + 0.05) / 2)
     assert one["loads"][0][1] == pytest.approx((0.1 + 0.08) / 2)
@@ -110,7 +111,7 @@ def test_the_plan_decodes_at_the_other_batches_once() -> None:
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "cuda"])
 def test_the_catalog_is_matched_twice(profile: str) -> None:
     setting = load("moe", profile=profile)
-    found = kind(moe.findings([], setting, setting.data.vocabulary, NOWHERE), "bought")
+    found = kind(moe.findings([], setting, NOWHERE), "bought")
     assert [(one["against"], one["sentence"].split("(")[1].split(")")[0]) for one in found] == [
         ("dense", "equal parameters, active"), ("dense-total", "equal parameters, in total"),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from study_rows import held, quality, speed
 
 from experiments.cells import model_config
-from experiments.spec import Arm, Experiment, Measurement, load
+from experiments.spec import Arm, Data, Experiment, Measurement, load
 from experiments.store import Cell, RunDirectory
 from experiments.studies import sparse
 from models.language_model import LanguageModel
@@ -28,7 +28,7 @@ QUALITY = quality("full", (3.0, 3.1, 3.2)) + quality("narrow", (3.0, 3.1, 3.2)) 
 
 def experiment(batch: int = 1, contexts: tuple[int, ...] = (32, 128, 512), **arms: Arm) -> Experiment:
     return Experiment(name="x", title="x", study="sparse", arms={"full": FULL} | arms, seeds=(0, 1, 2),
-                      measurement=Measurement(contexts=contexts, batch=batch))  # fmt: skip
+                      data=Data(vocabulary=V), measurement=Measurement(contexts=contexts, batch=batch))  # fmt: skip
 
 
 def finish(run: RunDirectory, name: str, added: np.ndarray, spread: tuple[float, ...] = (0.0, 0.001, -0.001)) -> None:
@@ -53,7 +53,7 @@ def test_a_window_that_loses_after_it_is_full(run: RunDirectory) -> None:
     after = np.where(np.arange(1, T + 1) > 8, 0.3, 0.0)
     finish(run, "narrow", after)
     finish(run, "wide", np.zeros(T))
-    found = sparse.findings(QUALITY, experiment(narrow=arm(8, layers=2), wide=arm(32)), V, run)
+    found = sparse.findings(QUALITY, experiment(narrow=arm(8, layers=2), wide=arm(32)), run)
     narrow, wide = kind(found, "quality")
     assert [narrow[zone]["first"] for zone in ("before", "after", "beyond")] == [1, 9, 16]
     assert [narrow[zone]["last"] for zone in ("before", "after", "beyond")] == [8, T, T]
@@ -78,7 +78,7 @@ def test_a_window_that_loses_after_it_is_full(run: RunDirectory) -> None:
 
 def test_the_zones_hold_their_positions(run: RunDirectory) -> None:
     finish(run, "narrow", 0.01 * np.arange(1, T + 1), (0, 0, 0))
-    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8, layers=2)), V, run), "quality")
+    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8, layers=2)), run), "quality")
     assert one["before"]["estimate"] == pytest.approx(0.01 * (1 + 8) / 2)
     assert one["after"]["estimate"] == pytest.approx(0.01 * (9 + T) / 2)
     assert one["beyond"]["estimate"] == pytest.approx(0.01 * (16 + T) / 2)
@@ -87,28 +87,28 @@ def test_the_zones_hold_their_positions(run: RunDirectory) -> None:
 def test_a_window_that_gains_says_so(run: RunDirectory) -> None:
     finish(run, "narrow", np.full(T, -0.2))
     finish(run, "wide", np.full(T, -0.2))
-    found = sparse.findings(QUALITY, experiment(narrow=arm(8), wide=arm(32)), V, run)
+    found = sparse.findings(QUALITY, experiment(narrow=arm(8), wide=arm(32)), run)
     assert kind(found, "overall")[0]["better"] == ["narrow", "wide"]
     assert all(one["parting"] is None and "at every" not in one["sentence"] for one in kind(found, "quality"))
 
 
 def test_a_window_that_loses_but_for_the_last_positions(run: RunDirectory) -> None:
     finish(run, "narrow", np.where((np.arange(1, T + 1) > 8) & (np.arange(1, T + 1) < 48), 0.3, 0.0))
-    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), V, run), "quality")
+    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), run), "quality")
     assert one["after"]["resolved"]
     assert ", though not at every one from some position on" in one["sentence"]
 
 
 def test_chance_at_the_last_position_is_no_parting(run: RunDirectory) -> None:
     finish(run, "narrow", np.where(np.arange(1, T + 1) == T, 0.3, 0.0), (0.0, 0.1, -0.1))
-    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), V, run), "quality")
+    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), run), "quality")
     assert one["parting"] is None
     assert "at every" not in one["sentence"]
 
 
 def test_a_window_as_long_as_the_text_is_never_full(run: RunDirectory) -> None:
     finish(run, "wide", np.zeros(T))
-    (one,) = kind(sparse.findings(QUALITY, experiment(wide=arm(T)), V, run), "quality")
+    (one,) = kind(sparse.findings(QUALITY, experiment(wide=arm(T)), run), "quality")
     assert one["after"] is None
     assert "over the first 64 positions" in one["sentence"]
     assert "the window is never full at the length of these texts" in one["sentence"]
@@ -117,12 +117,12 @@ def test_a_window_as_long_as_the_text_is_never_full(run: RunDirectory) -> None:
 def test_one_seed_and_a_failed_gate_decide_nothing(run: RunDirectory, tmp_path: Path) -> None:
     finish(run, "narrow", np.full(T, 0.3))
     failed = [row | {"comparable": False, "reason": "a gate failed"} for row in QUALITY if row["arm"] == "narrow"]
-    (one,) = kind(sparse.findings(failed, experiment(narrow=arm(8)), V, run), "quality")
+    (one,) = kind(sparse.findings(failed, experiment(narrow=arm(8)), run), "quality")
     assert "the losses do not compare (a gate failed)" in one["sentence"]
     alone = RunDirectory(tmp_path / "alone")
     finish(alone, "full", np.zeros(T), (0,))
     finish(alone, "narrow", np.full(T, 0.3), (0,))
-    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), V, alone), "quality")
+    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), alone), "quality")
     assert "+0.300 nats/token (one seed, not resolved)" in one["sentence"]
     assert "at every" not in one["sentence"]
     assert not one["after"]["resolved"]
@@ -143,7 +143,7 @@ def test_what_the_cache_saves(run: RunDirectory) -> None:
         rows += held("narrow", (2 * 100 * min(context, 100),) * 3, context=context, batch=2)
         for name, rate in (("full", 1000.0), ("narrow", 1500.0)):
             rows += speed(name, "decode", (rate if context == 512 else 1.0,) * 3, context=context, batch=2)
-    (one,) = kind(sparse.findings(rows, experiment(batch=2, narrow=arm(8)), V, run), "cost")
+    (one,) = kind(sparse.findings(rows, experiment(batch=2, narrow=arm(8)), run), "cost")
     assert (one["cache_bytes"], one["full_cache_bytes"], one["constant_from"]) == (10_000, 51_200, 128)
     assert "10.0 kB of cache a sequence, the same from 128 tokens on, where full keeps 51.2 kB" in one["sentence"]
     assert "it decodes after it 1.5 times" in one["sentence"]
@@ -151,7 +151,7 @@ def test_what_the_cache_saves(run: RunDirectory) -> None:
     growing = [
         row | {"value": row["value"] + row["context"]} if row["metric"] == "state_bytes" else row for row in rows
     ]
-    (one,) = kind(sparse.findings(growing, experiment(batch=2, narrow=arm(8)), V, run), "cost")
+    (one,) = kind(sparse.findings(growing, experiment(batch=2, narrow=arm(8)), run), "cost")
     assert one["constant_from"] is None
     assert "and still grows there" in one["sentence"]
 
@@ -177,7 +177,7 @@ def test_the_baseline_is_the_first_arm_without_a_window(run: RunDirectory) -> No
     pairs = {(one["a"], one["b"]) for one in sparse.verdicts(QUALITY, setting)}
     assert pairs == {("full", "narrow"), ("full", "wide")}
     only = Experiment(name="x", title="x", study="sparse", arms={"narrow": arm(8), "wide": arm(32)})
-    assert sparse.findings(QUALITY, only, V, run) == []
+    assert sparse.findings(QUALITY, only, run) == []
     assert {(one["a"], one["b"]) for one in sparse.verdicts(QUALITY, only)} == {("narrow", "wide")}
 
 

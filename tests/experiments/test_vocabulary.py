@@ -181,7 +181,7 @@ def rows_of(values: dict[str, list[float]], phase: str, metric: str, direction: 
 def told(*rows: list[dict]) -> dict[str, dict]:
     experiment = load("vocabulary", profile="smoke", arms=["mamba"])
     every = [one for group in rows for one in group]
-    return {one["kind"]: one for one in vocabulary.findings(every, experiment, 0, None)}  # type: ignore[arg-type]
+    return {one["kind"]: one for one in vocabulary.findings(every, experiment, None)}  # type: ignore[arg-type]
 
 
 def three(*of_sizes: list[float]) -> dict[str, list[float]]:
