@@ -19,12 +19,29 @@ OK, FAILED, USAGE, LACKING, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 5, 130
 
 app = typer.Typer(
     name="lab",
-    help="The comparison lab for sequence models: transformers and state-space models, measured alike.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"lab {version('sequence-lab')}")
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """The comparison lab for sequence models: transformers and state-space models, measured alike."""
+
 
 Out = Annotated[Path, typer.Option("--out", help="The folder of run directories.")]
 RunName = Annotated[

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -122,6 +123,9 @@ def run(
     neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
     """
     check(experiment)
+    for place in (out, *out.parents):
+        if os.path.exists(place) and not os.path.isdir(place):
+            raise SpecError(f"'{place}' is a file, runs need a folder; choose another with --out")
     if experiment.study == "comparison" and len(experiment.arms) == 1 and not experiment.learning_rates:
         listener(Event("note", "one arm: it will be trained and measured, and compared with nothing"))
     dataset = prepare_all(
@@ -138,6 +142,8 @@ def run(
             listener(Event("note", f"continuing {directory.path}"))
         retry = into is not None
         todo = _todo(directory, experiment, retry)
+        if not todo:
+            listener(Event("note", f"{directory.path} has every cell; nothing is left to run"))
         try:
             _run_cells(directory, experiment, dataset, todo, listener)
         except KeyboardInterrupt:
@@ -322,8 +328,6 @@ def _writable(out: Path) -> Iterator[None]:
         raise EnvironmentLacksError(
             f"cannot make '{out}': {error.strerror}; choose another folder with --out"
         ) from None
-    except (FileExistsError, NotADirectoryError):
-        raise EnvironmentLacksError(f"'{out}' is a file, runs need a folder; choose another with --out") from None
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise

@@ -204,6 +204,7 @@ UNREAD: dict[str, dict[str, set[str]]] = {  # and what of those tables it does n
         "measurement": {"contexts"},
     },
 }
+MOST_SEEDS = 1000
 Study = Literal["comparison", "lineage", "sparse", "moe", "masking", "vocabulary", "memory", "speed"]
 
 
@@ -212,7 +213,7 @@ class Experiment(Settings):
     title: str
     study: Study = Field(default="comparison", description="the kind of question: what is done with the arms")
     profile: str = Field(default="", description="the profile it was resolved with")
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, max_length=MOST_SEEDS)
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: as many as this process may use")
     cell_timeout_s: int = Field(
@@ -420,8 +421,8 @@ def load(
             raise SpecError(f"each arm may appear once, got {', '.join(arms)}")
         raw["arms"] = {arm: known[arm] for arm in arms}
     if seeds is not None:
-        if seeds < 1:
-            raise SpecError(f"--seeds must be at least 1, got {seeds}")
+        if not 1 <= seeds <= MOST_SEEDS:
+            raise SpecError(f"--seeds must be from 1 to {MOST_SEEDS}, got {seeds}")
         raw["seeds"] = list(range(seeds))
     for assignment in assignments:
         _assign(raw, assignment)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.prepared import tokens_per_byte
-from experiments.errors import LabError, RunFailedError
+from experiments.errors import LabError, RunFailedError, SpecError
 from experiments.spec import Experiment, load
 
 
@@ -138,19 +138,20 @@ def is_run(folder: Path) -> bool:
 def find(reference: str | None, folder: Path) -> RunDirectory:
     """A run by its path or by (the start or the end of) its name in `folder`; the latest for None.
 
-    Raises LabError, naming what is there.
+    Raises SpecError, naming what is there.
     """
     if reference is not None and is_run(Path(reference)):
         return RunDirectory(Path(reference))
     known = runs(folder)
     if not known:
-        raise LabError(f"no runs in '{folder}'; make one with: lab run compare")
+        raise SpecError(f"no runs in '{folder}'; make one with: lab run compare")
     if reference is None:
         return known[-1]
     matching = [run for run in known if run.path.name.startswith(reference) or run.path.name.endswith(reference)]
     if len(matching) != 1:
-        what = "no run" if not matching else f"{len(matching)} runs"
-        raise LabError(f"{what} named '{reference}' in '{folder}'; there are: {', '.join(r.path.name for r in known)}")
+        what, there = ("no run", known) if not matching else (f"{len(matching)} runs", matching)
+        latest = ", ".join(run.path.name for run in there[:-6:-1]) + (", ..." if len(there) > 5 else "")
+        raise SpecError(f"{what} named '{reference}' in '{folder}'; latest first: {latest}")
     return matching[0]
 
 

@@ -12,8 +12,12 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and this machine lacks it. The message names the remedy."""
 
 
+LISTED = 12  # names that fit in a line
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt `name`: the nearest known name, or the whole list where none is near."""
+    """A hint for a misspelt `name`: the nearest known name, or where none is near what there is, a few of many."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    listed = ", ".join(known) if len(known) <= LISTED else f"{', '.join(known[:LISTED])} and {len(known) - LISTED} more"
+    return f"did you mean '{close[0]}'?" if close else f"known: {listed}"

@@ -209,7 +209,7 @@ def read(run: Path) -> Record:
         )
     for key in ("run_id", "experiment", "title", "status", "missing", "failures", "warnings", "arms"):
         if key not in result:
-            raise RunFailedError(f"{run / 'result.json'}: the key '{key}' is missing; `lab verify` checks a run")
+            raise RunFailedError(f"{run / 'result.json'}: the key '{key}' is missing; the file is damaged")
     result = {
         "baselines": None,
         "verdicts": [],
@@ -352,7 +352,7 @@ def _rows(raw: list[dict[str, Any]], path: Path, remarks: list[str]) -> list[Row
     for at, one in enumerate(raw):
         for key in ("arm", "phase", "metric"):
             if key not in one:
-                raise RunFailedError(f"{path}: rows[{at}] has no '{key}'; `lab verify` checks a run")
+                raise RunFailedError(f"{path}: rows[{at}] has no '{key}'; the file is damaged")
         values: dict[str, Any] = {name: one.get(name) for name in COLUMNS}
         for name in ("value", "ci_low", "ci_high", "p5", "p95"):
             values[name] = _finite(values[name], None)
@@ -367,7 +367,7 @@ def _rows(raw: list[dict[str, Any]], path: Path, remarks: list[str]) -> list[Row
         }
         row = Row(**values)
         if row.key in seen:
-            raise RunFailedError(f"{path}: two rows for {row.key}; `lab verify` checks a run")
+            raise RunFailedError(f"{path}: two rows for {row.key}; the file is damaged")
         seen.add(row.key)
         rows.append(row)
     return rows

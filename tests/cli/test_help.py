@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from conftest import Lab
@@ -36,3 +38,10 @@ def test_help_loads_neither_torch_nor_pandas() -> None:
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stderr.strip() == "set()"
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--version", "run")])
+def test_version(lab: Lab, arguments: tuple[str, ...]) -> None:
+    process = lab(*arguments)
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (process.returncode, process.stdout) == (0, f"lab {declared['version']}\n")

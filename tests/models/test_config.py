@@ -392,6 +392,13 @@ def test_an_unknown_preset_names_the_nearest():
         preset("mamba-tinny")
 
 
+def test_of_many_presets_a_few_are_named():
+    with pytest.raises(ConfigError) as refused:
+        preset("q")
+    assert str(refused.value).startswith(f"unknown model 'q': known: {sorted(PRESETS)[0]}, ")
+    assert str(refused.value).endswith(f", {sorted(PRESETS)[11]} and {len(PRESETS) - 12} more")
+
+
 def test_derived_sizes():
     assert MambaConfig().sizes(32) == (64, 16, 2)
     assert MambaConfig().sizes(33)[2] == 3  # rounded up
