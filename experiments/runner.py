@@ -33,7 +33,7 @@ from models.config import ModelConfig
 from models.errors import ConfigError, nearest
 from models.feedforward import FEEDFORWARDS
 from models.mixers import MIXERS
-from models.ops.kernels import attention_of_splits
+from models.ops.kernels import has_triton
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> Non
         if mode == "compiled":
             reason = "torch.compile cannot trace the kernels that run there"
         raise ConfigError(f"mode '{mode}' is refused for every arm on a CPU: {reason}")
-    if mode != "eager" and attention_of_splits() is None:
+    if mode != "eager" and not has_triton():
         raise ConfigError(f"mode '{mode}' is refused for every arm: it needs Triton (pip install triton)")
     for name, config in cells.model_configs(experiment).items() if mode != "eager" else ():
         for block in config.kinds:
