@@ -45,18 +45,19 @@ def linear_cross_entropy(
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
         weight = torch.cat([weight, bias[:, None]], 1)
     dtype = autocast_type(hidden.device) or hidden.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, softmax_gradient)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, softmax_gradient, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax_gradient: SoftmaxGradient
-    ) -> Tensor:
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax_gradient: SoftmaxGradient,
+        differentiates: bool,
+    ) -> Tensor:  # fmt: skip
         M, V = hidden.shape[0], weight.shape[0]
         rows = max(1, CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"] // (4 * V))
         total = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
-        wanted = any(ctx.needs_input_grad[:2])
+        wanted = differentiates and any(ctx.needs_input_grad[:2])  # which tells nothing of `torch.no_grad`
         h, w = hidden.to(dtype), weight.to(dtype)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight) if wanted else None
@@ -85,4 +86,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_loss / ctx.rows
-        return d_hidden * scale, d_weight * scale, None, None, None
+        return d_hidden * scale, d_weight * scale, None, None, None, None

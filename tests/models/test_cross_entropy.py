@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.ops import cross_entropy as ops
 from models.ops.kernels import load, numba_cross_entropy
@@ -66,6 +67,15 @@ def test_without_gradients_the_value_is_the_same(form):
         assert form(hidden, weight, targets) == form(hidden, weight, targets)
         plain = form(hidden, weight, targets)
     assert plain == form(hidden, weight, targets).detach()
+
+
+@each_form
+def test_without_gradients_only_the_logits_are_multiplied_out(form):
+    """Validation runs on parameters that require gradients, under `no_grad`."""
+    hidden, weight, targets = draw(torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        form(hidden, weight, targets)
+    assert counter.get_total_flops() == 2 * M * D * V
 
 
 @each_form
