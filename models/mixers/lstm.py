@@ -59,6 +59,8 @@ class LSTM(Mixer):
 
     def __init__(self, config: LSTMConfig, width: int, device: torch.device) -> None:
         super().__init__(config, width, device)
+        if device.type == "cuda":  # float32 is float32 here as elsewhere: by itself cuDNN rounds it to tf32
+            torch.backends.cudnn.allow_tf32 = False
         E = config.hidden or width
         self.input_weight = nn.Parameter(torch.empty(4 * E, width))
         self.hidden_weight = nn.Parameter(torch.empty(4 * E, E))

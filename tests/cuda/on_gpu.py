@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.kernels.check import TOLERANCES, tolerance
+from experiments.kernels.check import tolerance
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 from models.presets import PRESETS, preset
@@ -43,11 +43,8 @@ def on_the_gpu(name: str, weights: LanguageModel, dtype: torch.dtype = torch.flo
 
 
 def allowed(model: LanguageModel, dtype: str) -> float:
-    """By what the model's operations multiply in, as `lab kernels check` has it; cuDNN's LSTM takes tf32."""
-    limits = [tolerance(block.mixer.backend.name, block.mixer.operation, dtype) for block in model.blocks]
-    if dtype == "float32" and any(block.mixer.config.kind == "lstm" for block in model.blocks):
-        limits.append(TOLERANCES["tf32"])
-    return max(limits)
+    """By what the model's operations multiply in, as `lab kernels check` has it."""
+    return max(tolerance(block.mixer.backend.name, block.mixer.operation, dtype) for block in model.blocks)
 
 
 def error(found: Tensor, expected: Tensor) -> float:

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.language_model import LanguageModel
 from models.ops import lstm as ops
 from models.ops.kernels import load
+from models.presets import preset
 
 FORMS = {"reference": ops.reference, "torch": load("torch").lstm}
 NAMES = ("x", "W", "U", "b", "hidden", "cell")
@@ -159,3 +161,12 @@ def test_closed_gates_hold_a_cell_and_open_ones_replace_it(form):
     h, _, last = FORMS[form](x, W, U, replace, zero, cell)
     assert last.item() == pytest.approx(math.tanh(0.5), rel=1e-12)
     assert h[0, 0, 0].item() == pytest.approx(math.tanh(math.tanh(0.5)), rel=1e-12)
+
+
+def test_on_a_gpu_float32_is_not_rounded_for_the_products(monkeypatch):
+    """The gate allows logits 1e-3; in tf32 those of lstm-30m differ by 7e-4."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    LanguageModel(preset("lstm-tiny"), seed=None, device="cpu")
+    assert torch.backends.cudnn.allow_tf32
+    LanguageModel(preset("lstm-tiny"), seed=None, device="cuda")  # without parameters, which would need the GPU
+    assert not torch.backends.cudnn.allow_tf32
