@@ -97,6 +97,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     q = F.pad(q, (0, 0, 0, blocks * W - T)).reshape(B * H, blocks, W, P)
     there = torch.arange((blocks + 1) * W, device=q.device).unfold(0, 2 * W, W) >= W - behind
     mask = visible(W, 2 * W, W, q.device) & there[:, None, :]  # (blocks, W, 2 W)
+    mask = mask if mask.device.type == "cpu" else mask[None]  # cuDNN takes three axes for those without the heads'
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.reshape(B, H, blocks * W, P)[:, :, :T]
 

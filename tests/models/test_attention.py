@@ -278,3 +278,13 @@ def test_a_compiled_step_on_two_threads_is_that_on_one(monkeypatch):
         torch.set_num_threads(before)
     assert torch.equal(*made)
     assert made[0].abs().min() > 0
+
+
+def test_a_gpu_is_given_the_mask_of_a_window_with_an_axis_for_heads(monkeypatch):
+    """cuDNN, which torch prefers on Hopper, expands a mask of two or three axes to one head for all."""
+    seen = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: seen.append((q, attn_mask)) or q)
+    q, k, v = (torch.empty(2, 3, 40, 8, device="meta") for _ in range(3))
+    assert sdpa(q, k, v, window=8).shape == q.shape
+    ((blocks, mask),) = seen
+    assert mask.expand(len(blocks), mask.shape[1], 8, 16).shape == (*blocks.shape[:3], 16)
