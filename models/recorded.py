@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.errors import ConfigError
 from models.language_model import LanguageModel
-from models.state import KVCache, ModelState, Place
+from models.state import KVCache, ModelState, Place, State
 
 WARM_UP = 3  # steps before recording, in which kernels are loaded and choose their configurations
 
@@ -34,7 +34,9 @@ class RepeatableStep:
         self.start, self.length, self.limit = state.length, state.length, limit
         tables = {key: table for block in model.blocks for key, table in block.mixer.rotary_tables(limit).items()}
         self.place = Place(torch.tensor(state.length, device=model.device), limit, tables)
-        blocks = tuple(replace(b, place=self.place) if isinstance(b, KVCache) else b for b in state.blocks)
+        # no number of the host's in them, or `torch.compile` would trace a step anew for every length it starts from
+        blocks: tuple[State, ...] = tuple(replace(b, length=0) for b in state.blocks)  # pyright: ignore[reportArgumentType]
+        blocks = tuple(replace(b, place=self.place) if isinstance(b, KVCache) else b for b in blocks)
         self.state = ModelState(blocks, self.place)
         batch = next(iter(blocks[0].buffers.values())).shape[0]
         self.token = torch.zeros(batch, dtype=torch.int64, device=model.device)

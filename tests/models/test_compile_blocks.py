@@ -82,7 +82,7 @@ def test_a_compiled_trunk_has_the_plain_ones_outputs_and_gradients(name, frames)
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", STEPPING)
-def test_a_compiled_step_is_compiled_once_for_every_block_and_position(name, rows, frames):
+def test_a_compiled_step_is_compiled_once_for_every_block_position_and_prompt(name, rows, frames):
     """One row is traced otherwise; norms with weights, whose place in a product counts."""
     plain, made = model(STEPPING[name]).eval(), model(STEPPING[name]).eval()
     for one in (plain, made):
@@ -91,12 +91,16 @@ def test_a_compiled_step_is_compiled_once_for_every_block_and_position(name, row
                 parameter.data += torch.linspace(-0.3, 0.3, len(parameter), dtype=parameter.dtype)
     with torch.inference_mode():
         text = tokens(rows)
-        state, own = (one.prefill(text[:, :PROMPT], one.make_state(rows, LIMIT))[1] for one in (plain, made))
+        prompts = PROMPT, PROMPT + 2
+        states = [
+            [one.prefill(text[:, :read], one.make_state(rows, LIMIT))[1] for one in (plain, made)] for read in prompts
+        ]
         compile_blocks(made, "step")
-        repeated = RepeatableStep(made, own, LIMIT)
-        for token in text[:, PROMPT:].unbind(1):
-            expected, state = plain.step(token, state)
-            torch.testing.assert_close(repeated.step(token), expected, rtol=1e-10, atol=1e-11)
+        for read, (state, own) in zip(prompts, states, strict=True):
+            repeated, now = RepeatableStep(made, own, LIMIT), state
+            for token in text[:, read:].unbind(1):
+                expected, now = plain.step(token, now)
+                torch.testing.assert_close(repeated.step(token), expected, rtol=1e-10, atol=1e-11)
     assert frames.frame_count == 2  # and of what stands after the blocks
 
 
