@@ -174,6 +174,8 @@ def train_cell(
         for step in train(model, batches, settings, arm.learning_rate, stream, objective):
             record(asdict(step))
             step_ms.append(step.step_ms)
+            if step.step == 1 and settings.steps > 1:
+                peak.restart_device()
             send(("step", step.step, settings.steps))
             if step.step % settings.validate_every == 0 or step.step == settings.steps:
                 loss = mean_loss(model, validation, objective, **curve)

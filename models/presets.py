@@ -57,9 +57,9 @@ SIZES = {
     "4m": Size(vocabulary=4096, width=256, layers=4, heads=4, hidden=800, head=64, state2=64, state3=64,
                hidden_gpt1=1196, hidden3=568, hidden_lstm=368, expert=400, window=64, hybrid="MMMMMMA"),
     "30m": Size(vocabulary=16384, width=512, layers=9, heads=8, hidden=1528, head=64, state2=128, state3=128,
-                hidden_gpt1=2288, hidden3=1072, hidden_lstm=672, expert=764, window=256, hybrid="MMMMA" * 3),
+                hidden_gpt1=2288, hidden3=1072, hidden_lstm=672, expert=768, window=256, hybrid="MMMMA" * 3),
     "130m": Size(vocabulary=50280, width=768, layers=12, heads=12, hidden=2248, head=64, state2=128, state3=128,
-                 hidden_gpt1=3368, hidden3=1616, hidden_lstm=968, expert=1124, window=512, hybrid="MMMMMMA" * 3),
+                 hidden_gpt1=3368, hidden3=1616, hidden_lstm=968, expert=1128, window=512, hybrid="MMMMMMA" * 3),
     "370m": Size(vocabulary=50280, width=1024, layers=24, heads=16, hidden=2976, head=64, state2=128, state3=128,
                  hidden_gpt1=4460, hidden3=2160, hidden_lstm=1264, expert=1488, window=1024, hybrid="MMMMMMA" * 6),
 }  # fmt: skip

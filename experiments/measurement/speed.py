@@ -119,12 +119,18 @@ def _attention(mixer: Any, T: int, random: Callable[..., Tensor]) -> tuple[Calla
 
 
 def _selective_scan(mixer: Any, T: int, random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    (E, N), A, D, bias = mixer.A_log.shape, mixer.A.detach(), mixer.D.detach(), mixer.dt_bias.detach()
+    A, D, bias = mixer.A.detach(), mixer.D.detach(), mixer.dt_bias.detach()
 
     def scan(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor) -> Tensor:
         return mixer.ops.selective_scan(u, dt, A, B, C, D, z, bias, None, mixer.config.negative_eigenvalues)[0]
 
-    return scan, [random(T, E), random(T, E), random(T, N), random(T, N), random(T, E)]
+    with torch.no_grad():  # laid out as the mixer does it: a form that reads another layout would copy first
+        width, (R, *_) = mixer.in_proj.in_features, mixer.split_sizes
+        u, z = mixer.ops.channel_projections(random(T, width), mixer.in_proj.weight, mixer.gate_sizes)
+        u = mixer.ops.causal_conv1d(u, mixer.conv_weight, mixer.conv_bias, None)
+        (dt,) = mixer.ops.channel_projections(random(T, R), mixer.dt_proj.weight, mixer.gate_sizes[:1])
+    _, B, C = random(T, sum(mixer.split_sizes)).split(mixer.split_sizes, -1)
+    return scan, [u, dt, B, C, z]
 
 
 def _ssd(mixer: Any, T: int, random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -133,8 +139,9 @@ def _ssd(mixer: Any, T: int, random: Callable[..., Tensor]) -> tuple[Callable[..
     def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
         return mixer.ops.ssd(x, dt, A, B, C, D, bias, None, config.negative_eigenvalues)[0]
 
-    H, GN = len(D), (config.groups, config.state)
-    return ssd, [random(T, H, config.head_width), random(T, H), random(T, *GN), random(T, *GN)]
+    H, P, G, N = len(D), config.head_width, config.groups, config.state
+    x, B, C = random(T, H * P + 2 * G * N).split([H * P, G * N, G * N], -1)  # as they leave the convolution
+    return ssd, [x.unflatten(-1, (H, P)), random(T, H), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))]
 
 
 # the operation that mixes the sequence, by the mixer's kind, where it stands by itself

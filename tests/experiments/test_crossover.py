@@ -99,6 +99,30 @@ def test_operators_are_of_known_mixers():
     assert set(OPERATORS) >= {"attention", "mamba", "mamba2"}
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize(
+    ("name", "operation", "laid_out"),
+    [("mamba-tiny", "selective_scan", (0, 1, 3, 4, 6)), ("mamba2-tiny", "ssd", (0, 3, 4))],
+)
+def test_an_operation_alone_reads_what_a_mixer_hands_it(
+    name: str, operation: str, laid_out: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    """In shapes and strides: it would be timed with copies that no model makes, or without those that it does."""
+    model = LanguageModel(preset(name).with_backend(backend), seed=0)
+    ops, seen = model.blocks[0].mixer.ops, []
+    inner = getattr(ops, operation)
+    monkeypatch.setattr(
+        ops, operation, lambda *args: seen.append([(args[i].shape, args[i].stride()) for i in laid_out]) or inner(*args)
+    )
+    tokens = torch.zeros(2, 17, dtype=torch.int64)
+    model(tokens[:, :-1])
+    in_the_model = seen[0]
+    seen.clear()
+    alone, _ = OPERATIONS["forward"](Subject(model, Speed(), "eager", "float32"), tokens)
+    alone()
+    assert seen == [in_the_model]
+
+
 def test_bytes_of_a_decode_step():
     """Weights once, one row of an embedding, experts that were chosen, and the state."""
     tied = preset("transformer-tiny")
