@@ -191,9 +191,12 @@ def train_cell(
         return evaluate(model, dataset.splits[split], batch=evaluation.batch, **length)
 
     splits = {split: quality(model, split).to_dict() for split in evaluation.splits}
+    first = first_model(arm, config, seed, device)
+    formats = dict.fromkeys(("float32", settings.precision))
+    passed += [gates.check_gradients(first, *_few(batches, device), precision) for precision in formats]
     initial = {"expected_loss": math.log(config.vocabulary), "test_bits_per_byte": None, "loss": None}
     if "test" in evaluation.splits:
-        before = quality(first_model(arm, config, seed, device), "test")
+        before = quality(first, "test")
         if isinstance(before, Quality):
             initial |= {"test_bits_per_byte": before.bits_per_byte, "loss": before.nats_per_token}
         else:
@@ -221,6 +224,14 @@ def train_cell(
         },
     }  # fmt: skip
     return result
+
+
+def _few(batches: Batches, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (B, T) of the first batch, as many as the reference's backward pass keeps in memory: on a GPU
+    more than a chunk of any kernel."""
+    rows, length = (1, 272) if device.type == "cuda" else (2, GATE_TOKENS)
+    inputs, targets = (tokens[:rows, :length].to(device) for tokens in batches.at(0))
+    return inputs, targets
 
 
 PROMPT = 32  # tokens of a prompt, of a longer text
@@ -282,9 +293,10 @@ def build_cell(
     device = prepare_process(experiment)
     dataset = Dataset.load(dataset_folder)
     model = first_model(arm, model_config(arm, dataset.vocabulary), seed, device)
-    tokens = _text(dataset_folder, 2, GATE_TOKENS).to(device)
+    tokens = _text(dataset_folder, 2, GATE_TOKENS + 1).to(device)
     with untimed(device):
-        passed = gates.check(model, tokens, untrained=arm.start == "scratch")
+        passed = gates.check(model, tokens[:, :-1], untrained=arm.start == "scratch")
+        passed.append(gates.check_gradients(model, tokens[:, :-1], tokens[:, 1:], "float32"))
     checkpoint.save(model.cast(DTYPES[dtype]), folder / "checkpoint")
     return {"gates": [gate.to_dict() for gate in passed], "backend": asdict(model.backend)}
 

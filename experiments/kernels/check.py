@@ -164,11 +164,12 @@ def _norm(form: ModuleType, given: Tensors) -> Tensors:
     return {"y": form.gated_rms_norm(given["x"], given["z"], weight.flatten(), EPS, weight.shape[0])}
 
 
-def _draw_trapezoid(draw: Callable[..., Tensor], rows: int, T: int, H: int, P: int, N: int, S: int) -> Tensors:
+def _draw_trapezoid(draw: Callable[..., Tensor], rows: int, T: int, H: int, P: int, G: int, N: int, S: int) -> Tensors:
     return {
         "x": draw(rows, T, H, P), "dt": draw(rows, T, H) - 2, "a": draw(rows, T, H), "trap": draw(rows, T, H),
-        "angle": draw(rows, T, S), "B": draw(rows, T, 1, H, N), "C": draw(rows, T, 1, H, N), "D": draw(H),
-        "dt_bias": draw(H), "first angle": draw(rows, H, S), "state": draw(rows, H, P, N),
+        "angle": draw(rows, T, S), "B": draw(rows, T, 1, G, N), "C": draw(rows, T, 1, G, N), "z": draw(rows, T, H, P),
+        "D": draw(H), "dt_bias": draw(H), "B_bias": draw(1, H, N), "C_bias": draw(1, H, N),
+        "first angle": draw(rows, H, S), "state": draw(rows, H, P, N),
         "previous B": draw(rows, 1, H, N), "previous x": draw(rows, H, P),
     }  # fmt: skip
 
@@ -177,7 +178,7 @@ _TRAPEZOID_STATE = ("first angle", "state", "previous B", "previous x")
 
 
 def _trapezoid(form: ModuleType, given: Tensors) -> Tensors:
-    names = ("x", "dt", "a", "trap", "angle", "B", "C", "D", "dt_bias")
+    names = ("x", "dt", "a", "trap", "angle", "B", "C", "z", "D", "dt_bias", "B_bias", "C_bias")
     before = State(*(given[name] for name in _TRAPEZOID_STATE)) if "state" in given else None
     y, after = form.trapezoid(*(given[name] for name in names), A_FLOOR, before)
     # an angle is known up to whole turns
@@ -223,8 +224,9 @@ OPERATIONS = (
     ),
     Operation(
         "trapezoid", "trapezoid",
-        {"one token": (2, 1, 2, 16, 16, 4), "odd length": (2, 37, 2, 16, 16, 8), "past a chunk": (1, 73, 2, 16, 32, 8)},
-        _draw_trapezoid, _trapezoid, ("x", "dt", "a", "trap", "angle", "B", "C", "previous B", "previous x"),
+        {"one token": (2, 1, 2, 16, 1, 16, 4), "odd length": (2, 37, 2, 16, 2, 16, 8),
+         "past a chunk": (1, 73, 4, 16, 2, 32, 8)},
+        _draw_trapezoid, _trapezoid, ("x", "dt", "a", "trap", "angle", "B", "C", "z", "previous B", "previous x"),
         _TRAPEZOID_STATE,
     ),
 )  # fmt: skip

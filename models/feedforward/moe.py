@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.errors import ConfigError
 from models.feedforward.base import ExpertChoice, FeedForward, Routing
 from models.initialisation import reset_linear, reset_weight
+from models.norm import Norm, RMSNorm
 from models.ops.experts import load
 from models.ops.precision import without_autocast
 from models.settings import numbers, positive
@@ -86,6 +87,12 @@ class MoE(FeedForward):
         share = load(chosen, X) / chosen.numel()
         balance = self.config.balance * X * (share * probability.mean(0)).sum()
         return y.view(x.shape).to(x.dtype), Routing(share, balance)
+
+    def branch_step(self, x: Tensor, norm: Norm) -> Tensor:
+        weights = self.router.weight, self.gate_up, self.down
+        if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *weights):
+            return super().branch_step(x, norm)
+        return self.ops.experts_branch(x, norm.weight, norm.eps, *weights, self.config.top_k)
 
     def choice(self, x: Tensor) -> ExpertChoice:
         probability, chosen, weight = self._route(x)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.initialisation import reset_linear, reset_weight
 from models.mixers.base import Mixer
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
+from models.norm import Norm, RMSNorm
 from models.ops.lstm import reference as lstm
 from models.settings import positive_or_none
 from models.state import LSTMState
@@ -24,7 +25,7 @@ class LSTMConfig:
 
     kind: Literal["lstm"] = "lstm"
     hidden: int | None = None
-    backend: str = "auto"  # auto, reference, torch
+    backend: str = "auto"  # auto, reference, torch, numba
 
     causal = True
 
@@ -56,6 +57,7 @@ class LSTM(Mixer):
     """The recurrence over time, then a projection back."""
 
     Config = LSTMConfig
+    forms = ("reference", "torch", "numba")
 
     def __init__(self, config: LSTMConfig, width: int, device: torch.device) -> None:
         super().__init__(config, width, device)
@@ -104,6 +106,14 @@ class LSTM(Mixer):
         y, after = self(x[:, None], state)
         assert after is not None
         return y[:, 0], after
+
+    def branch_step(self, x: Tensor, norm: Norm, state: LSTMState) -> tuple[Tensor, LSTMState]:
+        weights = self.input_weight, self.hidden_weight, self.bias, self.out_proj.weight
+        buffers = state.hidden, state.cell
+        if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *weights, *buffers):
+            return super().branch_step(x, norm, state)
+        x = self.ops.lstm_branch(x, norm.weight, norm.eps, *weights, *buffers)
+        return x, LSTMState(*buffers, state.length + 1)
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> LSTMState:
         """Of the same size for every `max_len`."""

@@ -4,7 +4,7 @@ B: batch   T: time   D: width   E: expanded width   H: heads   P: head width   G
 R: rank (1: the SISO form)   S: rotated pairs
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from models.errors import BackendUnavailableError, ConfigError
 from models.initialisation import reset_linear, reset_step_sizes
 from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
-from models.norm import Norm, then_linear
+from models.norm import Norm, RMSNorm, then_linear
 from models.ops.impulses import response
 from models.ops.kernels import Selection
 from models.ops.trapezoid import State, forward_flops, log_alpha_and_delta
@@ -158,56 +158,69 @@ class Mamba3(Mixer):
             self.map_y.fill_(1 / self.config.rank)
 
     def forward(self, x: Tensor, state: RotatingState | None = None) -> tuple[Tensor, RotatingState | None]:
-        z, *inputs = self._inputs(x)
+        inputs = self._inputs(x)
         initial = None
         if state is not None and state.length > 0:
             initial = self._read(state, inputs[0].dtype)
-        y, after = self.ops.trapezoid(*inputs, self.D, self.dt_bias, self.config.A_floor, initial)
-        y = self._out(y, z)
+        y, after = self.ops.trapezoid(*inputs, *self._constants(), initial)
+        y = self._out(y)
         return y, None if state is None else self._write(state, after, x.shape[1])
 
     def step(self, x: Tensor, state: RotatingState) -> tuple[Tensor, RotatingState]:
         return self._projected_step(self.ops.linear_step(x, self.in_proj.weight), state)
 
     def branch_step(self, x: Tensor, norm: Norm, state: RotatingState) -> tuple[Tensor, RotatingState]:
-        y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
-        return x + y, after
+        weights = self.in_proj.weight, self.out_proj.weight, *self._step_parameters()
+        buffers = tuple(state.buffers.values())
+        if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *weights, *buffers):
+            y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
+            return x + y, after
+        constants = self.config.norm_eps, self.config.A_floor
+        x = self.ops.mamba3_branch(x, norm.weight, norm.eps, *weights, *buffers, *constants)
+        return x, replace(state, length=state.length + 1)
 
     def _projected_step(self, projected: Tensor, state: RotatingState) -> tuple[Tensor, RotatingState]:
-        z, *inputs = self._taken_apart(projected)
+        # the compiled step is for one type throughout, and not a 16-bit one
+        if self.backend.name == "numba" and projected.dtype == state.previous_B.dtype == self.D.dtype:
+            constants = self.config.norm_eps, self.config.A_floor
+            y = self.ops.mamba3_step(projected, *self._step_parameters(), *state.buffers.values(), *constants)
+            return self.ops.linear_step(y, self.out_proj.weight), replace(state, length=state.length + 1)
+        inputs = self._taken_apart(projected)
         before = self._read(state, inputs[0].dtype)
-        y, after = self.ops.trapezoid_step(*inputs, self.D, self.dt_bias, self.config.A_floor, before)
-        return self._out(y, z), self._write(state, after, 1)
+        y, after = self.ops.trapezoid_step(*inputs, *self._constants(), before)
+        return self._out(y), self._write(state, after, 1)
 
     def explain(self, x: Tensor) -> MemoryExplanation | None:
         """None for the MIMO form, whose ranks mix channels of a head before and after the recurrence."""
         if self.config.rank > 1:
             return None
-        z, u, *given = self._inputs(x)
+        u, *given, z = self._inputs(x)
         dt, a, trap, _, B, _ = given
         rows, T, H, _ = u.shape
-        A_floor = self.config.A_floor
+        _, *constants = self._constants()
 
         def scan(inputs: Tensor, D: Tensor) -> Tensor:
-            dt_, a_, trap_, angle_, B_, C_ = (m.repeat_interleave(len(inputs) // rows, 0) for m in given)
-            return trapezoid(inputs, dt_, a_, trap_, angle_, B_, C_, D, self.dt_bias, A_floor)[0]
+            repeated = (m.repeat_interleave(len(inputs) // rows, 0) for m in given)
+            return trapezoid(inputs, *repeated, None, D, *constants)[0]
 
         # one channel stands for all of its head
         alone = response(lambda one: scan(one[..., None], torch.zeros_like(self.D))[..., 0], rows, T, H, self.D)
         y = scan(u, self.D)
-        log_alpha, delta = log_alpha_and_delta(dt, a, self.dt_bias, A_floor)
+        log_alpha, delta = log_alpha_and_delta(dt, a, self.dt_bias, self.config.A_floor)
         own = trap.to(delta.dtype).sigmoid() * delta
         # the next step writes the rest of a token, and decays it at once: as if it had stood there a step earlier
         weight = own + F.pad((delta - own)[:, 1:], (0, 0, 0, 1))
-        written = weight * u.norm(dim=-1) * B[:, :, 0].norm(dim=-1)
+        heads = B[:, :, 0].repeat_interleave(H // self.config.groups, 2) + self.B_bias[:, 0]
+        written = weight * u.norm(dim=-1) * heads.norm(dim=-1)
         return MemoryExplanation(
             unit="head", half_life=half_lives(-log_alpha)[..., None], written=written,
-            left=written * remaining(-log_alpha), output=self._out(y, z),
+            left=written * remaining(-log_alpha), output=self._out(y * F.silu(z)),
             inputs=u, matrix=alone, skip=self.D, scanned=y,
         )  # fmt: skip
 
     def _inputs(self, x: Tensor) -> list[Tensor]:
-        """x (..., D) -> z and x (..., [R,] H, P); dt, a, trap (..., H); angle (..., S); B, C (..., R, H, N)."""
+        """x (..., D) -> what the recurrence takes of each token: x (..., [R,] H, P); dt, a, trap (..., H); angle
+        (..., S); B, C (..., R, G, N); z like x."""
         return self._taken_apart(self.ops.linear_step(x, self.in_proj.weight))
 
     def _taken_apart(self, projected: Tensor) -> list[Tensor]:
@@ -217,19 +230,25 @@ class Mamba3(Mixer):
         z, u = (m.unflatten(-1, (self.heads, config.head_width)) for m in (z, u))
         if self.map_x is not None and self.map_z is not None:
             z, u = (m[..., None, :, :] * w.transpose(0, 1) for m, w in ((z, self.map_z), (u, self.map_x)))
-        states = []
-        for m, weight, bias in ((B, self.B_norm_weight, self.B_bias), (C, self.C_norm_weight, self.C_bias)):
-            m = m.unflatten(-1, (config.rank, config.groups, config.state))
-            m = self.ops.rms_norm(m, weight, config.norm_eps)
-            m = m.repeat_interleave(self.heads // config.groups, -2)
-            states.append((m + bias.transpose(0, 1)).to(projected.dtype))
-        return [z, u, dt, a, trap, angle, *states]
+        B, C = (
+            self.ops.rms_norm(m.unflatten(-1, (config.rank, config.groups, config.state)), weight, config.norm_eps)
+            for m, weight in ((B, self.B_norm_weight), (C, self.C_norm_weight))
+        )
+        return [u, dt, a, trap, angle, B.to(projected.dtype), C.to(projected.dtype), z]
 
-    def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        y = y * F.silu(z)
+    def _step_parameters(self) -> tuple[Tensor, ...]:
+        """In the order of the compiled step."""
+        return self.B_norm_weight, self.C_norm_weight, self.B_bias, self.C_bias, self.dt_bias, self.D
+
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """What it takes beside: D, dt_bias (H); the biases of B and C (R, H, N); the floor of A."""
+        B_bias, C_bias = (bias.transpose(0, 1) for bias in (self.B_bias, self.C_bias))
+        return self.D, self.dt_bias, B_bias, C_bias, self.config.A_floor
+
+    def _out(self, y: Tensor) -> Tensor:
         if self.map_y is not None:
             y = (y * self.map_y.transpose(0, 1)).sum(-3)
-        return self.ops.linear_step(y.flatten(-2).to(self.out_proj.weight.dtype), self.out_proj.weight)
+        return self.ops.linear_step(y.flatten(-2), self.out_proj.weight)
 
     def _read(self, state: RotatingState, dtype: torch.dtype) -> State:
         wide = self.D.dtype

@@ -1,17 +1,18 @@
 """The recurrence of Mamba-3 (arXiv 2603.15569): exponential-trapezoidal steps, data-dependent rotation.
 
-B: batch   T: time   H: heads   P: head width   N: state size   S: rotated pairs   R: rank (1 in the SISO form)
+B: batch   T: time   H: heads   P: head width   G: groups of heads   N: state size   S: rotated pairs
+R: rank (1 in the SISO form)
 
     delta_t = softplus(dt_t + dt_bias)       A_t = -softplus(a_t), at most -A_floor       alpha_t = exp(delta_t A_t)
     theta_t = theta_(t-1) + pi delta_t tanh(angle_t)      lambda_t = sigmoid(trap_t)
-    B'_t, C'_t: B_t, C_t with their first S neighbouring pairs rotated by theta_t
+    B'_t, C'_t: of each head, B_t + B_bias, C_t + C_bias, their first S neighbouring pairs rotated by theta_t
     h_t = alpha_t h_(t-1) + (1 - lambda_t) delta_t alpha_t x_(t-1) B'_(t-1)^T + lambda_t delta_t x_t B'_t^T
-    y_t = h_t C'_t + D x_t
+    y_t = (h_t C'_t + D x_t) silu(z_t)
 
-Every form has one signature (R only in the reference; x then differs by rank, (B, T, R, H, P), and so does y):
+Every form has one signature (R only in the reference; x and z then differ by rank, (B, T, R, H, P), and so does y):
 
-    x (B, T, H, P)   dt, a, trap (B, T, H)   angle (B, T, S)   B, C (B, T, R, H, N), normalised and biased
-    D, dt_bias (H)   A_floor   initial: State or None   ->  y (B, T, H, P), State
+    x (B, T, H, P)   dt, a, trap (B, T, H)   angle (B, T, S)   B, C (B, T, R, G, N), normalised   z like x, or None
+    D, dt_bias (H)   B_bias, C_bias (R, H, N)   A_floor   initial: State or None   ->  y (B, T, H, P), State
 
 The rotation is theirs (`mamba_ssm`): neighbouring entries form a pair, and what lies beyond 2 S is left alone.
 """
@@ -52,6 +53,14 @@ def log_alpha_and_delta(dt: Tensor, a: Tensor, dt_bias: Tensor, A_floor: float) 
     return delta * (-F.softplus(a.to(wide))).clamp_max(-A_floor), delta
 
 
+def _of_heads(m: Tensor, bias: Tensor, theta: Tensor) -> Tensor:
+    """m (B, T, R, G, N) of the groups -> (B, T, R, H, N) of their heads, with the bias (R, H, N) and rotated, in the type
+    of m, to which it is rounded once."""
+    groups = m.shape[3]
+    biased = (m[..., None, :] + bias.unflatten(1, (groups, -1))).flatten(3, 4)
+    return rotated(biased, theta).to(m.dtype)
+
+
 def _angles(angle: Tensor, delta: Tensor, initial: Tensor | None) -> Tensor:
     """theta (B, T, H, S), modulo 2 pi: float32 keeps its absolute precision over any length."""
     turns = torch.tanh(angle.to(delta.dtype))[:, :, None] * (math.pi * delta[..., None])
@@ -61,8 +70,8 @@ def _angles(angle: Tensor, delta: Tensor, initial: Tensor | None) -> Tensor:
 
 
 def reference(
-    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    A_floor: float, initial: State | None = None,
+    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, z: Tensor | None, D: Tensor,
+    dt_bias: Tensor, B_bias: Tensor, C_bias: Tensor, A_floor: float, initial: State | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """One step at a time, in the precision of its inputs; with ranks, x (B, T, R, H, P)."""
     siso = x.ndim == 4
@@ -71,7 +80,7 @@ def reference(
     log_alpha, delta = log_alpha_and_delta(dt, a, dt_bias, A_floor)
     mix = trap.to(delta.dtype).sigmoid()
     theta = _angles(angle, delta, None if initial is None else initial.angle)
-    B, C = rotated(B, theta), rotated(C, theta)
+    B, C = _of_heads(B, B_bias, theta), _of_heads(C, C_bias, theta)
     if initial is None:
         h, before_B, before_x = delta.new_zeros(rows, H, P, B.shape[-1]), torch.zeros_like(B[:, 0]), x[:, 0] * 0
     else:
@@ -89,12 +98,17 @@ def reference(
     y = torch.stack(ys, 1).to(x.dtype)
     if siso:
         y, before_x = y[:, :, 0], before_x[:, 0]
-    return y, State(theta[:, -1], h, before_B, before_x)
+    return _gated(y, z), State(theta[:, -1], h, before_B, before_x)
+
+
+def _gated(y: Tensor, z: Tensor | None) -> Tensor:
+    return y if z is None else y * F.silu(z)
 
 
 def chunked(
-    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    A_floor: float, initial: State | None = None, passes: Any = ssd_passes,
+    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, z: Tensor | None, D: Tensor,
+    dt_bias: Tensor, B_bias: Tensor, C_bias: Tensor, A_floor: float, initial: State | None = None,
+    passes: Any = ssd_passes,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """By the chunked recurrence of Mamba-2, for g_t = h_t - lambda_t delta_t x_t B'_t^T, what earlier tokens left:
 
@@ -106,7 +120,7 @@ def chunked(
     log_alpha, delta = log_alpha_and_delta(dt, a, dt_bias, A_floor)
     mix = trap.to(delta.dtype).sigmoid()
     theta = _angles(angle, delta, None if initial is None else initial.angle)
-    B, C = rotated(B, theta)[:, :, 0], rotated(C, theta)[:, :, 0]  # (B, T, H, N)
+    B, C = (_of_heads(m, bias, theta)[:, :, 0] for m, bias in ((B, B_bias), (C, C_bias)))  # (B, T, H, N)
     own = mix * delta
     earlier = log_alpha.exp() * (F.pad(own[:, :-1], (0, 0, 1, 0)) + (1 - mix) * delta)
     if initial is None:
@@ -121,16 +135,17 @@ def chunked(
     y, g = ssd.chunked_recurrence(before_x, log_alpha, earlier, before_B, C, h, passes=passes)
     y = torch.addcmul(y, (D + own * (C * B).sum(-1))[..., None].to(x.dtype), x)
     h = g + (own[:, -1, :, None] * x[:, -1])[..., None] * B[:, -1, :, None, :]
-    return y.to(x.dtype), State(theta[:, -1], h, B[:, -1:], x[:, -1])
+    return _gated(y.to(x.dtype), z), State(theta[:, -1], h, B[:, -1:], x[:, -1])
 
 
 def step(
-    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    A_floor: float, state: State,
+    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, z: Tensor | None, D: Tensor,
+    dt_bias: Tensor, B_bias: Tensor, C_bias: Tensor, A_floor: float, state: State,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """One token, without the axis T: the reference over a sequence of one."""
     x, dt, a, trap, angle, B, C = (m[:, None] for m in (x, dt, a, trap, angle, B, C))
-    y, after = reference(x, dt, a, trap, angle, B, C, D, dt_bias, A_floor, state)
+    z = None if z is None else z[:, None]
+    y, after = reference(x, dt, a, trap, angle, B, C, z, D, dt_bias, B_bias, C_bias, A_floor, state)
     return y[:, 0], after
 
 

@@ -99,6 +99,7 @@ def test_the_gates_pass(name: str) -> None:
     model = LanguageModel(config(name), seed=0, device=GPU)
     checked = gates.check(model, text()[:, :24].to(GPU))
     assert len(checked) == 4
+    checked += [gates.check_gradients(model, text()[:, :-1].to(GPU), text()[:, 1:].to(GPU), kind) for kind in DTYPES]
     assert [gate for gate in checked if not gate.passed] == []
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import gates
-from experiments.gates import Gate, check
+from experiments.gates import Gate, check, check_gradients
 from models.language_model import LanguageModel
 from models.ops.kernels import load
 from models.presets import PRESETS, preset
@@ -126,8 +126,9 @@ def test_rounding_to_16_bits_is_no_defect(name: str) -> None:
     model = LanguageModel(preset(name), seed=0)
     form = load("torch").trapezoid
 
-    def rounding(x, dt, a, trap, angle, B, C, *rest):
-        y, after = form(x.bfloat16(), dt, a, trap.bfloat16().to(trap), angle, B.bfloat16(), C.bfloat16(), *rest)
+    def rounding(x, dt, a, trap, angle, B, C, z, *rest):
+        narrow = (m.bfloat16() for m in (B, C, z))
+        y, after = form(x.bfloat16(), dt, a, trap.bfloat16().to(trap), angle, *narrow, *rest)
         return y.to(x.dtype), after
 
     for block in model.blocks:
@@ -136,6 +137,64 @@ def test_rounding_to_16_bits_is_no_defect(name: str) -> None:
     off = {gate.name: gate.value for gate in check(model, TOKENS)}
     for gate in ("fast form = reference", "forward = prefill + steps"):
         assert limit / 5 < off[gate] < limit / 1.5
+
+
+def differentiated(model: LanguageModel, precision: str = "float32") -> Gate:
+    return check_gradients(model, TOKENS[:, :-1], TOKENS[:, 1:], precision)
+
+
+@pytest.mark.parametrize("name", [*TINY, "gpt1"])
+def test_gradients_of_sound_models_pass(name: str) -> None:
+    """Far below the limit in float32; in bfloat16 by as much as it rounds, which is not nothing."""
+    gate = differentiated(sound(name))
+    assert gate.passed
+    assert gate.value < gate.limit / 50
+    gate = differentiated(sound(name), "bfloat16")
+    assert gate.passed
+    assert gate.value > 1e-3
+
+
+def test_a_backward_pass_of_one_mixer_that_is_off_by_one_per_cent_fails() -> None:
+    model = sound("mamba-tiny")
+    model.blocks[1].mixer.register_forward_hook(lambda module, args, y: (y[0] + 0.01 * (y[0] - y[0].detach()), *y[1:]))
+    assert "fast form = reference" not in failed(model)  # what it gives is right
+    gate = differentiated(model)
+    assert not gate.passed
+    assert gate.value == pytest.approx(0.01, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "precision"),
+    [("A_log", "float32"), ("dt_bias", "float32"), ("conv_bias", "float32"), ("conv_weight", "bfloat16")],
+)
+def test_a_small_parameter_without_its_gradient_fails(parameter: str, precision: str) -> None:
+    """In bfloat16 the smallest drown in what the others round."""
+    model = sound("mamba-tiny")
+    for block in model.blocks:
+        getattr(block.mixer, parameter).register_hook(torch.zeros_like)
+    assert not differentiated(model, precision).passed
+
+
+def test_experts_that_learn_nothing_fail() -> None:
+    model = sound("moe-tiny")
+    model.blocks[0].feedforward.down.register_hook(torch.zeros_like)
+    assert not differentiated(model, "bfloat16").passed
+
+
+def test_a_gradient_that_is_no_number_fails() -> None:
+    model = sound("transformer-tiny")
+    model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
+    assert not differentiated(model).passed
+
+
+@pytest.mark.parametrize(
+    ("operations", "precision", "limit"),
+    [([("numba", "ssd")], "float32", 1e-3), ([("sdpa", "")], "bfloat16", 2**-3),
+     ([("numba", "ssd"), ("cuda", "ssd")], "float32", 2**-6), ([("cuda", "trapezoid")], "float32", 2**-3)],
+)  # fmt: skip
+def test_gradients_are_let_off_what_their_coarsest_kernel_rounds(operations, precision: str, limit: float) -> None:
+    assert gates.gradient_tolerance(operations, precision) == limit
+    assert gates.gradient_tolerance(operations, precision, experts=True) == (limit if limit == 1e-3 else 0.5)
 
 
 def test_nan_fails() -> None:
@@ -149,5 +208,7 @@ def test_checking_changes_no_weight() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     check(model, TOKENS)
     assert model.training
+    differentiated(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())

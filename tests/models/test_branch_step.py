@@ -9,11 +9,14 @@ from torch import nn
 from models.block import Block
 from models.config import BlockConfig, ModelConfig
 from models.feedforward import FeedForward
+from models.feedforward.moe import MoEConfig
 from models.feedforward.swiglu import SwiGLUConfig
 from models.mixers import Mixer
 from models.mixers.attention import AttentionConfig
+from models.mixers.lstm import LSTMConfig
 from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
+from models.mixers.mamba3 import Mamba3Config
 from models.ops.kernels import load, numba_branch, numba_step
 
 WIDTH = 16
@@ -26,12 +29,20 @@ MIXERS = {
     "mamba, negative": MambaConfig(negative_eigenvalues=True),
     "mamba2": Mamba2Config(head_width=8, state=6, groups=2),
     "mamba2, negative": Mamba2Config(head_width=16, state=4, negative_eigenvalues=True),
+    "mamba3": Mamba3Config(head_width=8, state=8),
+    "mamba3, by groups, all rotated": Mamba3Config(head_width=8, state=6, groups=2, rotated_fraction=1.0, A_floor=0.5),
+    "lstm": LSTMConfig(),
+    "lstm, wide": LSTMConfig(hidden=21),
 }
+FEEDFORWARDS = {
+    "swiglu": SwiGLUConfig(hidden=11), "experts": MoEConfig(experts=5, top_k=2, hidden=6),
+    "one expert": MoEConfig(experts=3, top_k=1, hidden=7), "all experts": MoEConfig(experts=3, top_k=3, hidden=4),
+}  # fmt: skip
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 
 
-def block(mixer, dtype: torch.dtype, **changes) -> Block:
-    one = BlockConfig(mixer=mixer, feedforward=SwiGLUConfig(hidden=11))
+def block(mixer, dtype: torch.dtype, feedforward=FEEDFORWARDS["swiglu"], **changes) -> Block:
+    one = BlockConfig(mixer=mixer, feedforward=feedforward)
     config = ModelConfig(vocabulary=8, width=WIDTH, layers=1, mixer=mixer, feedforward=one.feedforward, **changes)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -48,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The compiled branches that run, by name, from here on."""
     seen: list[str] = []
     form = load("numba")
-    for name in ("attention_branch", "mamba_branch", "mamba2_branch", "swiglu_branch"):
+    for name in [name for name in form.__all__ if name.endswith("_branch")]:
         real = getattr(form, name)
         monkeypatch.setattr(form, name, lambda *given, real=real, name=name: (seen.append(name), real(*given))[1])
     return seen
@@ -56,11 +67,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    name=st.sampled_from(list(MIXERS)), rows=st.integers(1, 6), before=st.integers(0, 5),
-    dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 9),
+    name=st.sampled_from(list(MIXERS)), other=st.sampled_from(list(FEEDFORWARDS)), rows=st.integers(1, 6),
+    before=st.integers(0, 5), dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_is_the_layer_between_norm_and_sum(name: str, rows: int, before: int, dtype: torch.dtype, seed: int):
-    made = block(MIXERS[name], dtype)
+def test_is_the_layer_between_norm_and_sum(
+    name: str, other: str, rows: int, before: int, dtype: torch.dtype, seed: int
+):
+    made = block(MIXERS[name], dtype, FEEDFORWARDS[other])
     drawn = torch.randn(rows, before + 3, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         state = made.mixer.make_state(rows, before + 3, dtype, torch.device("cpu"))
@@ -102,6 +115,9 @@ def test_runs_compiled_where_it_can_and_only_there(name: str, monkeypatch: pytes
         assert step(block(MIXERS[name], torch.float32, norm="layernorm"), x) == []
         assert step(block(MIXERS[name], torch.float32, post_norm=True), x) == []
         assert step(block(MIXERS[name], torch.float32, dropout=0.5), x) == []
+        experts = [own, "experts_branch"]
+        assert step(block(MIXERS[name], torch.float32, FEEDFORWARDS["experts"]), x) == experts
+        assert step(block(MIXERS[name], torch.float32, FEEDFORWARDS["experts"]), torch.randn(5, WIDTH)) == []
     if MIXERS[name].kind != "attention":
         return
     with torch.no_grad():
@@ -139,7 +155,26 @@ def test_a_long_cache_is_split_over_threads_with_the_same_result(monkeypatch: py
     assert torch.allclose(*found, rtol=0, atol=1e-13)
 
 
-def test_a_state_of_other_sequences_is_refused():
-    made = block(MIXERS["mamba2"], torch.float32)
+@pytest.mark.parametrize("name", ["mamba2", "mamba3", "lstm"])
+def test_a_state_of_other_sequences_is_refused(name: str):
+    made = block(MIXERS[name], torch.float32)
     with torch.no_grad(), pytest.raises(ValueError, match="the state is of 2 sequences"):
         made.step(torch.randn(1, WIDTH), made.mixer.make_state(2, 4, torch.float32, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_scores_of_any_size_choose_and_weigh_experts(dtype: torch.dtype):
+    """Far apart, a softmax is 1 and 0; equal ones share, and the first is taken."""
+    made = block(MIXERS["lstm"], dtype, FEEDFORWARDS["experts"])
+    experts, norm = made.feedforward, made.feedforward_norm
+    x = torch.randn(1, WIDTH, dtype=dtype)
+    with torch.no_grad():
+        for scale in (1e-3, 1.0, 1e3):
+            experts.router.weight.mul_(scale)
+            expected = FeedForward.branch_step(experts, x, norm)
+            assert torch.allclose(experts.branch_step(x, norm), expected, rtol=1e-5, atol=1e-6)
+            experts.router.weight.div_(scale)
+        experts.router.weight.zero_()
+        parts = [load("reference").experts(norm(x), torch.tensor([[e]]), torch.ones(1, 1, dtype=dtype), experts.gate_up,
+                                           experts.down) for e in (0, 1)]  # fmt: skip
+        assert torch.allclose(experts.branch_step(x, norm), x + (parts[0] + parts[1]) / 2, rtol=1e-5, atol=1e-6)

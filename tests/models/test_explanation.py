@@ -135,8 +135,8 @@ def state_after(mixer, x: Tensor, s: int) -> Tensor:
         return u * (torch.arange(u.shape[1]) == s).view(-1, *(1,) * (u.ndim - 2))
 
     if config.kind == "mamba3":
-        _, u, *given = mixer._inputs(x)
-        return trapezoid(only(u), *given, mixer.D, mixer.dt_bias, config.A_floor)[1].ssm
+        u, *given = mixer._inputs(x)
+        return trapezoid(only(u), *given, *mixer._constants())[1].ssm
     if config.kind == "mamba":
         u = causal_conv1d(mixer.in_proj(x).chunk(2, -1)[0], mixer.conv_weight, mixer.conv_bias)
         dt, B, C = mixer.x_proj(u).split(mixer.split_sizes, -1)

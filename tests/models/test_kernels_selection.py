@@ -12,7 +12,7 @@ from models.errors import BackendUnavailableError, ConfigError
 from models.language_model import LanguageModel
 from models.mixers import MIXERS
 from models.mixers.attention import AttentionConfig
-from models.mixers.lstm import LSTMConfig
+from models.mixers.lstm import LSTM, LSTMConfig
 from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
@@ -40,7 +40,7 @@ def test_what_is_asked_for_is_what_runs(name):
 
 
 def test_what_is_best_without_a_compiled_form_is_no_fallback():
-    assert model(LSTMConfig()).backend == kernels.Selection("torch", "auto")
+    assert LSTM.select(LSTMConfig(), torch.device("cuda")) == kernels.Selection("torch", "auto")
     assert model(LSTMConfig(backend="reference")).backend == kernels.Selection("reference", "reference")
 
 
@@ -69,13 +69,13 @@ def test_a_form_has_every_operation(name):
     form = kernels.load(name)
     operations = {
         "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm",
-        "linear_cross_entropy", "linear_step", "projections", "rms_norm", "rotary_qkv", "selective_scan",
+        "linear_cross_entropy", "linear_step", "lstm", "projections", "rms_norm", "rotary_qkv", "selective_scan",
         "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
     }  # fmt: skip
-    mixers = ("attention", "mamba", "mamba2")
-    compiled = {f"{one}_{what}" for one in mixers for what in ("step", "branch")} | {"swiglu_branch"}
-    extra = compiled if name == "numba" else {"lstm"}
-    assert set(form.__all__) == operations | extra
+    mixers = ("attention", "mamba", "mamba2", "mamba3")
+    compiled = {f"{one}_{what}" for one in mixers for what in ("step", "branch")}
+    compiled |= {"lstm_branch", "swiglu_branch", "experts_branch"}
+    assert set(form.__all__) == operations | (compiled if name == "numba" else set())
     assert all(callable(getattr(form, operation)) for operation in form.__all__)
 
 
@@ -123,7 +123,7 @@ def test_a_broken_import_names_how_to_install(monkeypatch):
         (AttentionConfig(heads=2, backend="x"), "known: auto, numba, reference, sdpa"),
         (Mamba2Config(head_width=8, backend="sdpa"), "unknown backend 'sdpa'"),
         (Mamba3Config(head_width=8, backend="tourch"), "did you mean 'torch'"),
-        (LSTMConfig(backend="numba"), "unknown backend 'numba'.*known: auto, reference, torch"),
+        (LSTMConfig(backend="cuda"), "unknown backend 'cuda'.*known: auto, numba, reference, torch"),
     ],
 )
 def test_an_unknown_form_is_a_user_error(mixer, hint):

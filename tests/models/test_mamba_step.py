@@ -1,10 +1,10 @@
-"""The compiled decode steps of Mamba and Mamba-2 against the operations they are made of."""
+"""The compiled decode steps of Mamba, Mamba-2 and Mamba-3 against the operations they are made of."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.ops import causal_conv1d, rms_norm, selective_scan, ssd
+from models.ops import causal_conv1d, rms_norm, selective_scan, ssd, trapezoid
 from models.ops.kernels import load
 
 step = load("numba").mamba_step
@@ -122,3 +122,62 @@ def test_of_mamba2_refuses_a_state_of_another_batch():
     given = draw2(torch.float32, 1)
     with pytest.raises(ValueError, match="the state is of 3 sequences"):
         step2(given[0][:1].contiguous(), *given[1:], False, 1e-5, 1)
+
+
+step3 = load("numba").mamba3_step
+H3, P3, N3, S3 = 4, 5, 8, 3
+
+
+def draw3(dtype, G):
+    g, E, GN = torch.Generator().manual_seed(6), H3 * P3, G * N3
+    shapes = [
+        (B, 2 * E + 2 * GN + 3 * H3 + S3), (N3,), (N3,), (H3, 1, N3), (H3, 1, N3), (H3,), (H3,), (B, H3, S3),
+        (B, H3, P3, N3), (B, 1, H3, N3), (B, H3, P3),
+    ]  # fmt: skip
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def composed3(projected, B_norm, C_norm, B_bias, C_bias, dt_bias, D, *state_and_constants):
+    *state, eps, floor = state_and_constants
+    E, GN = H3 * P3, (projected.shape[1] - 2 * H3 * P3 - 3 * H3 - S3) // 2
+    z, x, b, c, dt, a, trap, angle = projected.split([E, E, GN, GN, H3, H3, H3, S3], -1)
+    b, c = (rms_norm.reference(m.unflatten(-1, (1, -1, N3)), w, eps) for m, w in ((b, B_norm), (c, C_norm)))
+    x, z = (m.unflatten(-1, (H3, P3)) for m in (x, z))
+    biases = B_bias.transpose(0, 1), C_bias.transpose(0, 1)
+    y, after = trapezoid.step(x, dt, a, trap, angle, b, c, z, D, dt_bias, *biases, floor, trapezoid.State(*state))
+    for buffer, new in zip(state, after, strict=True):
+        buffer.copy_(new)
+    return y.flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("G", [1, 2, 4])
+def test_of_mamba3_is_its_operations_one_after_the_other(dtype, G):
+    given, exact = draw3(dtype, G), [x.double() for x in draw3(dtype, G)]
+    for _ in range(3):  # through the state; the floor is reached by some rates
+        actual, expected = (f(*all_, 0.01, 0.7) for f, all_ in ((step3, given), (composed3, exact)))
+        tolerance = 2 * TOLERANCE[dtype]
+        for found, exact_one in ((actual, expected), *zip(given[7:], exact[7:], strict=True)):
+            error = (found.double() - exact_one).abs().max()
+            assert error <= tolerance * exact_one.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("which", range(11))
+def test_of_mamba3_refuses_gradients_and_what_it_would_misread(which):
+    given = draw3(torch.float32, 1)
+    before = given[8].clone()
+    given[which].requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        step3(*given, 1e-5, 1e-4)
+    assert torch.equal(given[8], before)
+    for spoil in (torch.Tensor.double, torch.Tensor.bfloat16, lambda x: x.repeat_interleave(2, -1)[..., ::2]):
+        given = draw3(torch.float32, 1)
+        given[which] = spoil(given[which])
+        with pytest.raises(ValueError, match="contiguous tensors, all float32 or all float64"):
+            step3(*given, 1e-5, 1e-4)
+
+
+def test_of_mamba3_refuses_a_state_of_another_batch():
+    given = draw3(torch.float32, 1)
+    with pytest.raises(ValueError, match="the state is of 3 sequences"):
+        step3(given[0][:1].contiguous(), *given[1:], 1e-5, 1e-4)

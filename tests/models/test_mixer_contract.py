@@ -66,8 +66,8 @@ CASES = {
         "reference", "torch", "numba",
     ),
     "mamba3-rank-reference": Mamba3Config(state=8, head_width=16, groups=3, rank=2, backend="reference"),
-    **in_forms("lstm", LSTMConfig(), "reference", "torch"),
-    **in_forms("lstm-narrow", LSTMConfig(hidden=11), "reference", "torch"),
+    **in_forms("lstm", LSTMConfig(), "reference", "torch", "numba"),
+    **in_forms("lstm-narrow", LSTMConfig(hidden=11), "reference", "torch", "numba"),
 }  # fmt: skip
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 each_mixer = pytest.mark.parametrize("name", CASES)

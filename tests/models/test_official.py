@@ -295,11 +295,12 @@ def ssd_inputs(T: int, initial: bool, G: int = 2, dtype: torch.dtype = torch.flo
     return inputs | ({} if initial else {"initial_state": None})
 
 
-def trapezoid_inputs(T: int, R: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def trapezoid_inputs(T: int, R: int = 1, dtype: torch.dtype = torch.float32, G: int = 2) -> dict[str, Any]:
     rows, H, P, N, S = 2, 4, 16, 16, 6
     sizes = {
         "x": (rows, T, H, P), "dt": (rows, T, H), "a": (rows, T, H), "trap": (rows, T, H), "angle": (rows, T, S),
-        "B": (rows, T, R, H, N), "C": (rows, T, R, H, N), "D": (H,), "dt_bias": (H,),
+        "B": (rows, T, R, G, N), "C": (rows, T, R, G, N), "z": (rows, T, H, P), "D": (H,), "dt_bias": (H,),
+        "B_bias": (R, H, N), "C_bias": (R, H, N),
     }  # fmt: skip
     return {name: normal(*size, seed=i, dtype=dtype) for i, (name, size) in enumerate(sizes.items())}
 
@@ -449,20 +450,22 @@ def test_decode_kernel_is_the_ssd_step(official, G):
 # ------------------------------------------------------------------------------------------------------------- Mamba-3
 
 
-def official_steps(recurrence, inputs: dict[str, Tensor], maps: list[Tensor], z: Any, state: trapezoid.State) -> Any:
+def official_steps(recurrence, inputs: dict[str, Tensor], maps: list[Tensor], state: trapezoid.State) -> Any:
     """Their references of a decode step, from one token to the next. maps: of x, z and y, each (R, H, P)."""
     rotate = their_rotation()
     angle, ssm, previous_B, previous_x = state
     dt = F.softplus(inputs["dt"] + inputs["dt_bias"])
     A = (-F.softplus(inputs["a"])).clamp_max(-1e-4)
+    H = dt.shape[2]
+    B_heads, C_heads = (inputs[m].repeat_interleave(H // inputs[m].shape[3], 3) + inputs[f"{m}_bias"] for m in "BC")
     ys = []
     for t in range(dt.shape[1]):
         angles = inputs["angle"][:, t, None].expand_as(angle)
-        C, B, angle = rotate(inputs["C"][:, t], inputs["B"][:, t], angle, angles, dt[:, t], rotate_pairwise=True)
+        C, B, angle = rotate(C_heads[:, t], B_heads[:, t], angle, angles, dt[:, t], rotate_pairwise=True)
         x, trap = inputs["x"][:, t], inputs["trap"][:, t].sigmoid()
         y, ssm = recurrence(
-            ssm, A[:, t], B, C, maps[0], x, maps[1], None if z is None else z[:, t], dt[:, t], previous_B, previous_x,
-            trap, inputs["D"], maps[2], compute_dtype=ssm.dtype,
+            ssm, A[:, t], B, C, maps[0], x, maps[1], inputs["z"][:, t], dt[:, t], previous_B, previous_x, trap,
+            inputs["D"], maps[2], compute_dtype=ssm.dtype,
         )  # fmt: skip
         previous_B, previous_x = B, x
         ys.append(y)
@@ -482,12 +485,12 @@ def test_trapezoid_is_the_official_step(mamba3_decode, form):
     T, wide = ssd.CHUNK + 9, torch.float64
     inputs, state = trapezoid_inputs(T, dtype=wide), trapezoid_state(dtype=wide)
     ones = [torch.ones(1, 4, 16, dtype=wide)] * 3
-    expected, after = official_steps(mamba3_decode, inputs, ones, None, state)
+    expected, after = official_steps(mamba3_decode, inputs, ones, state)
     if form == "step":
-        ys = []
+        ys, whole = [], ("D", "dt_bias", "B_bias", "C_bias")
         for t in range(T):
             y, state = trapezoid.step(
-                **{n: v if n in ("D", "dt_bias") else v[:, t] for n, v in inputs.items()}, A_floor=1e-4, state=state
+                **{n: v if n in whole else v[:, t] for n, v in inputs.items()}, A_floor=1e-4, state=state
             )
             ys.append(y)
         y = torch.stack(ys, 1)
@@ -503,19 +506,18 @@ def test_trapezoid_of_rank_two_is_the_official_step(mamba3_decode):
     T, R, wide = 9, 2, torch.float64
     inputs, state = trapezoid_inputs(T, R, wide), trapezoid_state(R, wide)
     map_x, map_z, map_y = maps = [normal(R, 4, 16, seed=70 + i, dtype=wide) for i in range(3)]
-    z = normal(2, T, 4, 16, seed=80, dtype=wide)
-    expected, after = official_steps(mamba3_decode, inputs, maps, z, state)
-    by_rank = {**inputs, "x": inputs["x"][:, :, None] * map_x}
+    expected, after = official_steps(mamba3_decode, inputs, maps, state)
+    by_rank = inputs | {"x": inputs["x"][:, :, None] * map_x, "z": inputs["z"][:, :, None] * map_z}
     before = state._replace(previous_x=state.previous_x[:, None] * map_x)
     y, state = trapezoid.reference(**by_rank, A_floor=1e-4, initial=before)
-    close((y * F.silu(z[:, :, None] * map_z) * map_y).sum(2), expected)
+    close((y * map_y).sum(2), expected)
     same_state(state, after._replace(previous_x=after.previous_x[:, None] * map_x))
 
 
-@pytest.mark.parametrize("initial", [True, False])
-def test_trapezoid_is_the_official_kernel(official, mamba3_kernels, initial):
+@pytest.mark.parametrize(("initial", "G"), [(True, 2), (False, 1), (False, 4)])
+def test_trapezoid_is_the_official_kernel(official, mamba3_kernels, initial, G):
     """`mamba3_siso_combined` by way of our `cuda` form: outputs, last state, and the gradients of every input."""
-    inputs = trapezoid_inputs(ssd.CHUNK + 9)
+    inputs = trapezoid_inputs(ssd.CHUNK + 9, G=G)
     if initial:
         inputs |= trapezoid_state()._asdict()  # State has no name in common with the inputs but for `angle`
         inputs["first_angle"] = inputs.pop("angle")

@@ -105,16 +105,17 @@ def _run_once(kernels: ModuleType, operation: str) -> None:
             kernels.ssd(head, rate, -one, head, head, one, one)
         else:
             rank = head[:, :, None]
-            kernels.trapezoid(head, rate, rate, rate, x[..., :16].contiguous(), rank, rank, one, one, 1e-4)
+            angle, bias = x[..., :16].contiguous(), ones.view(1, 1, 64)
+            kernels.trapezoid(head, rate, rate, rate, angle, rank, rank, head, one, one, bias, bias, 1e-4)
     torch.cuda.synchronize()
 
 
 def load(name: str) -> ModuleType:
     """The module that implements a form: `selective_scan`, `ssd`, `trapezoid`, `causal_conv1d`, `swiglu`, each with its
     `_step`, `rms_norm`, `gated_rms_norm`, `experts`, `rotary_qkv`, `projections`, `channel_projections`, `linear_step`
-    and `linear_cross_entropy`, with the signatures of `models.ops`; reference and torch also `lstm`. numba's also has,
-    for a decode step, `mamba_step`, `mamba2_step` and `attention_step`, a mixer between its projections, and whole
-    residual branches, `mamba_branch`, `mamba2_branch`, `attention_branch`, `swiglu_branch`, for what `suits_step`."""
+    and `linear_cross_entropy`, with the signatures of `models.ops`; all but cuda also `lstm`. numba's also has, for a
+    decode step, `mamba_step`, `mamba2_step`, `mamba3_step` and `attention_step`, a mixer between its projections, and
+    whole residual branches (`mamba_branch`, ..., `swiglu_branch`, `experts_branch`), for what `suits_step`."""
     return importlib.import_module(f"models.ops.kernels.{name}_form")
 
 

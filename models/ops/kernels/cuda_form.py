@@ -192,21 +192,20 @@ def ssd_step(
 
 @untraced
 def trapezoid(
-    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    A_floor: float, initial: State | None = None,
+    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, z: Tensor | None, D: Tensor,
+    dt_bias: Tensor, B_bias: Tensor, C_bias: Tensor, A_floor: float, initial: State | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """The kernels compute in bfloat16 whatever they are given, and round the angles to it too. N and P have to be
     powers of two, and S even."""
     # imported here: a machine whose triton cannot run Mamba-3's kernels still has Mamba-1's and Mamba-2's
     from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
 
-    H, N = B.shape[-2:]
+    H = x.shape[2]
     log_alpha, delta = (m.transpose(1, 2) for m in log_alpha_and_delta(dt, a, dt_bias, A_floor))
-    no_bias = torch.zeros(H, N, device=x.device)  # B and C come with theirs
     before = None if initial is None else (initial.angle, initial.ssm, initial.previous_B[:, 0], initial.previous_x)
     y, *after = mamba3_siso_combined(
-        C[:, :, 0], B[:, :, 0], x, log_alpha, delta, trap.transpose(1, 2), no_bias, no_bias,
-        angle[:, :, None].expand(-1, -1, H, -1).float(), D=D, Z=None, Input_States=before, return_final_states=True,
+        C[:, :, 0], B[:, :, 0], x, log_alpha, delta, trap.transpose(1, 2), C_bias[0].float(), B_bias[0].float(),
+        angle[:, :, None].expand(-1, -1, H, -1).float(), D=D, Z=z, Input_States=before, return_final_states=True,
     )  # fmt: skip
     theta, ssm, previous_B, previous_x = after
     return y.to(x.dtype), State(theta, ssm, previous_B[:, None], previous_x)

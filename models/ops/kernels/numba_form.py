@@ -22,6 +22,7 @@ from models.ops.kernels import (
     numba_step,
     numba_swiglu,
 )
+from models.ops.lstm import fused as lstm
 from models.ops.projections import apart as channel_projections
 from models.ops.projections import apart as projections
 from models.ops.selective_scan import forward_flops
@@ -34,9 +35,10 @@ from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
     "attention_branch", "attention_step", "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts",
-    "gated_rms_norm", "linear_cross_entropy", "linear_step", "mamba2_branch", "mamba2_step", "mamba_branch",
-    "mamba_step", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step",
-    "suits_step", "swiglu", "swiglu_branch", "swiglu_step", "trapezoid", "trapezoid_step",
+    "experts_branch", "gated_rms_norm", "linear_cross_entropy", "linear_step", "lstm", "lstm_branch", "mamba2_branch",
+    "mamba2_step", "mamba3_branch", "mamba3_step", "mamba_branch", "mamba_step", "projections", "rms_norm",
+    "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "swiglu_branch",
+    "swiglu_step", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 
@@ -88,10 +90,12 @@ def ssd(
 
 
 def trapezoid(
-    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    A_floor: float, initial: TrapezoidState | None = None,
+    x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, z: Tensor | None, D: Tensor,
+    dt_bias: Tensor, B_bias: Tensor, C_bias: Tensor, A_floor: float, initial: TrapezoidState | None = None,
 ) -> tuple[Tensor, TrapezoidState]:  # fmt: skip
-    return chunked_trapezoid(x, dt, a, trap, angle, B, C, D, dt_bias, A_floor, initial, _passes(x, dt))
+    return chunked_trapezoid(
+        x, dt, a, trap, angle, B, C, z, D, dt_bias, B_bias, C_bias, A_floor, initial, _passes(x, dt)
+    )  # fmt: skip
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
@@ -110,13 +114,20 @@ def mamba2_step(projected: Tensor, *parameters_and_state: Any) -> Tensor:
     return numba_step.mamba2_step(projected, *parameters_and_state)
 
 
+def mamba3_step(projected: Tensor, *parameters_and_state: Any) -> Tensor:
+    _refuse_gradients(projected, *parameters_and_state[:-2])
+    return numba_step.mamba3_step(projected, *parameters_and_state)
+
+
 def attention_step(qkv: Tensor, base: float | None, keys: Tensor, values: Tensor, *places: int) -> Tensor:
     _refuse_gradients(qkv)
     return numba_step.attention_step(qkv, base, keys, values, *places)
 
 
-attention_branch, swiglu_branch = numba_branch.attention_branch, numba_branch.swiglu_branch
+attention_branch, lstm_branch = numba_branch.attention_branch, numba_branch.lstm_branch
 mamba_branch, mamba2_branch = numba_branch.mamba_branch, numba_branch.mamba2_branch
+mamba3_branch = numba_branch.mamba3_branch
+experts_branch, swiglu_branch = numba_branch.experts_branch, numba_branch.swiglu_branch
 suits_step = numba_linear.suits
 
 

@@ -1,10 +1,11 @@
-"""One decode step of Mamba, Mamba-2 and attention on a CPU, between their projections in and out, without autograd.
+"""One decode step of Mamba, Mamba-2, Mamba-3, LSTM and attention on a CPU, between their projections in and out,
+without autograd.
 
 A step touches a few kilobytes, so the cost that matters is that of calling: one compiled call each, on addresses.
 Attention splits its heads over threads once the cache is long enough to be worth waking them.
 
 B: batch   E: expanded width   N: state size   R: dt rank   W: taps   H: heads   K: key-value heads   P: head width
-G: groups   channels: those of Mamba-2's convolution, x, B and C, E + 2 G N
+G: groups   S: rotated pairs   channels: those of Mamba-2's convolution, x, B and C, E + 2 G N
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.ops.attention import rotary_table
+from models.ops.kernels.numba_norm import norm_row
 from models.ops.kernels.numba_runtime import LOG2_E, addresses, at, compiled, exp2, run_tasks, sigmoid, softplus
 
 # By then the other thread has gone to sleep since the layer before. With one sequence and 4 heads of 32, two threads
@@ -194,6 +196,111 @@ def mamba2_step(
     G = (channels - H * P) // (2 * N)
     _mamba2_step(*arrays, negative, eps, rows, H, P, G, N, W, norm_groups)
     return out
+
+
+@compiled
+def mamba3_row(
+    projected, B_norm, C_norm, B_bias, C_bias, dt_bias, D, theta, state, before_B, before_x, eps, floor, B, C, rates,
+    b, c, out,
+):  # fmt: skip
+    """One sequence: projected (2 E + 2 G N + 3 H + S): z, x, B, C, dt, a, trap, angle. B, C (G, N), rates (S) and b, c
+    (N), of one head, are room to work in; out (E)."""
+    (H, P, N), S, G = state.shape, theta.shape[1], B.shape[0]
+    E, GN = H * P, G * N
+    zero, one = projected.dtype.type(0), projected.dtype.type(1)
+    log2_e, turn = projected.dtype.type(LOG2_E), projected.dtype.type(2 * math.pi)
+    fastest = projected.dtype.type(-floor)
+    for g in range(G):
+        norm_row(projected[2 * E + g * N : 2 * E + (g + 1) * N], B_norm, eps, B[g])
+        norm_row(projected[2 * E + GN + g * N : 2 * E + GN + (g + 1) * N], C_norm, eps, C[g])
+    of_head_each = 2 * (E + GN)  # where dt, a and trap begin, H of each
+    for i in range(S):
+        rates[i] = turn / 2 * math.tanh(projected[of_head_each + 3 * H + i])
+    for h in range(H):
+        delta = softplus(projected[of_head_each + h] + dt_bias[h])
+        A = -softplus(projected[of_head_each + H + h])
+        A = fastest if A > fastest else A
+        alpha = exp2(delta * A * log2_e)
+        mix = sigmoid(projected[of_head_each + 2 * H + h])
+        g = h // (H // G)
+        for n in range(N):
+            b[n] = B[g, n] + B_bias[h, n]
+            c[n] = C[g, n] + C_bias[h, n]
+        for i in range(S):
+            angle = theta[h, i] + delta * rates[i]
+            angle -= turn * np.floor(angle / turn)
+            theta[h, i] = angle
+            cos, sin = math.cos(angle), math.sin(angle)
+            b0, b1, c0, c1 = b[2 * i], b[2 * i + 1], c[2 * i], c[2 * i + 1]
+            b[2 * i], b[2 * i + 1] = b0 * cos - b1 * sin, b0 * sin + b1 * cos
+            c[2 * i], c[2 * i + 1] = c0 * cos - c1 * sin, c0 * sin + c1 * cos
+        old, now = (one - mix) * delta * alpha, mix * delta
+        for p in range(P):
+            x, of_head = projected[E + h * P + p], state[h, p]
+            before, written, acc = old * before_x[h, p], now * x, zero
+            for n in range(N):
+                of_head[n] = alpha * of_head[n] + before * before_B[h, n] + written * b[n]
+                acc += of_head[n] * c[n]
+            out[h * P + p] = acc + D[h] * x
+            before_x[h, p] = x
+        for n in range(N):
+            before_B[h, n] = b[n]
+    for e in range(E):
+        z = projected[e]
+        out[e] *= z * sigmoid(z)
+
+
+@compiled
+def _mamba3_step(
+    kind, projected_at, B_norm_at, C_norm_at, B_bias_at, C_bias_at, dt_bias_at, D_at, theta_at, state_at, before_B_at,
+    before_x_at, out_at, eps, floor, rows, H, P, G, N, S,
+):  # fmt: skip
+    projected, out = at(projected_at, kind, (rows, 2 * (H * P + G * N) + 3 * H + S)), at(out_at, kind, (rows, H * P))
+    B_norm, C_norm = at(B_norm_at, kind, (N,)), at(C_norm_at, kind, (N,))
+    B_bias, C_bias = at(B_bias_at, kind, (H, N)), at(C_bias_at, kind, (H, N))
+    dt_bias, D = at(dt_bias_at, kind, (H,)), at(D_at, kind, (H,))
+    theta, state = at(theta_at, kind, (rows, H, S)), at(state_at, kind, (rows, H, P, N))
+    before_B, before_x = at(before_B_at, kind, (rows, H, N)), at(before_x_at, kind, (rows, H, P))
+    B, C, rates = np.empty((G, N), out.dtype), np.empty((G, N), out.dtype), np.empty(S, out.dtype)
+    b, c = np.empty(N, out.dtype), np.empty(N, out.dtype)
+    for r in range(rows):
+        mamba3_row(
+            projected[r], B_norm, C_norm, B_bias, C_bias, dt_bias, D, theta[r], state[r], before_B[r], before_x[r],
+            eps, floor, B, C, rates, b, c, out[r],
+        )  # fmt: skip
+
+
+def mamba3_step(
+    projected: Tensor, B_norm: Tensor, C_norm: Tensor, B_bias: Tensor, C_bias: Tensor, dt_bias: Tensor, D: Tensor,
+    theta: Tensor, state: Tensor, before_B: Tensor, before_x: Tensor, eps: float, floor: float,
+) -> Tensor:  # fmt: skip
+    """One token of `models.mixers.mamba3` of rank 1, what lies between its projections in and out.
+
+    projected (B, 2 E + 2 G N + 3 H + S): z, x, B, C, dt, a, trap, angle. B_norm, C_norm (N), B_bias, C_bias (H, 1, N),
+    dt_bias, D (H): its parameters. theta (B, H, S), state (B, H, P, N), before_B (B, 1, H, N), before_x (B, H, P):
+    advanced in place. eps: of the norms of B and C; floor: of -A. Returns (B, E). Every tensor float32, or every one
+    float64, and contiguous. Raises ValueError where the state is of another number of sequences.
+    """
+    (rows, H, P, N), S = state.shape, theta.shape[2]
+    groups = projected.shape[1] - 2 * H * P - 3 * H - S
+    if len(projected) != rows or groups % (2 * N):
+        raise ValueError(f"the state is of {rows} sequences, the token is {tuple(projected.shape)}")
+    out = projected.new_empty(rows, H * P)
+    arrays = addresses(
+        projected, B_norm, C_norm, B_bias, C_bias, dt_bias, D, theta, state, before_B, before_x, out
+    )  # fmt: skip
+    _mamba3_step(*arrays, eps, floor, rows, H, P, groups // (2 * N), N, S)
+    return out
+
+
+@compiled
+def lstm_row(gates, hidden, cell):
+    """One sequence: gates (4 E): input, forget, candidate and output, before their nonlinearities; hidden, cell (E)."""
+    E = cell.shape[0]
+    for e in range(E):
+        cell[e] = sigmoid(gates[E + e]) * cell[e] + sigmoid(gates[e]) * math.tanh(gates[2 * E + e])
+    for e in range(E):
+        hidden[e] = sigmoid(gates[3 * E + e]) * math.tanh(cell[e])
 
 
 @compiled

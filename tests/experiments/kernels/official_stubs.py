@@ -131,17 +131,20 @@ def mamba3_siso_combined(
     Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D=None, Z=None, Input_States=None, chunk_size=64,
     return_final_states=False, cu_seqlens=None,
 ):  # fmt: skip
-    """Q, K (B, T, H, N), V (B, T, H, P), ADT, DT, Trap (B, H, T), Angles (B, T, H, S), biases (H, N)."""
-    rows, T, H, N = Q.shape
-    P, S = V.shape[-1], Angles.shape[-1]
+    """Q, K (B, T, G, N), V, Z (B, T, H, P), ADT, DT, Trap (B, H, T), Angles (B, T, H, S), biases (H, N)."""
+    rows, T, G, N = Q.shape
+    H, P, S = *V.shape[2:], Angles.shape[-1]
     assert K.shape == Q.shape
-    assert V.shape[:3] == (rows, T, H)
+    assert V.shape[:2] == (rows, T)
+    assert Z.shape == V.shape
+    assert H % G == 0
     assert ADT.shape == DT.shape == Trap.shape == (rows, H, T)
     assert ADT.dtype == DT.dtype == Q_bias.dtype == K_bias.dtype == D.dtype == FLOAT32
     assert Q_bias.shape == K_bias.shape == (H, N)
     assert Angles.shape == (rows, T, H, S)
     assert N & (N - 1) == P & (P - 1) == 0, "powers of two"
-    assert (Z, cu_seqlens, return_final_states) == (None, None, True)
+    assert (cu_seqlens, return_final_states) == (None, True)
+    Q, K = (m.repeat_interleave(H // G, 2) for m in (Q, K))
     theta, h, before_k, before_v = (
         (torch.zeros(rows, H, S), torch.zeros(rows, H, P, N), torch.zeros(rows, H, N), torch.zeros(rows, H, P))
         if Input_States is None
@@ -164,7 +167,7 @@ def mamba3_siso_combined(
         k, q, v = turned(K[:, t] + K_bias, theta), turned(Q[:, t] + Q_bias, theta), V[:, t].float()
         old = before_v.float()[..., None] * before_k.float()[:, :, None]
         h = alpha * h + (1 - mix) * dt * alpha * old + mix * dt * v[..., None] * k[:, :, None]
-        ys.append((h * q[:, :, None]).sum(-1) + D[:, None] * v)
+        ys.append(((h * q[:, :, None]).sum(-1) + D[:, None] * v) * F.silu(Z[:, t].float()))
         before_k, before_v = k, v
     return torch.stack(ys, 1).to(V.dtype), theta, h, before_k, before_v
 
