@@ -197,16 +197,16 @@ class Mamba3(Mixer):
         u, *given, z = self._inputs(x)
         dt, a, trap, _, B, _ = given
         rows, T, H, _ = u.shape
-        _, *constants = self._constants()
+        _, dt_bias, B_bias, C_bias, A_floor = self._constants()
 
         def scan(inputs: Tensor, D: Tensor) -> Tensor:
-            repeated = (m.repeat_interleave(len(inputs) // rows, 0) for m in given)
-            return trapezoid(inputs, *repeated, None, D, *constants)[0]
+            dt_, a_, trap_, angle_, B_, C_ = (m.repeat_interleave(len(inputs) // rows, 0) for m in given)
+            return trapezoid(inputs, dt_, a_, trap_, angle_, B_, C_, None, D, dt_bias, B_bias, C_bias, A_floor)[0]
 
         # one channel stands for all of its head
         alone = response(lambda one: scan(one[..., None], torch.zeros_like(self.D))[..., 0], rows, T, H, self.D)
         y = scan(u, self.D)
-        log_alpha, delta = log_alpha_and_delta(dt, a, self.dt_bias, self.config.A_floor)
+        log_alpha, delta = log_alpha_and_delta(dt, a, self.dt_bias, A_floor)
         own = trap.to(delta.dtype).sigmoid() * delta
         # the next step writes the rest of a token, and decays it at once: as if it had stood there a step earlier
         weight = own + F.pad((delta - own)[:, 1:], (0, 0, 0, 1))

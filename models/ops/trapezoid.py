@@ -54,8 +54,8 @@ def log_alpha_and_delta(dt: Tensor, a: Tensor, dt_bias: Tensor, A_floor: float) 
 
 
 def _of_heads(m: Tensor, bias: Tensor, theta: Tensor) -> Tensor:
-    """m (B, T, R, G, N) of the groups -> (B, T, R, H, N) of their heads, with the bias (R, H, N) and rotated, in the type
-    of m, to which it is rounded once."""
+    """m (B, T, R, G, N) of the groups -> (B, T, R, H, N) of their heads, with the bias (R, H, N) and rotated, in the
+    type of m, to which it is rounded once."""
     groups = m.shape[3]
     biased = (m[..., None, :] + bias.unflatten(1, (groups, -1))).flatten(3, 4)
     return rotated(biased, theta).to(m.dtype)

@@ -21,8 +21,8 @@ NAMES = (
 EACH, ALL = 8, 12  # of these: what each token brings, and all but the state
 OUTPUTS = ("y", "theta", "h", "previous B", "previous x")
 FLOOR = 0.3  # reached by many of the drawn rates
-# rows, T, H, P, N, S, G: all of the state rotated, half of it, none but a pair; around one chunk of 64 and beyond; heads
-# in one group, in several, in as many
+# rows, T, H, P, N, S, G: all of the state rotated, half of it, none but a pair; around one chunk of 64 and beyond;
+# heads in one group, in several, in as many
 SHAPES = [
     (1, 1, 1, 1, 2, 1), (2, 1, 3, 2, 4, 1), (2, 3, 2, 3, 6, 3, 2), (1, 63, 2, 2, 5, 2), (2, 64, 3, 1, 4, 2, 3),
     (1, 65, 4, 3, 8, 2, 2), (2, 200, 3, 2, 4, 2),

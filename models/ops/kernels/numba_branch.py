@@ -1,8 +1,8 @@
 """One decode step of a whole residual branch on a CPU, x + f(norm(x)), in one compiled call, without autograd: of
 every mixer, of SwiGLU and of experts. Calling its parts one by one takes a small model as long as their arithmetic.
 
-B: batch   D: width   E: expanded width   N: state size   R: dt rank   W: taps   H: heads   K: key-value heads, or experts
-per token   P: head width   F: hidden width   G: groups   S: rotated pairs   X: experts
+B: batch   D: width   E: expanded width   N: state size   R: dt rank   W: taps   H: heads   K: key-value heads; experts
+of a token   P: head width   F: hidden width   G: groups   S: rotated pairs   X: experts
 
 Every tensor float32, or every one float64, and contiguous; states and caches are advanced in place.
 """
@@ -48,8 +48,8 @@ def swiglu_branch(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, down: Te
 
 @compiled
 def likeliest(scores, K, chosen, weight):
-    """The K largest of `scores` (X), largest first, in chosen (K), and their softmax in weight (K): among themselves, or
-    among all where K is 1 (`models.feedforward.moe`)."""
+    """The K largest of `scores` (X), largest first, in chosen (K), and their softmax in weight (K): among themselves,
+    or among all where K is 1 (`models.feedforward.moe`)."""
     log2_e = scores.dtype.type(LOG2_E)
     for k in range(K):
         best = -1

@@ -209,7 +209,7 @@ def mamba3_row(
     E, GN = H * P, G * N
     zero, one = projected.dtype.type(0), projected.dtype.type(1)
     log2_e, turn = projected.dtype.type(LOG2_E), projected.dtype.type(2 * math.pi)
-    fastest = projected.dtype.type(-floor)
+    slowest = projected.dtype.type(-floor)
     for g in range(G):
         norm_row(projected[2 * E + g * N : 2 * E + (g + 1) * N], B_norm, eps, B[g])
         norm_row(projected[2 * E + GN + g * N : 2 * E + GN + (g + 1) * N], C_norm, eps, C[g])
@@ -219,7 +219,8 @@ def mamba3_row(
     for h in range(H):
         delta = softplus(projected[of_head_each + h] + dt_bias[h])
         A = -softplus(projected[of_head_each + H + h])
-        A = fastest if A > fastest else A
+        if slowest < A:
+            A = slowest
         alpha = exp2(delta * A * log2_e)
         mix = sigmoid(projected[of_head_each + 2 * H + h])
         g = h // (H // G)
