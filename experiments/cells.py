@@ -25,8 +25,14 @@ from experiments.evaluation import (
 )
 from experiments.measurement.card import remember_cards
 from experiments.measurement.loading import load
-from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, settle
-from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step
+from experiments.measurement.memory import keep_freed_memory
+from experiments.measurement.phases import (
+    measure_decode,
+    measure_load,
+    measure_prefill,
+    measure_step,
+    measure_training,
+)
 from experiments.measurement.process import side_by_side
 from experiments.measurement.speed import Subject, measure_speed
 from experiments.objectives import Objective
@@ -158,10 +164,9 @@ def train_cell(
     with untimed(device):
         passed = gates.check(model, batches.at(0)[0][:2, :GATE_TOKENS].to(device), untrained=arm.start == "scratch")
     del model
-    settle()
-    baseline = resident_bytes()
+    memory = measure_training(lambda: first_model(arm, config, seed, device), batches, settings, objective, device)
     step_ms, stream = [], StreamHash()
-    with PeakMemory(device) as peak, (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
         model = first_model(arm, config, seed, device)
 
         def record(line: dict[str, Any]) -> None:
@@ -174,8 +179,6 @@ def train_cell(
         for step in train(model, batches, settings, arm.learning_rate, stream, objective):
             record(asdict(step))
             step_ms.append(step.step_ms)
-            if step.step == 1 and settings.steps > 1:
-                peak.restart_device()
             send(("step", step.step, settings.steps))
             if step.step % settings.validate_every == 0 or step.step == settings.steps:
                 loss = mean_loss(model, validation, objective, **curve)
@@ -218,9 +221,7 @@ def train_cell(
             "tokens_per_step": settings.accumulate * settings.batch * settings.context,
             "step_ms": step_ms[WARM_UP_STEPS:] or step_ms,
             "median_step_ms": statistics.median(step_ms[WARM_UP_STEPS:] or step_ms),
-            "peak_bytes": peak.host_bytes - baseline if peak.device_bytes is None else peak.device_bytes,
-            "memory_method": peak.method if peak.device_bytes is None else "torch.cuda allocator",
-            **peak.on_card,
+            **memory,
         },
     }  # fmt: skip
     return result

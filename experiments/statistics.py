@@ -5,6 +5,7 @@ Speeds and sizes compare as ratios, through the logarithm.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -41,17 +42,12 @@ class Comparison:
     differences: tuple[float, ...]
     deviation: float
 
-    def more_seeds(self, comparisons: int = 1) -> int | None:
-        """How many more seeds would resolve it beside `comparisons - 1` others (Bonferroni's level, which Holm's
-        never exceeds), if estimate and spread stayed as they are. None: cannot be said, none, or over MOST_SEEDS."""
-        x = np.asarray(self.differences)
-        if len(x) < 2 or self.deviation == 0 or x.mean() == 0:
+    def p_after(self, more: int) -> float | None:
+        """p with `more` further seeds, if estimate and spread stayed as they are."""
+        if self.p is None:
             return None
-        effect = abs(x.mean()) / self.deviation
-        for total in range(len(x), MOST_SEEDS + 1):
-            if 2 * stats.t.sf(effect * math.sqrt(total), total - 1) < (1 - CONFIDENCE) / comparisons:
-                return total - len(x) or None
-        return None
+        n = len(self.differences) + more
+        return float(2 * stats.t.sf(abs(np.mean(self.differences)) * math.sqrt(n) / self.deviation, n - 1))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -95,6 +91,21 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(known) - rank)))
         corrected[i] = largest
     return corrected
+
+
+def more_seeds(compared: Sequence[Comparison], which: int) -> int | None:
+    """How many more seeds would resolve one of `compared`, which is open, after Holm's correction over all of them, if
+    estimate and spread of each stayed as they are. None: cannot be said, or beyond MOST_SEEDS."""
+    if compared[which].p is None:
+        return None
+    more = range(1, MOST_SEEDS - len(compared[which].differences) + 1)
+
+    def resolved(seeds: int) -> bool:
+        p = holm([one.p_after(seeds) for one in compared])[which]
+        return p is not None and p < 1 - CONFIDENCE
+
+    enough = bisect_left(more, True, key=resolved)  # every p falls with the seeds
+    return more[enough] if enough < len(more) else None
 
 
 def _comparison(differences: np.ndarray, resolution: float) -> Comparison:

@@ -96,14 +96,6 @@ class PeakMemory:
             self._sampler.start()
         return self
 
-    def restart_device(self) -> None:
-        """Forget the GPU's peak so far: a first step's, in which Triton tries its configurations in a buffer of its
-        own, is no step's that follows."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

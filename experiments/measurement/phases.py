@@ -12,7 +12,7 @@ are torch's allocations; beside them stand `reserved_peak_bytes`, the most that 
 """
 
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.data.batches import Batches, StreamHash
 from experiments.measurement import operations
 from experiments.measurement.loading import load
 from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
 from experiments.measurement.timing import timed, timed_in_turns
-from experiments.spec import Measurement
-from experiments.training import token_loss
+from experiments.objectives import Objective
+from experiments.spec import Measurement, Training
+from experiments.training import Step, token_loss, train
 from models import checkpoint, cost
 from models.config import ModelConfig
 from models.language_model import LanguageModel
@@ -142,17 +144,41 @@ def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: 
     with PeakMemory(device) as peak:
         step()
     states = [value for state in optimizer.state.values() for value in state.values()]
-    top = peak.host_bytes if peak.device_bytes is None else peak.device_bytes
     return {
         "context": inputs.shape[1], "batch": inputs.shape[0],
-        "peak_bytes": top - before_load,
         "weight_bytes": sum(_bytes(p) for p in model.parameters()),
         "gradient_bytes": gradients,
         "optimizer_bytes": sum(_bytes(value) for value in states if isinstance(value, Tensor)),
         "activation_bytes": kept.bytes,
-        "memory_method": peak.method if peak.device_bytes is None else "torch.cuda allocator",
         "backend": model.backend.name,
-    } | peak.on_card  # fmt: skip
+    } | _over(peak, before_load)  # fmt: skip
+
+
+def measure_training(
+    make: Callable[[], LanguageModel], batches: Batches, settings: Training, objective: Objective, device: torch.device
+) -> dict[str, Any]:
+    """The peak of a step as `experiments.training.train` takes it, at a rate of 0: the second of a model that is thrown
+    away, so that the optimizer has its state, over this process before that model was made. A step of another one has
+    brought code, libraries and thread pools into memory. Validation, which may read more than a batch, is not in it.
+    """
+    return_freed_memory()
+    two = settings.model_copy(update={"steps": 2, "warmup_steps": 0})
+
+    def after_one() -> Iterator[Step]:
+        steps = train(make(), batches, two, 0.0, StreamHash(), objective)
+        next(steps)
+        return steps
+
+    with untimed(device):
+        after_one()
+        settle()
+        before = _baseline(device)
+        steps = after_one()
+        settle()
+        with PeakMemory(device) as peak:
+            next(steps)
+    keep_freed_memory()
+    return _over(peak, before)
 
 
 class _Kept:
@@ -179,13 +205,16 @@ def state_element_size(model: LanguageModel) -> int:
 
 
 def _phase(model: LanguageModel, peak: PeakMemory, before_load: int, before_phase: int) -> dict[str, Any]:
+    found = _over(peak, before_load)
+    working = found["peak_bytes"] + before_load - before_phase
+    return found | {"working_bytes": working, "backend": model.backend.name}
+
+
+def _over(peak: PeakMemory, before: int) -> dict[str, Any]:
+    """before: of the process on a CPU, of torch's allocations on a GPU, when nothing of the model was there."""
     top = peak.host_bytes if peak.device_bytes is None else peak.device_bytes
-    return {
-        "peak_bytes": top - before_load,
-        "working_bytes": top - before_phase,
-        "memory_method": peak.method if peak.device_bytes is None else "torch.cuda allocator",
-        "backend": model.backend.name,
-    } | peak.on_card
+    method = peak.method if peak.device_bytes is None else "torch.cuda allocator"
+    return {"peak_bytes": top - before, "memory_method": method} | peak.on_card
 
 
 def _warm_up(folder: Path, device: torch.device, trains: bool = False) -> ModelConfig:

@@ -335,8 +335,8 @@ def memory(record: Record) -> Section:
         "Loading costs the file on disk, the highest host memory while it is read, and what stays "
         "resident. The peak of prefill and of decode includes the weights, over the process before it loaded "
         "the model; working memory counts only what that phase adds to what it starts from, which in decode "
-        "is the state as well. Peaks are of a call that is not timed, whose allocator hands back what is freed; the "
-        "peak of training is of the timed steps, whose allocator keeps it. The cache "
+        "is the state as well. Peaks are of a call, in training of a step, that is not timed, whose "
+        "allocator hands back what is freed. The cache "
         "or state is what one sequence keeps between decoded tokens: keys and values for attention, which "
         "grow with the context, or a fixed recurrent state. Each cell was measured in a fresh process."
     )

@@ -41,7 +41,8 @@ def verdict(record: Record) -> Section:
     intro = (
         "Every cell ran in a process of its own, except that decode of one arm at all lengths shares one. The arms "
         "at one length, and of decode every arm at every length, took turns in short slices, and ratios are formed "
-        "turn by turn. Between measured lengths the ratio of the speeds is taken as straight in logarithms."
+        "turn by turn. Between measured lengths the ratio of the speeds is taken as straight in the length, as it is "
+        "where every earlier token adds as much to the time of one arm's token and nothing to the other's."
     )
     blocks: list[Block] = []
     for one in record.findings:

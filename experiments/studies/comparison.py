@@ -7,7 +7,7 @@ from experiments import cells
 from experiments.objectives import SELECTED
 from experiments.rows import on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
-from experiments.statistics import Comparison, holm, paired_difference, paired_ratio
+from experiments.statistics import Comparison, holm, more_seeds, paired_difference, paired_ratio
 from experiments.store import Cell, RunDirectory, read_json
 from models import cost
 from models.config import ModelConfig
@@ -281,9 +281,9 @@ def comparability(rows: Sequence[dict]) -> dict[str, Any]:
 
 def settled(drafts: Sequence[tuple[dict, Comparison]]) -> list[dict]:
     """What each head asked, with its comparison and whether that is resolved after Holm's correction over all."""
-    corrected = holm([comparison.p for _, comparison in drafts])
-    tested = sum(p is not None for p in corrected)
-    return [_verdict(head, comparison, p, tested) for (head, comparison), p in zip(drafts, corrected, strict=True)]
+    every = [comparison for _, comparison in drafts]
+    corrected = holm([one.p for one in every])
+    return [_verdict(head, every, at, corrected[at]) for at, (head, _) in enumerate(drafts)]
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
@@ -325,7 +325,9 @@ def faster(verdict: dict) -> str:
     return f"{size} ({spread}{'' if verdict['resolved'] else ', not resolved'}) as fast"
 
 
-def _verdict(head: dict, comparison: Comparison, p_holm: float | None, tested: int) -> dict:
+def _verdict(head: dict, every: Sequence[Comparison], which: int, p_holm: float | None) -> dict:
+    """Of one of all comparisons that were made together."""
+    comparison = every[which]
     interval = comparison.interval
     resolved = head["comparable"] and (comparison.exact or (p_holm is not None and p_holm < RESOLVED))
     neutral = 0.0 if head["kind"] == "difference" else 1.0
@@ -336,8 +338,8 @@ def _verdict(head: dict, comparison: Comparison, p_holm: float | None, tested: i
     return head | {
         "estimate": interval.estimate, "ci_low": interval.low, "ci_high": interval.high, "n": interval.n,
         "p": comparison.p, "p_holm": p_holm, "resolved": resolved, "better": better,
-        "exact": comparison.exact, "tested": tested,
-        "more_seeds": None if resolved else comparison.more_seeds(tested),
+        "exact": comparison.exact, "tested": sum(one.p is not None for one in every),
+        "more_seeds": None if resolved or not head["comparable"] else more_seeds(every, which),
     }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
         config = configs[arm]
         for other in configs:
             if configs[other].causal and other not in growing:
-                size = cost.state_bytes(configs[other], 1, 1, element)
+                size = cost.state_bytes(configs[other], 1, cost.LONGEST, element)  # of a window, when it is full
                 at = cost.outgrows(config, size, element)
                 text = f"{arm}'s cache outweighs {other}'s state ({shown(size)} a sequence) from {at:,} tokens on"
                 found.append({"kind": "cache-outweighs-state", "arm": arm, "against": other, "tokens": at,
@@ -109,7 +109,8 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
 
 
 def _grows(config: ModelConfig) -> bool:
-    return cost.outgrows(config, cost.state_bytes(config, 1, 1, 2) * 1000, 2) is not None
+    """Without end: a window is full one day."""
+    return cost.state_bytes(config, 1, cost.LONGEST, 2) > cost.state_bytes(config, 1, cost.LONGEST // 2, 2)
 
 
 def _loading_against_inference(arm: str, table: dict[tuple, float], experiment: Experiment) -> dict | None:

@@ -1,6 +1,7 @@
 """Speed over context length, batch and execution mode: a training step, prefill, decode, and each mixer's operation by
 itself, beside the machine's ceilings; and the lengths from which on one arm is faster than another."""
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -194,8 +195,9 @@ def _drift(rows: list[dict]) -> list[dict]:
 
 def crossover(speeds: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     """The length from which on b is faster than a, for (a, b) tokens/s of each turn by context length: where the median
-    of their ratios, turn by turn, crosses 1 for the last time, straight in logarithms between measured lengths. 0: at
-    every measured length; None: not at the longest. The 95% interval resamples the turns of every length."""
+    of their ratios, turn by turn, crosses 1 for the last time. Between measured lengths the ratio is taken as straight
+    in the length, which it is where every earlier token adds as much to the time of a token in a, and nothing in b.
+    0: at every measured length; None: not at the longest. The 95% interval resamples the turns of every length."""
     contexts = sorted(speeds)
     generator = np.random.default_rng(0)
     ratios = [_log_ratios(*speeds[at]) for at in contexts]
@@ -238,8 +240,8 @@ def _crossing(contexts: list[int], ahead: list[float]) -> float:
     if not behind:
         return 0.0
     i = behind[-1]
-    share = -ahead[i] / (ahead[i + 1] - ahead[i])
-    return float(contexts[i] * (contexts[i + 1] / contexts[i]) ** share)
+    lacking, over = -math.expm1(ahead[i]), math.expm1(ahead[i + 1])
+    return contexts[i] + lacking / (lacking + over) * (contexts[i + 1] - contexts[i])
 
 
 def _finite(value: float) -> float | None:

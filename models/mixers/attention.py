@@ -227,6 +227,7 @@ class Attention(Mixer):
         window = self.config.window
         shape = (batch, self.kv_heads, min(max_len, window or max_len), self.head_width)
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.rotary_tables(max_len)  # made and kept now, for no step to make
         conv = None
         if self.conv_weight is not None:
             conv = torch.zeros(batch, *self.conv_weight.shape, dtype=dtype, device=device)

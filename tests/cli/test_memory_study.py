@@ -12,6 +12,8 @@ from experiments.report import content
 from experiments.report.document import Table
 from experiments.report.numbers import DASH, number
 from experiments.report.record import read
+from experiments.spec import Arm, Data, Experiment
+from experiments.store import RunDirectory
 from experiments.studies import memory
 from models import cost
 from models.config import ModelConfig
@@ -194,3 +196,17 @@ def test_a_comparison_does_not_read_memory(in_process: InProcess, tmp_path: Path
 )
 def test_loading_against_inference_in_words(exceeding: list[int], said: str) -> None:
     assert memory._against(exceeding, [8, 64, 1024]) == said
+
+
+@pytest.mark.parametrize("window", [8, 4000])
+def test_a_cache_outgrows_a_window_where_the_window_ends(window: int) -> None:
+    """Up to there both keep as much; however long the window is, it does not grow without end."""
+    arms = {
+        "full": Arm(model="transformer-tiny"),
+        "window": Arm(model="sliding-tiny", overrides={"mixer": {"window": window}}),
+    }
+    experiment = Experiment(name="x", title="x", study="memory", arms=arms, seeds=(0,), data=Data(vocabulary=300))
+    found = memory.findings([], experiment, RunDirectory(Path("nowhere")))
+    states = {(one["arm"], one["against"]): one["tokens"] for one in found if one["kind"] == "cache-outweighs-state"}
+    assert states == {("full", "window"): window + 1}
+    assert {one["arm"] for one in found if one["kind"] == "cache-outweighs-weights"} == {"full"}

@@ -179,20 +179,6 @@ def test_a_measured_phase_reports_reserved_and_process_and_the_rows_carry_them(d
         assert row["reason"] is None
 
 
-def test_the_peak_of_a_first_step_can_be_forgotten(monkeypatch: pytest.MonkeyPatch, driver: Driver):
-    done: list[str] = []
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda *device, name=name: done.append(name))
-    with PeakMemory(GPU) as peak:
-        done.clear()
-        peak.restart_device()
-        assert done == ["synchronize", "empty_cache", "reset_peak_memory_stats"]
-    done.clear()
-    with PeakMemory(torch.device("cpu")) as peak:
-        peak.restart_device()
-    assert done == []
-
-
 def test_a_missing_figure_is_a_row_with_its_reason_and_a_cpu_has_no_rows(driver: Driver):
     with PeakMemory(GPU) as peak:
         pass

@@ -1,7 +1,5 @@
 """Crossover lengths from samples whose answer is known, and what a speed cell says of its own work."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -23,11 +21,16 @@ def speeds(a: dict[int, float], b: dict[int, float], noise: float = 0.0, n: int 
     return {at: tuple(side[at] * np.exp(noise * g.standard_normal(n)) for side in (a, b)) for at in a}
 
 
+CONTEXTS = (64, 256, 1024, 4096, 16384)
+
+
 @settings(deadline=None, max_examples=30)
-@given(crossing=st.floats(65, 16000), slope=st.floats(0.1, 2))
-def test_a_crossing_of_power_laws_is_found(crossing: float, slope: float):
-    contexts = (64, 256, 1024, 4096, 16384)
-    found = crossover(speeds(dict.fromkeys(contexts, 1000.0), {c: 1000 * (c / crossing) ** slope for c in contexts}))
+@given(crossing=st.floats(65, 16000), grows=st.floats(0.01, 1), machine=st.floats(0.1, 10))
+def test_a_cache_that_grows_is_overtaken_where_its_time_says(crossing: float, grows: float, machine: float):
+    """Milliseconds per token: of a cache as many more as there are tokens, of a state the same."""
+    cache = {c: 1 + grows * c for c in CONTEXTS}
+    at = machine * (1 + grows * crossing)
+    found = crossover(speeds({c: 1 / (machine * ms) for c, ms in cache.items()}, dict.fromkeys(CONTEXTS, 1 / at)))
     assert found["tokens"] == pytest.approx(crossing, rel=1e-6)
     assert found["ci_low"] == found["ci_high"] == found["tokens"]
 
@@ -40,12 +43,12 @@ def test_faster_or_slower_everywhere():
     assert crossover(speeds(one, {64: 20.0, 128: 9.0}))["tokens"] is None
     # of two crossings the last one counts
     found = crossover(speeds({64: 10.0, 128: 10.0, 256: 10.0}, {64: 20.0, 128: 5.0, 256: 20.0}))
-    assert found["tokens"] == pytest.approx(math.sqrt(128 * 256), rel=1e-9)
+    assert found["tokens"] == pytest.approx(128 + 128 * 0.5 / (0.5 + 1), rel=1e-9)
 
 
 def test_noise_widens_the_interval_around_the_truth():
     contexts = (64, 256, 1024, 4096)
-    a, b = dict.fromkeys(contexts, 1000.0), {c: 1000 * (c / 500) ** 0.5 for c in contexts}
+    a, b = {c: 1000 * 600 / (100 + c) for c in contexts}, dict.fromkeys(contexts, 1000.0)
     quiet, noisy = (crossover(speeds(a, b, noise, n=15)) for noise in (0.02, 0.2))
     assert quiet["ci_low"] < 500 < quiet["ci_high"] < 700
     assert noisy["ci_high"] / noisy["ci_low"] > 3 * (quiet["ci_high"] / quiet["ci_low"] - 1) + 1
@@ -55,8 +58,8 @@ def test_a_machine_that_slows_down_for_both_moves_nothing():
     """Turns are paired: noise that both arms share at a turn leaves the crossing where it is."""
     contexts = (64, 256, 1024, 4096)
     machine = np.random.default_rng(3).uniform(0.3, 1, (4, 12))
-    a = {c: 1000 * machine[i] for i, c in enumerate(contexts)}
-    b = {c: 1000 * (c / 500) ** 0.5 * machine[i] for i, c in enumerate(contexts)}
+    a = {c: 1000 * 600 / (100 + c) * machine[i] for i, c in enumerate(contexts)}
+    b = {c: 1000 * machine[i] for i, c in enumerate(contexts)}
     found = crossover({c: (a[c], b[c]) for c in contexts})
     assert found["tokens"] == pytest.approx(500, rel=1e-9)
     assert found["ci_high"] / found["ci_low"] == pytest.approx(1, rel=1e-9)

@@ -3,11 +3,14 @@
 import json
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from study_rows import quality, speed
 
+from experiments.report import moe as report
 from experiments.spec import Arm, Data, Experiment, Experts, Measurement, load
 from experiments.store import Cell, RunDirectory
 from experiments.studies import moe
@@ -115,3 +118,10 @@ def test_the_catalog_is_matched_twice(profile: str) -> None:
     assert [(one["against"], one["sentence"].split("(")[1].split(")")[0]) for one in found] == [
         ("dense", "equal parameters, active"), ("dense-total", "equal parameters, in total"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_report_says_in_which_type_the_bytes_are(dtype: str) -> None:
+    record: Any = SimpleNamespace(spec={"measurement": {"dtype": dtype}}, findings=[])
+    (section,) = report.sections(record)
+    assert f"of weights alone, in {dtype};" in section.intro

@@ -8,7 +8,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.statistics import MOST_SEEDS, holm, mean_interval, paired_difference, paired_ratio
+from experiments.statistics import (
+    MOST_SEEDS,
+    Comparison,
+    holm,
+    mean_interval,
+    more_seeds,
+    paired_difference,
+    paired_ratio,
+)
 
 VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=12).filter(lambda x: np.ptp(x) > 1e-3)
 P = st.lists(st.floats(0, 1) | st.none(), max_size=10)
@@ -78,9 +86,9 @@ def test_no_spread() -> None:
         paired_difference([1, 2], [2, 3]),
         paired_difference([1], [3]),
     )
-    assert (same.p, same.exact, same.more_seeds()) == (None, False, None)
-    assert (shifted.p, shifted.exact, shifted.more_seeds()) == (None, True, None)
-    assert (one.p, one.exact, one.more_seeds()) == (None, False, None)
+    assert (same.p, same.exact, more_seeds([same], 0)) == (None, False, None)
+    assert (shifted.p, shifted.exact, more_seeds([shifted], 0)) == (None, True, None)
+    assert (one.p, one.exact, more_seeds([one], 0)) == (None, False, None)
     assert type(shifted.exact) is bool  # json takes no numpy.bool
     assert type(same.exact) is bool
 
@@ -116,19 +124,37 @@ def test_holm_properties(p: list[float | None]) -> None:
         assert known[0][1] == pytest.approx(min(1, known[0][0] * len(known)))
 
 
-@given(st.floats(0.05, 3), st.integers(2, 10), st.integers(1, 7))
-def test_more_seeds_resolves_and_one_fewer_does_not(effect: float, n: int, comparisons: int) -> None:
+def with_effect(effect: float, n: int) -> Comparison:
+    """Of n pairs whose differences have this mean and the standard deviation 1."""
     x = np.linspace(-1, 1, n)
-    x = effect + x / x.std(ddof=1)  # mean `effect`, standard deviation 1
-    comparison = paired_difference(np.zeros(n).tolist(), x.tolist())
-    more = comparison.more_seeds(comparisons)
+    return paired_difference([0.0] * n, (effect + x / x.std(ddof=1)).tolist())
 
-    def resolves(total: int) -> bool:
-        return bool(2 * stats.t.sf(effect * math.sqrt(total), total - 1) < 0.05 / comparisons)
 
+def p_of(effect: float, n: int) -> float:
+    return float(2 * stats.t.sf(effect * math.sqrt(n), n - 1))
+
+
+@given(st.floats(0.05, 3), st.integers(2, 10), st.integers(1, 7))
+def test_more_seeds_resolves_and_one_fewer_does_not(effect: float, n: int, alike: int) -> None:
+    """`alike` comparisons of one effect, which Holm resolves together or not at all."""
+    assume(p_of(effect, n) * alike >= 0.05)
+    more = more_seeds([with_effect(effect, n)] * alike, 0)
     if more is None:
-        assert resolves(n) or not resolves(MOST_SEEDS)
+        assert p_of(effect, MOST_SEEDS) * alike >= 0.05
     else:
         assert more >= 1
-        assert resolves(n + more)
-        assert not resolves(n + more - 1)
+        assert p_of(effect, n + more) * alike < 0.05
+        assert more == 1 or p_of(effect, n + more - 1) * alike >= 0.05
+
+
+def test_more_seeds_are_those_that_holm_asks_for() -> None:
+    """Beside five that are resolved, an open comparison has the last and mildest of Holm's levels."""
+    clear, open_ = with_effect(30.0, 3), with_effect(1.2, 3)
+    alone = more_seeds([open_], 0)
+    assert alone is not None
+    assert more_seeds([clear] * 5 + [open_], 5) == alone
+    assert p_of(1.2, 3 + alone) > 0.05 / 6  # Bonferroni would ask for more
+    two = more_seeds([clear] * 4 + [open_] * 2, 5)
+    assert two is not None
+    assert two > alone
+    assert holm([p_of(30.0, 3 + two)] * 4 + [p_of(1.2, 3 + two)] * 2)[5] < 0.05  # type: ignore[operator]

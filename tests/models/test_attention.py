@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.attention import _banded, reference, rotary_qkv, rotate, sdpa
+from models.language_model import LanguageModel
+from models.ops.attention import _banded, _rotary_table, forget_tables, reference, rotary_qkv, rotate, sdpa
 from models.ops.kernels import load
+from models.presets import preset
 
 
 def draw(B, H, K, T, S, P, dtype=torch.float64):
@@ -288,3 +290,16 @@ def test_a_gpu_is_given_the_mask_of_a_window_with_an_axis_for_heads(monkeypatch)
     assert sdpa(q, k, v, window=8).shape == q.shape
     ((blocks, mask),) = seen
     assert mask.expand(len(blocks), mask.shape[1], 8, 16).shape == (*blocks.shape[:3], 16)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "numba"])
+def test_a_step_finds_its_rotary_tables_made(backend: str):
+    """Also behind a prompt of a power of two, after which the table of the prompt ends."""
+    forget_tables()
+    model = LanguageModel(preset("transformer-tiny").with_backend(backend), seed=0).eval()
+    with torch.inference_mode():
+        _, state = model.prefill(torch.zeros(1, 16).long(), model.make_state(1, 20))
+        made = _rotary_table.cache_info().misses
+        for _ in range(4):
+            _, state = model.step(torch.zeros(1).long(), state)
+    assert _rotary_table.cache_info().misses == made
