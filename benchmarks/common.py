@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -20,10 +21,15 @@ import torch
 
 from experiments.environment import describe
 from experiments.measurement.memory import keep_freed_memory
+from experiments.measurement.process import CellFailedError
 from experiments.statistics import paired_ratio
 
 Turn = Callable[[], tuple[int, Any]]  # does some work; the tokens it processed, and what they gave
 Side = Callable[[], Turn]  # builds the model; picklable
+
+
+class PartFailedError(Exception):
+    """Why a part of a benchmark has no figures."""
 
 
 def needs(package: str) -> None:
@@ -41,12 +47,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def arms(known: Iterable[str]) -> Callable[[str], list[str]]:
+def several(known: Iterable[str]) -> Callable[[str], list[str]]:
     """The type of an option that names some of them, separated by commas."""
 
     def some_of(text: str) -> list[str]:
         named = text.split(",")
-        unknown = [arm for arm in named if arm not in known]
+        unknown = [one for one in named if one not in known]
         if unknown:
             raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}: choose among {', '.join(known)}")
         return named
@@ -54,11 +60,41 @@ def arms(known: Iterable[str]) -> Callable[[str], list[str]]:
     return some_of
 
 
+Part = tuple[str, ...]  # its name, in words
+
+
+def parts(measures: Mapping[Part, Callable[[], dict[str, Any]]]) -> tuple[dict[Part, dict[str, Any]], dict[str, str]]:
+    """What each part gives, and why the others gave nothing: one that fails takes no other along, and Ctrl-C none that
+    is done. Each is told on stderr as it ends, an object in a line: what is left where even the end does not come."""
+    found: dict[Part, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
+    for part, measure in measures.items():
+        name = ", ".join(part)
+        try:
+            found[part] = measure()
+        except (PartFailedError, CellFailedError) as error:
+            failures[name] = f"{error}\n{getattr(error, 'detail', '')}".strip()
+        except KeyboardInterrupt:
+            failures |= {", ".join(left): "interrupted" for left in list(measures)[len(found) + len(failures) :]}
+            break
+        print(json.dumps({name: found.get(part, failures.get(name))}), file=sys.stderr, flush=True)
+    return found, failures
+
+
+def leave(failures: Mapping[str, str]) -> None:
+    """The end of a benchmark, not 0 where a part has no figures."""
+    for name, reason in failures.items():
+        print(f"no figures of {name}: {reason}", file=sys.stderr)
+    raise SystemExit(1 if failures else 0)
+
+
 def _serve(pipe: Connection, side: Side, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this process, and ends it
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the lab's own cells do; a newcomer's script would not
     turn = side()
-    while pipe.recv():
+    while True:
+        pipe.recv()
         start = time.perf_counter()
         tokens, gave = turn()
         pipe.send((tokens / (time.perf_counter() - start), gave))
@@ -83,7 +119,7 @@ def rates(
     """Tokens per second of each side in each round, after unmeasured turns; and what each side's last turn gave.
 
     Sides in `slow` take minutes a turn: they run in the first two rounds only, unwarmed, which flatters the others by
-    far less than a percent.
+    far less than a percent. Raises PartFailedError where a side's process ends before it is done.
     """
     context = multiprocessing.get_context("spawn")
     pipes, workers = {}, []
@@ -95,22 +131,27 @@ def rates(
         workers.append(worker)
 
     def take_turn(name: str) -> tuple[float, Any]:
-        pipes[name].send(True)
-        return pipes[name].recv()
+        try:
+            pipes[name].send(True)
+            return pipes[name].recv()
+        except (EOFError, OSError):
+            raise PartFailedError(f"the process of {name} ended, for the reason that it gave above") from None
 
-    for name in sides.keys() - slow:
-        for _ in range(warm_ups):
-            take_turn(name)
     found: dict[str, list[float]] = {name: [] for name in sides}
     gave: dict[str, Any] = {}
-    for turn in range(rounds):
-        for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
-            if name not in slow or turn < 2:
-                rate, gave[name] = take_turn(name)
-                found[name].append(rate)
-    for pipe, worker in zip(pipes.values(), workers, strict=True):
-        pipe.send(False)
-        worker.join()
+    try:
+        for name in sides.keys() - slow:
+            for _ in range(warm_ups):
+                take_turn(name)
+        for turn in range(rounds):
+            for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
+                if name not in slow or turn < 2:
+                    rate, gave[name] = take_turn(name)
+                    found[name].append(rate)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
     return found, gave
 
 
@@ -126,14 +167,14 @@ def ratio(numerator: list[float], denominator: list[float], at_least: float | No
 
 def publish(
     name: str, settings: dict[str, Any], found: dict[str, list[float]], ratios: dict[str, Any], as_json: bool,
-    device: str = "cpu", unit: str = "tokens",
+    device: str = "cpu", unit: str = "tokens", **more: Any,
 ):  # fmt: skip
-    """Print the object, or a Markdown table of it. unit: of what the rates count."""
+    """Print the object, with `more` in it, or a Markdown table of it. unit: of what the rates count."""
     medians = {side: statistics.median(values) for side, values in found.items()}
     if as_json:
         print(json.dumps({
             "benchmark": name, "settings": settings, f"{unit}_per_s": medians, "samples": found, "ratios": ratios,
-            "environment": describe(device, torch.get_num_threads()),
+            **more, "environment": describe(device, torch.get_num_threads()),
         }, indent=1))  # fmt: skip
         return
     plain = {key: value for key, value in settings.items() if not isinstance(value, dict)}

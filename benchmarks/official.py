@@ -1,6 +1,6 @@
 """Our Mamba and Mamba-2 against `mamba_ssm`'s own `MambaLMHeadModel`, which calls the same kernels, on one GPU.
 
-    python -m benchmarks.official [--json]
+    python -m benchmarks.official [--phases training,prefill,decode] [--json]
 
 About 130M parameters. A training step of 8 x 2048 tokens: forward, loss, backward, clipping, AdamW under bfloat16
 autocast. Prefill of 2048 tokens and single-stream greedy decoding of 256 tokens after 512, prefill included, in
@@ -73,7 +73,8 @@ def _model(arm: str, side: str, dtype: torch.dtype) -> Any:
 
 
 def training(arm: str, side: str) -> common.Turn:
-    """A turn is a step, and gives its loss, which waits for the GPU."""
+    """A turn is a step, which ends when the GPU has done it, and gives the loss of the first one: that of the weights
+    that both sides start from."""
     model = _model(arm, side, torch.float32).train()
     if side == COMPILED:
         compile_blocks(model, "forward")
@@ -81,6 +82,7 @@ def training(arm: str, side: str) -> common.Turn:
     optimizer = hugging_face.optimizer(parameters)
     tokens = _tokens(BATCH, CONTEXT + 1)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    losses: list[float] = []
 
     def turn() -> tuple[int, float]:
         with autocast("bfloat16", torch.device(DEVICE)):
@@ -92,7 +94,8 @@ def training(arm: str, side: str) -> common.Turn:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return inputs.numel(), loss.item()
+        losses.append(loss.item())
+        return inputs.numel(), losses[0]
 
     return turn
 
@@ -155,32 +158,40 @@ def decode(arm: str, side: str) -> common.Turn:
 PHASES = {"training": training, "prefill": prefill, "decode": decode}
 
 
+def compared(phase: str, arm: str, rounds: int) -> dict[str, Any]:
+    """The samples of every side, and ours over theirs. Raises PartFailedError, also where the losses differ."""
+    named = {side: side.format(ARMS[arm], phase) for side in (OURS, COMPILED, THEIRS)}
+    sides = {what: partial(PHASES[phase], arm, side) for side, what in named.items()}
+    samples, losses = common.rates(sides, rounds, warm_ups=3)
+    theirs = named.pop(THEIRS)
+    for ours in named.values():
+        if not abs(losses[ours] - losses[theirs]) <= SAME_LOSS * losses[theirs]:
+            raise common.PartFailedError(
+                f"loss {losses[ours]} of {ours}, {losses[theirs]} of {theirs}: speeds do not compare"
+            )
+    aim = 1 if phase != "prefill" else None
+    ratios = {f"{ours} / {theirs}": common.ratio(samples[ours], samples[theirs], aim) for ours in named.values()}
+    return {"samples": samples, "ratios": ratios}
+
+
 def main() -> None:
     parser = common.arguments(__doc__ or "")
-    parser.add_argument("--arms", type=common.arms(ARMS), default=list(ARMS), help="separated by commas")
+    parser.add_argument("--arms", type=common.several(ARMS), default=list(ARMS), help="separated by commas")
+    parser.add_argument("--phases", type=common.several(PHASES), default=list(PHASES), help="separated by commas")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("the official models need a CUDA GPU, which torch does not see here")
-    found: dict[str, list[float]] = {}
-    ratios: dict[str, Any] = {}
-    for phase, make in PHASES.items():
-        for arm in options.arms:
-            name = ARMS[arm]
-            named = {side: side.format(name, phase) for side in (OURS, COMPILED, THEIRS)}
-            sides = {what: partial(make, arm, side) for side, what in named.items()}
-            rates, losses = common.rates(sides, options.rounds, warm_ups=3)
-            found |= rates
-            theirs = named.pop(THEIRS)
-            for ours in named.values():
-                if not abs(losses[ours] - losses[theirs]) <= SAME_LOSS * losses[theirs]:
-                    raise SystemExit(f"{ours}: loss {losses[ours]}, {theirs}: {losses[theirs]}: speeds do not compare")
-                aim = 1 if phase != "prefill" else None
-                ratios[f"{ours} / {theirs}"] = common.ratio(rates[ours], rates[theirs], aim)
+    done, failures = common.parts({
+        (phase, arm): partial(compared, phase, arm, options.rounds) for phase in options.phases for arm in options.arms
+    })  # fmt: skip
+    found, ratios = ({name: of for part in done.values() for name, of in part[kind].items()}
+                     for kind in ("samples", "ratios"))  # fmt: skip
     settings = {
         "training_batch": BATCH, "training_and_prefill_context": CONTEXT, "decode_prompt": PROMPT, "new_tokens": NEW,
         "vocabulary": preset("mamba-130m").vocabulary, "threads": torch.get_num_threads(), "rounds": options.rounds,
     }  # fmt: skip
-    common.publish("official", settings, found, ratios, options.json, DEVICE)
+    common.publish("official", settings, found, ratios, options.json, DEVICE, failures=failures)
+    common.leave(failures)
 
 
 if __name__ == "__main__":

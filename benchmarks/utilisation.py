@@ -1,6 +1,6 @@
 """How much of a GPU the models use: of its arithmetic in training, of its memory in single-stream decoding.
 
-    python -m benchmarks.utilisation [--decode-size 1b|7b] [--json]
+    python -m benchmarks.utilisation [--phases training,decode] [--decode-size 1b|7b] [--json]
 
 Training at about 370M parameters on sequences of 2048 tokens, under bfloat16 autocast, blocks compiled; decoding at
 about 1.3B or 6.9B parameters in bfloat16, one sequence after 1024 tokens, the compiled step replayed from a CUDA graph.
@@ -12,6 +12,7 @@ three forward passes (nothing is computed twice), and a masked product of attent
 import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,30 +97,40 @@ def share(phase: str, arm: str, size: str, result: dict[str, Any]) -> dict[str, 
     }  # fmt: skip
 
 
+PHASES = {"training": training, "decode": decode}
+
+
+def share_of(phase: str, arm: str, size: str, turns: int) -> dict[str, Any]:
+    """Measured in a process of its own. Raises CellFailedError."""
+    return share(phase, arm, size, run_fresh(PHASES[phase], arm, turns, size))
+
+
 def main() -> None:
     parser = common.arguments(__doc__ or "")
-    parser.add_argument("--arms", type=common.arms(ARMS), default=list(ARMS), help="separated by commas")
-    parser.add_argument("--decode-size", choices=list(SIZES), default="1b", help="parameters of what decodes, about")
+    parser.add_argument("--arms", type=common.several(ARMS), default=list(ARMS), help="separated by commas")
+    parser.add_argument("--phases", type=common.several(PHASES), default=list(PHASES), help="separated by commas")
+    parser.add_argument("--decode-size", choices=list(SIZES), help="parameters of what decodes, about; 1b by itself")
     options = parser.parse_args()
+    if options.decode_size is not None and "decode" not in options.phases:
+        parser.error("--decode-size is of what decodes, which --phases leaves out")
     if not torch.cuda.is_available():
         raise SystemExit("this measures a CUDA GPU, which torch does not see here")
-    found = {
-        phase: {
-            arm: share(phase, arm, options.decode_size, run_fresh(measure, arm, options.rounds, options.decode_size))
-            for arm in options.arms
-        }
-        for phase, measure in (("training", training), ("decode", decode))
-    }
+    size = options.decode_size or next(iter(SIZES))
+    done, failures = common.parts({
+        (phase, arm): partial(share_of, phase, arm, size, options.rounds)
+        for phase in options.phases for arm in options.arms
+    })  # fmt: skip
+    found = {phase: {arm: done[phase, arm] for arm in options.arms if (phase, arm) in done} for phase in options.phases}
     settings = {
-        "training_batch": BATCH, "training_context": CONTEXT, "decode_size": options.decode_size, "decode_after": READ,
+        "training_batch": BATCH, "training_context": CONTEXT, "decode_size": size, "decode_after": READ,
         "rounds": options.rounds,
     }  # fmt: skip
     if options.json:
         print(json.dumps({
-            "benchmark": "utilisation", "settings": settings, "aims": AIMS, "found": found,
+            "benchmark": "utilisation", "settings": settings, "aims": AIMS, "found": found, "failures": failures,
             "environment": describe("cuda", torch.get_num_threads()),
         }, indent=1))  # fmt: skip
-        return
+        common.leave(failures)
     print("| phase | arm | parameters | tokens/s | ceiling | share of it | 5th to 95th percentile | aimed at |")
     print("|---|---|---|---|---|---|---|---|")
     for phase, arms in found.items():
@@ -130,6 +141,7 @@ def main() -> None:
             print(f"| {phase} | {arm} | {one['parameters'] / 1e6:,.0f}M | {one['tokens_per_s']['value']:,.0f} | "
                   f"{ceiling / 1e12:.3g} {unit} | {part['value']:.1%} | {part['p5']:.1%} to {part['p95']:.1%} | "
                   f"{aim} |")  # fmt: skip
+    common.leave(failures)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     commit, dirty = _git()
     gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
     return {
-        "lab_version": metadata.version("sequence-lab"),
+        "lab_version": _version("sequence-lab"),
         "source_sha256": source_sha256(),
         "git_commit": commit,
         "git_dirty": dirty,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -400,16 +400,20 @@ def of_this_gpu(
     """The check of this GPU, for a run's environment: `checked` (UTC), `problem` (why it could not be made, or None),
     `absent` (what is not there, and why), `rows` (`Outcome.to_dict`).
 
-    One that found no problem is kept in `cache` for the same card, versions, code and kernels, and taken from there;
-    one that did is made again each time. again: make it in any case. kernels: those that the run calls; None: all.
+    One that found no problem is kept in `cache` for the same card, versions and code, and taken from there, also by
+    runs that call fewer kernels than it checked; one that did is made again each time, and none that was kept outlives
+    it. again: make it in any case. kernels: those that the run calls; None: all.
     """
     parts = shares("cuda", None if kernels is None else list(kernels))
     found: dict[str, Any] = {"checked": now(), "problem": None, "absent": {}, "rows": []}
     if not parts:
         return found
-    file = cache / "kernel-checks" / f"{_key(parts)}.json"
-    if file.is_file() and not again:
-        return read_json(file)
+    folder, here = cache / "kernel-checks", _key()
+    file, of_all = (folder / f"{here}-{_digest([asdict(part) for part in of])}.json" for of in (parts, shares("cuda")))
+    if not again:
+        for kept in (file, of_all):
+            if kept.is_file():
+                return _of(read_json(kept), {part.kernel for part in parts})
     progress("checking the kernels on this GPU against the float64 reference; a pass is kept for later runs")
     # most of the time goes into compiling Triton kernels, a core for each part
     with ThreadPoolExecutor(max_workers=max(2, available_cores())) as pool:
@@ -423,19 +427,32 @@ def of_this_gpu(
         except CellFailedError as error:
             found["problem"] = str(error)
     if found["problem"] or any(row["problem"] for row in found["rows"]):
-        file.unlink(missing_ok=True)
+        for kept in folder.glob(f"{here}-*.json"):
+            kept.unlink(missing_ok=True)
     else:
         with writing(cache):
             write_json(file, found)
     return found
 
 
-def _key(parts: Sequence[Share]) -> str:
+def _of(found: dict[str, Any], kernels: Collection[str]) -> dict[str, Any]:
+    """What a check says of some of its kernels."""
+    lacking = {
+        name: reason for name, reason in found["absent"].items()
+        if ", " not in name or name.partition(", ")[2] in kernels
+    }  # fmt: skip
+    return found | {"absent": lacking, "rows": [row for row in found["rows"] if row["kernel"] in kernels]}
+
+
+def _key() -> str:
     """Of all that decides what the kernels give."""
     here = describe("cuda", 0)
-    decides = {name: here[name] for name in ("gpu", "gpu_capability", "cuda", "packages", "python", "source_sha256")}
-    decides["parts"] = [asdict(part) for part in parts]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    decides = ("gpu", "gpu_capability", "cuda", "packages", "python", "source_sha256")
+    return _digest({name: here[name] for name in decides})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def kernels_of(config: ModelConfig) -> list[str]:

@@ -38,7 +38,8 @@ def test_a_comparison(in_process: InProcess, small: list[str], card: str, tmp_pa
     result = json.loads(stdout)
     (directory,) = tmp_path.iterdir()
     assert (result["status"], result["failures"]) == ("complete", [])
-    assert [warning for warning in result["warnings"] if "noisy" not in warning] == []
+    known = ("noisy timing", "the test text has only")  # a text of a few kilobytes
+    assert [warning for warning in result["warnings"] if not warning.startswith(known)] == []
 
     def rows(**wanted: Any) -> list[dict[str, Any]]:
         return [row for row in result["rows"] if all(row[key] == value for key, value in wanted.items())]

@@ -1,5 +1,7 @@
 """What the tests on a GPU share: where they run, the models, and by how much numbers may differ."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from experiments.kernels.check import tolerance
 from models.config import ModelConfig
 from models.language_model import LanguageModel
+from models.ops.kernels.tuning import untimed
 from models.presets import PRESETS, preset
 
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")]
@@ -16,6 +19,14 @@ TINY = [name for name in PRESETS if name.endswith("-tiny")]
 # one text, past two windows and a chunk of 64: Triton compiles some kernels anew for other sizes
 VOCABULARY, ROWS, TOKENS = 64, 2, 75
 OPINION = 2.0  # weight of the final norm: the first logits are flat, and give a loss of ln V whatever a mixer gives
+
+
+@pytest.fixture(autouse=True)
+def one_configuration() -> Iterator[None]:
+    """Of each Triton kernel, as in `lab kernels check`: numbers are compared here, not speed. To try all that Mamba-2's
+    and Mamba-3's kernels have takes minutes in each type, longer than everything else. For modules to import."""
+    with untimed(GPU):
+        yield
 
 
 def config(name: str) -> ModelConfig:

@@ -5,7 +5,21 @@ import re
 import numpy as np
 import pytest
 import torch
-from on_gpu import DTYPES, GPU, TINY, TOKENS, VOCABULARY, allowed, config, error, on_gpu, on_the_cpu, on_the_gpu, text
+from on_gpu import (
+    DTYPES,
+    GPU,
+    TINY,
+    TOKENS,
+    VOCABULARY,
+    allowed,
+    config,
+    error,
+    on_gpu,
+    on_the_cpu,
+    on_the_gpu,
+    one_configuration,  # noqa: F401 (a fixture)
+    text,
+)
 from torch import Tensor
 
 from experiments import gates

@@ -256,6 +256,25 @@ def test_what_failed_is_checked_again_and_no_pass_outlives_it(gpu, tmp_path: Pat
         assert gpu.made == made + 1
 
 
+def test_a_pass_of_all_kernels_serves_a_run_of_some_until_one_fails(gpu, tmp_path: Path):
+    gpu.found = PASS | {"absent": {"numba": "no", "torch, ssd": "no", "torch, trapezoid": "no"}}
+    whole = of_this_gpu(tmp_path, again=True)
+    found = of_this_gpu(tmp_path, kernels=["ssd", "causal_conv1d"])
+    assert gpu.made == 1
+    assert found["checked"] == whole["checked"]
+    assert found["absent"] == {"numba": "no", "torch, ssd": "no"}
+    assert [(row["form"], row["kernel"]) for row in found["rows"]] == [
+        (form, kernel) for form in ("torch", "cuda") for kernel in ("causal_conv1d", "ssd")
+    ]
+    gpu.card = gpu.card | {"gpu": "Another"}
+    of_this_gpu(tmp_path, kernels=["trapezoid"])  # a pass of its own
+    gpu.found = FAIL
+    of_this_gpu(tmp_path, again=True)
+    made = gpu.made
+    of_this_gpu(tmp_path, kernels=["trapezoid"])
+    assert gpu.made == made + 1
+
+
 SCAN = ("selective_scan", "causal_conv1d")
 CHECKED = {"checked": "2030-01-01", "problem": None}
 

@@ -1,0 +1,137 @@
+"""A benchmark that does not come to its end keeps what is done: where a part fails, where a process dies, on Ctrl-C."""
+
+import json
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import common, utilisation
+from experiments.measurement.process import CellFailedError
+from models import cost
+
+
+def gives(value: int) -> dict[str, Any]:
+    return {"value": value}
+
+
+def fails(error: BaseException) -> dict[str, Any]:
+    raise error
+
+
+def told(stderr: str) -> dict[str, Any]:
+    """The lines that are objects, as one."""
+    return {
+        name: said for line in stderr.splitlines() if line.startswith("{") for name, said in json.loads(line).items()
+    }
+
+
+def test_a_part_that_fails_takes_no_other_along(capsys: pytest.CaptureFixture) -> None:
+    found, failures = common.parts({
+        ("training", "a"): lambda: gives(1),
+        ("training", "b"): lambda: fails(common.PartFailedError("the losses differ")),
+        ("decode", "a"): lambda: fails(CellFailedError("ValueError: no", "Traceback")),
+        ("decode", "b"): lambda: gives(2),
+    })  # fmt: skip
+    assert found == {("training", "a"): gives(1), ("decode", "b"): gives(2)}
+    assert failures == {"training, b": "the losses differ", "decode, a": "ValueError: no\nTraceback"}
+    assert told(capsys.readouterr().err) == {"training, a": gives(1), "decode, b": gives(2)} | failures
+    with pytest.raises(SystemExit) as end:
+        common.leave(failures)
+    assert end.value.code == 1
+    assert "no figures of training, b: the losses differ" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_what_is_done() -> None:
+    found, failures = common.parts({
+        ("a",): lambda: gives(1), ("b",): lambda: fails(common.PartFailedError("no")),
+        ("c",): lambda: fails(KeyboardInterrupt()), ("d",): lambda: gives(2),
+    })  # fmt: skip
+    assert found == {("a",): gives(1)}
+    assert failures == {"b": "no", "c": "interrupted", "d": "interrupted"}
+
+
+def steady() -> common.Turn:
+    return lambda: (5, "well")
+
+
+def dying() -> common.Turn:
+    return lambda: os._exit(3)
+
+
+def test_a_side_that_dies_is_named_and_no_process_stays() -> None:
+    samples, gave = common.rates({"steady": steady}, 2)
+    assert gave == {"steady": "well"}
+    assert len(samples["steady"]) == 2
+    with pytest.raises(common.PartFailedError, match="the process of dying ended"):
+        common.rates({"steady": steady, "dying": dying}, 2)
+    assert multiprocessing.active_children() == []
+
+
+TURNS = {
+    "samples": {"ms": [10.0] * 6}, "turns": [1] * 6, "tokens_per_sample": 64, "first_call_ms": 5.0, "backend": "sdpa",
+    "ceilings": [{"flops_per_s": 1e15, "bytes_per_s": 4e12}] * 6,
+}  # fmt: skip
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, benchmark: Any, *arguments: str) -> int:
+    """The exit code of a benchmark that finds a GPU, with what it measures replaced before."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit) as end:
+        benchmark.main()
+    return end.value.code
+
+
+def test_utilisation_tells_of_every_arm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def measured(function: Any, arm: str, turns: int, size: str) -> dict[str, Any]:
+        assert function is utilisation.decode
+        assert (turns, size) == (7, "7b")
+        return fails(CellFailedError("out of memory")) if arm == "mamba" else TURNS
+
+    monkeypatch.setattr(utilisation, "run_fresh", measured)
+    monkeypatch.setattr(utilisation, "describe", lambda device, threads: {"device": device})
+    assert on_a_gpu(monkeypatch, utilisation, "--phases", "decode", "--decode-size", "7b", "--json") == 1
+    stdout, stderr = capsys.readouterr()
+    result = json.loads(stdout)
+    assert (list(result["found"]), list(result["found"]["decode"])) == (["decode"], ["transformer", "mamba2"])
+    assert result["failures"] == {"decode, mamba": "out of memory"}
+    assert (result["settings"]["decode_size"], result["environment"]) == ("7b", {"device": "cuda"})
+    one = result["found"]["decode"]["transformer"]
+    read = cost.decode_bytes(utilisation.large("transformer", "7b"), 1, 1024, 2)
+    assert one["tokens_per_s"]["value"] == pytest.approx(6400)
+    assert one["share"]["value"] == pytest.approx(read * 6400 / 4e12)
+    assert told(stderr)["decode, transformer"] == one
+
+
+def test_what_decodes_has_no_size_where_nothing_decodes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert on_a_gpu(monkeypatch, utilisation, "--phases", "training", "--decode-size", "7b") == 2
+    assert "--phases leaves out" in capsys.readouterr().err
+
+
+def test_official_compares_where_the_losses_agree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'transformers>=5'")
+    from benchmarks import official
+
+    def rates(sides: Any, rounds: int, warm_ups: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """Ours twice as fast, theirs of another loss in prefill."""
+        found = {name: [10.0 if name.startswith("mamba_ssm") else 20.0] * rounds for name in sides}
+        return found, {name: 3.0 if name == "mamba_ssm's Mamba, prefill" else 2.0 for name in sides}
+
+    monkeypatch.setattr(common, "rates", rates)
+    monkeypatch.setattr(common, "describe", lambda device, threads: {"device": device})
+    assert on_a_gpu(monkeypatch, official, "--arms", "mamba", "--json") == 1
+    result = json.loads(capsys.readouterr().out)
+    pairs = [f"our Mamba{side}, {phase} / mamba_ssm's Mamba, {phase}"
+             for phase in ("training", "decode") for side in ("", " compiled")]  # fmt: skip
+    assert list(result["ratios"]) == pairs
+    assert [one["ratio"] for one in result["ratios"].values()] == pytest.approx([2.0] * 4)
+    assert list(result["failures"]) == ["prefill, mamba"]
+    assert "loss 2.0 of our Mamba, prefill, 3.0 of mamba_ssm's Mamba, prefill" in result["failures"]["prefill, mamba"]
