@@ -45,7 +45,8 @@ def options(
 
 Out = Annotated[Path, typer.Option("--out", help="The folder of run directories.")]
 RunName = Annotated[
-    str | None, typer.Argument(help="A run directory or the name of one in --out; the latest if left out.")
+    str | None,
+    typer.Argument(help="A run directory or the name of one in --out; 'latest', or nothing, for the latest."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
@@ -457,7 +458,7 @@ def export(
     from experiments import store
     from experiments.export import export
 
-    directory = store.find(None if name == "latest" else name, out)
+    directory = store.find(name, out)
     written = export(directory, to, folder, arm=arm, trained_seed=trained_seed)
     if as_json:
         print_json(written.to_dict())

@@ -81,7 +81,7 @@ def source(name: str, out: Path) -> RunDirectory | Path:
         return Path(name)
     if os.sep in name and not store.is_run(Path(name)):
         raise SpecError(f"'{name}' is neither a run directory nor a folder with a model's config.json")
-    return store.find(None if name == "latest" else name, out)
+    return store.find(name, out)
 
 
 def trained(directory: RunDirectory, arms: Sequence[str] = (), seed: int | None = None) -> dict[str, Path]:
@@ -131,7 +131,7 @@ def writers(
 
 def _writer(arm: str, folder: Path, tokenizer_file: Path, prompt: str, tokens: int) -> Writer:
     tokenizer = read_tokenizer(tokenizer_file)
-    ids = tuple(tokenizer.encode(prompt).ids)
+    ids = tuple(encoded(tokenizer, prompt))
     if not ids:
         raise SpecError("the prompt has no tokens; give some text to continue")
     config = folders.read_config(folder)
@@ -222,6 +222,14 @@ def check_prompt(prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise SpecError(f"the prompt is not text: no character at place {error.start + 1}") from None
+
+
+def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Raises SpecError where the tokenizer has no tokens for the text."""
+    try:
+        return tokenizer.encode(prompt).ids
+    except Exception as error:  # the library raises no narrower class
+        raise SpecError(f"the tokenizer cannot read the prompt: {error}") from None
 
 
 def read_tokenizer(file: Path) -> Tokenizer:

@@ -266,6 +266,13 @@ class Experiment(Settings):
             raise ValueError(f"must not be negative, got {list(values)}")
         return values
 
+    @field_validator("learning_rates")
+    @classmethod
+    def _learns(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if 0 in rates:
+            raise ValueError(f"a rate of 0 learns nothing, got {list(rates)}")
+        return rates
+
     @model_validator(mode="after")
     def _weights_have_their_tokenizer(self) -> "Experiment":
         for name, arm in self.arms.items():

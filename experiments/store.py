@@ -136,10 +136,12 @@ def is_run(folder: Path) -> bool:
 
 
 def find(reference: str | None, folder: Path) -> RunDirectory:
-    """A run by its path or by (the start or the end of) its name in `folder`; the latest for None.
+    """A run by its path or by (the start or the end of) its name in `folder`; the latest for None and 'latest'.
 
     Raises SpecError, naming what is there.
     """
+    if reference == "latest":
+        reference = None
     if reference is not None and is_run(Path(reference)):
         return RunDirectory(Path(reference))
     known = runs(folder)

@@ -196,7 +196,7 @@ def take_apart(chosen: Sequence[Subject], prompt: str, device: str) -> list[Trac
 
 
 def _taken_apart(subject: Subject, prompt: str, device: str) -> Traced:
-    ids = subject.tokenizer.encode(prompt).ids
+    ids = inference.encoded(subject.tokenizer, prompt)
     if subject.folder is not None:
         model = folders.load(subject.folder, device)
     else:

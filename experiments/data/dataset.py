@@ -369,7 +369,10 @@ def _encoded(documents: Iterable[tuple[str, str]], trained: Tokenizer, whole: bo
     length = 0
 
     def flush() -> Iterator[tuple[str, list[int]]]:
-        encodings = trained.encode_batch_fast(bodies, add_special_tokens=False)
+        try:
+            encodings = trained.encode_batch_fast(bodies, add_special_tokens=False)
+        except Exception as error:  # the library raises no narrower class
+            raise CorpusError(f"data.tokenizer cannot read the text: {error}; use another") from None
         for (split, start), encoding, body in zip(heads, encodings, bodies, strict=True):
             if whole and trained.decode(encoding.ids, skip_special_tokens=False) != body:
                 raise CorpusError(

@@ -112,8 +112,8 @@ def _unmeasured(record: Record) -> str:
 
 def training_curves(record: Record) -> Section:
     intro = (
-        "Loss is the average surprise per token in nats (natural logarithm): lower is better. It starts "
-        "near the logarithm of the vocabulary's size, where every token is equally likely, and falls as "
+        "Loss is the average surprise per token in nats (natural logarithm): lower is better. Of an untrained model "
+        "it is near the logarithm of the vocabulary's size, where every token is equally likely, and it falls as "
         "the model learns."
     )
     blocks: list[Block] = []
@@ -337,7 +337,7 @@ def memory(record: Record) -> Section:
         "the model; working memory counts only what that phase adds to what it starts from, which in decode "
         "is the state as well. Peaks are of a call, in training of a step, that is not timed, whose "
         "allocator hands back what is freed. The cache "
-        "or state is what one sequence keeps between decoded tokens: keys and values for attention, which "
+        f"or state is what {_decoded_at_once(record)} between decoded tokens: keys and values for attention, which "
         "grow with the context, or a fixed recurrent state. Each cell was measured in a fresh process."
     )
     blocks: list[Block] = []
@@ -376,6 +376,12 @@ def memory(record: Record) -> Section:
         blocks.append(Text("Cache or state of one sequence, by formula. " + "; ".join(formulas) + ".", terminal=False))
     title = "Memory: loading against inference"
     return Section("memory", title, intro, [block for block in blocks if not _empty(block)])
+
+
+def _decoded_at_once(record: Record) -> str:
+    """Whose cache or state the tables of a comparison show."""
+    batch = record.spec.get("measurement", {}).get("batch", 1)
+    return "one sequence keeps" if batch == 1 else f"the {count(batch)} sequences of a batch keep together"
 
 
 def _memory_alt(record: Record) -> str:
@@ -493,7 +499,8 @@ LABELS = {
     "gpu": "GPU",
     "gpu_capability": "Compute capability",
     "cuda": "CUDA",
-    "omp_wait_policy": "OMP_WAIT_POLICY",
+    "folders": "Model folders",
+    "gomp_spincount": "GOMP_SPINCOUNT",
     "threads": "Threads used",
     "memory_bytes": "Memory",
     "gpu_memory_bytes": "GPU memory",
@@ -506,7 +513,8 @@ WITHOUT = {
     "gpu_memory_bytes": "the run used no GPU",
     "kernels": "they are checked on GPUs",
     "cuda": "this build of torch has no CUDA",
-    "omp_wait_policy": "the variable was not set",
+    "folders": "no arm takes its model from a folder",
+    "gomp_spincount": "the variable was not set",
 }
 
 
@@ -526,8 +534,10 @@ def _environment_table(record: Record) -> Table:
             _kernels(table, value)
             continue
         label = LABELS.get(key, key.replace("_", " ").capitalize())
-        if value is None:
+        if value is None or value == {}:
             table.add(label, table.cell(DASH, WITHOUT.get(key, "not recorded")))
+        elif isinstance(value, dict):
+            table.add(label, ", ".join(f"{name}: {_plain(item)}" for name, item in value.items()))
         elif key.endswith("_bytes"):
             factor, unit = scale([value], "bytes")
             table.add(label, f"{number(value * factor)} {unit}")

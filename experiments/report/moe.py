@@ -11,8 +11,8 @@ def sections(record: Record) -> list[Section]:
         "few of them. All of them must be loaded; one token touches only its own, and the tokens of a batch together "
         "touch more. A mixture is compared with each dense arm, with one that has as many active parameters (what one "
         "token uses) and one that has as many in total where the run has them. Bytes follow from shapes and are of "
-        f"weights alone, in {record.spec['measurement'].get('dtype', 'float32')}; the rest is measured. In parentheses "
-        "stand 95% intervals over paired seeds."
+        f"weights alone, in {record.spec.get('measurement', {}).get('dtype', 'float32')}; the rest is measured. In "
+        "parentheses stand 95% intervals over paired seeds."
     )
     by_kind = {kind: [one for one in record.findings if one["kind"] == kind] for kind in ("bytes", "bought", "load")}
     blocks: list[Block] = []

@@ -38,11 +38,16 @@ def lines(record: Record, phase: str, metric: str, arm: str, **where: Any) -> li
 
 
 def verdict(record: Record) -> Section:
+    shared = (
+        "An arm had one process for all lengths of a phase. The arms at all these lengths"
+        if record.spec.get("device") == "cuda" else
+        "Every cell ran in a process of its own, except that decode of one arm at all lengths shares one. The arms at "
+        "one length, and of decode every arm at every length,"
+    )  # fmt: skip
     intro = (
-        "Every cell ran in a process of its own, except that decode of one arm at all lengths shares one. The arms "
-        "at one length, and of decode every arm at every length, took turns in short slices, and ratios are formed "
-        "turn by turn. Between measured lengths the ratio of the speeds is taken as straight in the length, as it is "
-        "where every earlier token adds as much to the time of one arm's token and nothing to the other's."
+        f"{shared} took turns in short slices, and ratios are formed turn by turn. Between measured lengths the ratio "
+        "of the speeds is taken as straight in the length, as it is where every earlier token adds as much to the time "
+        "of one arm's token and nothing to the other's."
     )
     blocks: list[Block] = []
     for one in record.findings:

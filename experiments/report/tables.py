@@ -225,7 +225,7 @@ def add_line(
     rows = [record.row(arm, metric.phase, metric.metric, context) for arm in record.arms]
     same = (metric.phase, metric.metric, None)
     factor, unit = line_scale([row for row in record.rows if (row.phase, row.metric, row.seed) == same])
-    arrow = next((ARROW[row.direction] for row in rows if row is not None and row.direction in ARROW), "")
+    arrow = next((ARROW[row.direction] for row in rows if unit and row is not None and row.direction in ARROW), "")
     found = _verdict_for(record, metric, context) if compared else None
     winner = found["better"] if found and found["resolved"] and found["comparable"] else None
     cells = [Cell(title, unit=f"{unit} {arrow}".strip())]

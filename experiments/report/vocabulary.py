@@ -1,5 +1,6 @@
 """The sections of a vocabulary study's report."""
 
+from experiments.data.dataset import LEARNED_BYTES
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Tone, Verdict
 from experiments.report.numbers import DASH, count, number
 from experiments.report.record import Record, Row
@@ -71,10 +72,12 @@ def _caution(record: Record) -> str:
     if not seen or not whole:
         return text
     share = 100 * max(seen) / whole
+    size = f"{whole / 1e6:.3g} MB"
+    bound = f"the first {LEARNED_BYTES / 1e6:.3g} MB of the training split's {size}"
+    learned = f"the whole training split, {size}" if whole <= LEARNED_BYTES else bound
     return (
-        f"{text} Each tokenizer was learned from the whole training split, {whole / 1e6:.3g} MB; a model was trained "
-        f"on at most {max(seen) / 1e6:.3g} MB of it ({share:.2g}%), so entries that are rare have been met seldom or "
-        "never."
+        f"{text} Each tokenizer was learned from {learned}; a model was trained on at most {max(seen) / 1e6:.3g} MB of "
+        f"that split ({share:.2g}%), so entries that are rare have been met seldom or never."
     )
 
 

@@ -93,6 +93,7 @@ def _quality_rows(cell: Cell, result: dict[str, Any], objective: str) -> Iterato
         return
     initial = result["initial"]["test_bits_per_byte"]
     if initial is not None:
+        common["n"] = result["splits"]["test"]["tokens"]
         yield row(cell, "quality", "initial_test_bits_per_byte", initial, "bits/byte", "none", **common)
     for split, quality in result["splits"].items():
         common["n"] = quality["tokens"]

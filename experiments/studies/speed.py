@@ -170,10 +170,10 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
             if len(speeds) > 1:
                 one = head | {"kind": "growth", "arm": arm} | growth(speeds)
                 found.append(one | {"sentence": _growth_sentence(one)})
-    return found + _drift(rows)
+    return found + _drift(rows, experiment)
 
 
-def _drift(rows: list[dict]) -> list[dict]:
+def _drift(rows: list[dict], experiment: Experiment) -> list[dict]:
     """How far the machine's own ceilings, which every cell measures, moved in the course of the run."""
     told, moved = [], {}
     for metric, unit, what in (("flops_per_s", "GFLOP/s", "matrix products"), ("bytes_per_s", "GB/s", "copies")):
@@ -185,10 +185,12 @@ def _drift(rows: list[dict]) -> list[dict]:
     if not told:
         return []
     worst = max(moved.values())
+    together = "the arms at one length and of decode every length"
+    if experiment.device == "cuda":
+        together = "the arms at every length of a phase"
     text = (
-        f"From cell to cell the machine's own ceilings moved: {' and '.join(told)}. What took turns, the arms at one "
-        f"length and of decode every length, was measured through the same minutes; other differences of speed up to "
-        f"{worst:.2f} times may be the machine's."
+        f"From cell to cell the machine's own ceilings moved: {' and '.join(told)}. What took turns, {together}, was "
+        f"measured through the same minutes; other differences of speed up to {worst:.2f} times may be the machine's."
     )
     return [{"kind": "drift", "ratios": moved, "sentence": text}]
 

@@ -46,3 +46,4 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
     assert f"{directory} has every cell; nothing is left to run" in stderr
     assert "train" not in stderr
     assert "mamba" in stdout
+    assert in_process("report", "latest", "--out", out)[:2] == in_process("report", "--out", out)[:2] == (0, stdout)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
-from experiments import inference
+from experiments import inference, tracing
 from experiments.data import tokenizer
 from experiments.errors import SpecError
 from experiments.inference import write, writers
@@ -171,3 +173,17 @@ def test_weights_that_are_no_numbers(folders, words, tmp_path):
     (writer,) = writers(tmp_path / "broken", PROMPT, 2)
     with pytest.raises(SpecError, match="scores are not finite"):
         write(writer, 2, Sampling(temperature=1), seed=0, device="cpu")
+
+
+def test_a_word_that_the_tokenizer_does_not_know(folders, tmp_path):
+    few = Tokenizer(WordLevel({"the": 0, "cat": 1}))
+    few.pre_tokenizer = Whitespace()
+    checkpoint.save(checkpoint.load(folders["mamba-tiny"]), tmp_path / "few")
+    few.save(str(tmp_path / "few" / "tokenizer.json"))
+    (writer,) = writers(tmp_path / "few", "the cat", 1)
+    assert writer.ids == (0, 1)
+    with pytest.raises(SpecError, match=r"the tokenizer cannot read the prompt: .*UNK"):
+        writers(tmp_path / "few", "the dog", 1)
+    subject = tracing.subjects(str(tmp_path / "few"), tmp_path)
+    with pytest.raises(SpecError, match=r"the tokenizer cannot read the prompt: .*UNK"):
+        tracing.take_apart(subject, "the dog", "cpu")

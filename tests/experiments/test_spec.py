@@ -99,6 +99,8 @@ def test_the_last_assignment_wins() -> None:
         ("measurement.contexts=[4, 2]", "ascending"),
         ("seeds=[1, 1]", "each may appear once"),
         ("seeds=[-1]", "must not be negative"),
+        ("learning_rates=[-1e-3]", "must not be negative"),
+        ("learning_rates=[1e-3, 0.0]", "a rate of 0 learns nothing"),
         ("training.steps=2.5", "training.steps"),
         ("training.beta1=1", "training.beta1"),
         ("data.vocabulary=256", "data.vocabulary"),

@@ -457,6 +457,15 @@ def test_a_tokenizer_that_loses_something_is_refused(data: Data, tmp_path: Path)
         prepare(theirs, tmp_path / "cache")
 
 
+def test_a_tokenizer_that_lacks_words_is_refused(data: Data, tmp_path: Path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"<eos>": 0, "the": 1})).save(str(tmp_path / "tokenizer.json"))
+    theirs = data.model_copy(update={"tokenizer": str(tmp_path / "tokenizer.json"), "vocabulary": 2})
+    with pytest.raises(CorpusError, match=r"data.tokenizer cannot read the text: .*UNK.*; use another"):
+        prepare(theirs, tmp_path / "cache")
+
+
 # --- documents that a corpus skips, and what the tokenizer learns from
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -305,6 +306,33 @@ def test_what_a_process_holds_on_a_card_stands_in_the_tables_of_a_gpu_only(make_
     without = rendered(runs("complete"), "md")
     for word in ("reserved by torch", "Process on the GPU", "the driver counts"):
         assert word not in without
+
+
+def test_a_line_without_a_number_has_no_arrow(runs: Runs) -> None:
+    units = {cells[0].text: cells[0].unit for cells in lines(table(runs("complete"), "Quality"))}
+    assert (units["GPU peak while loading"], units["Host peak while loading"]) == ("", "MB ↓")
+    assert "| GPU peak while loading | –" in rendered(runs("complete"), "md")
+
+
+@pytest.mark.parametrize("folders", [{}, {"mamba": "ab12", "transformer": "cd34"}])
+def test_the_folders_of_models_are_named_or_said_not_to_be_there(
+    make_run: Callable[..., Path], folders: dict[str, str]
+) -> None:
+    run = make_run(seeds=(0,), measured=False)
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8")) | {"folders": folders}
+    (run / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    (shown,) = (cells[1] for cells in lines(table(run, "Environment")) if cells[0].text == "Model folders")
+    assert shown.text == ("mamba: ab12, transformer: cd34" if folders else DASH)
+    assert bool(shown.marks) == (not folders)
+
+
+@pytest.mark.parametrize(
+    ("batch", "whose"), [(1, "one sequence keeps"), (8, "the 8 sequences of a batch keep together")]
+)
+def test_whose_cache_is_told(runs: Runs, batch: int, whose: str) -> None:
+    record = read(runs("complete"))
+    record = replace(record, spec=record.spec | {"measurement": record.spec["measurement"] | {"batch": batch}})
+    assert f"The cache or state is what {whose} between decoded tokens" in content.memory(record).intro
 
 
 def test_residuals(runs: Runs) -> None:

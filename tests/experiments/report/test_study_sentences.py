@@ -1,0 +1,56 @@
+"""Sentences of the studies' reports that depend on how a run was made: the device, the type, how much text."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.data.dataset import LEARNED_BYTES
+from experiments.report import moe, speed, vocabulary
+from experiments.report.record import Record, Row, read
+from experiments.spec import load
+from experiments.store import RunDirectory
+from experiments.studies.speed import findings
+
+
+@pytest.fixture
+def record(make_run: Callable[..., Path]) -> Record:
+    return read(make_run(seeds=(0,), measured=False))
+
+
+@pytest.mark.parametrize(("device", "said", "drifted"), [
+    ("cpu", "decode of one arm at all lengths shares one. The arms at one length, and of decode every arm at every "
+            "length, took turns", "the arms at one length and of decode every length, was measured"),
+    ("cuda", "An arm had one process for all lengths of a phase. The arms at all these lengths took turns",
+             "the arms at every length of a phase, was measured"),
+])  # fmt: skip
+def test_who_shared_a_process_and_took_turns(record: Record, device: str, said: str, drifted: str) -> None:
+    assert said in speed.verdict(replace(record, spec=record.spec | {"device": device})).intro
+    rows = [{"metric": "ceiling_flops_per_s", "seed": 0, "value": value} for value in (1e12, 1.5e12)]
+    experiment = load("speed", profile="cuda" if device == "cuda" else "cpu", device=device)  # type: ignore[arg-type]
+    (drift,) = findings(rows, experiment, RunDirectory(Path("nowhere")))
+    assert drifted in drift["sentence"]
+    assert "up to 1.50 times" in drift["sentence"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_type_of_the_weights_that_are_counted(record: Record, dtype: str) -> None:
+    (section,) = moe.sections(replace(record, spec=record.spec | {"measurement": {"dtype": dtype}}))
+    assert f"of weights alone, in {dtype}; the rest is measured" in section.intro
+
+
+@pytest.mark.parametrize(("train", "said"), [
+    (LEARNED_BYTES, "learned from the whole training split, 33.6 MB; a model was trained on at most 1 MB of that split "
+                    "(3%)"),
+    (300_000_000, "learned from the first 33.6 MB of the training split's 300 MB; a model was trained on at most 1 MB "
+                  "of that split (0.33%)"),
+])  # fmt: skip
+def test_what_the_tokenizers_were_learned_from(record: Record, train: int, said: str) -> None:
+    seen = Row("a-v300", None, "text", "bytes_seen", 1e6, "bytes", 1, None, None, None, None, "none", None, True, None,
+               None, None, None, None)  # fmt: skip
+    record = replace(
+        record, rows=[seen], result=record.result | {"arms": {"a-v300": {"config": {"vocabulary": 300}}}},
+        environment=record.environment | {"data": {"bytes": {"train": train}}},
+    )  # fmt: skip
+    assert said in vocabulary._caution(record)
