@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from models.ops.kernels.tuning import untimed
 
 Send = Callable[[Any], None]
 GATE_TOKENS = 24
+GPU_GATE_TOKENS = 272  # more than a chunk of any kernel but the selective scan's
 WARM_UP_STEPS = 5  # left out of the reported step time
 
 
@@ -195,8 +197,7 @@ def train_cell(
 
     splits = {split: quality(model, split).to_dict() for split in evaluation.splits}
     first = first_model(arm, config, seed, device)
-    formats = dict.fromkeys(("float32", settings.precision))
-    passed += [gates.check_gradients(first, *_few(batches, device), precision) for precision in formats]
+    passed += _gradient_gates(first, batches, settings.precision)
     initial = {"expected_loss": math.log(config.vocabulary), "test_bits_per_byte": None, "loss": None}
     if "test" in evaluation.splits:
         before = quality(first, "test")
@@ -227,12 +228,16 @@ def train_cell(
     return result
 
 
-def _few(batches: Batches, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (B, T) of the first batch, as many as the reference's backward pass keeps in memory: on a GPU
-    more than a chunk of any kernel."""
-    rows, length = (1, 272) if device.type == "cuda" else (2, GATE_TOKENS)
-    inputs, targets = (tokens[:rows, :length].to(device) for tokens in batches.at(0))
-    return inputs, targets
+def _gradient_gates(model: LanguageModel, batches: Batches, precision: str) -> list[gates.Gate]:
+    """In float32 and in the precision of training, on as much of the first batch as the reference's backward pass keeps
+    in memory. What did not train has no choice of Triton's, and these few tokens are to make none."""
+    rows, length = (1, GPU_GATE_TOKENS) if model.device.type == "cuda" else (2, GATE_TOKENS)
+    inputs, targets = (tokens[:rows, :length].to(model.device) for tokens in batches.at(0))
+    found = []
+    for one in dict.fromkeys(("float32", precision)):
+        with nullcontext() if one == precision else untimed(model.device):
+            found.append(gates.check_gradients(model, inputs, targets, one))
+    return found
 
 
 PROMPT = 32  # tokens of a prompt, of a longer text

@@ -1,12 +1,16 @@
 """Each gate passes for a sound model and fails for the defect it is there for."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from experiments import gates
+from experiments import cells, gates
+from experiments.data.batches import Batches
 from experiments.gates import Gate, check, check_gradients
 from models.language_model import LanguageModel
 from models.ops.kernels import load
@@ -195,6 +199,29 @@ def test_a_gradient_that_is_no_number_fails() -> None:
 def test_gradients_are_let_off_what_their_coarsest_kernel_rounds(operations, precision: str, limit: float) -> None:
     assert gates.gradient_tolerance(operations, precision) == limit
     assert gates.gradient_tolerance(operations, precision, experts=True) == (limit if limit == 1e-3 else 0.5)
+
+
+def test_only_the_precision_of_training_takes_the_configurations_that_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To choose one for another type, on a few tokens, would take Triton minutes."""
+    untimed, seen = [], []
+
+    @contextmanager
+    def recorded(device: torch.device) -> Iterator[None]:
+        untimed.append(device)
+        yield
+        untimed.pop()
+
+    def check_gradients(model: LanguageModel, inputs: torch.Tensor, targets: torch.Tensor, precision: str) -> Gate:
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        seen.append((precision, bool(untimed), tuple(inputs.shape)))
+        return Gate(precision, 0.0, 1.0)
+
+    monkeypatch.setattr(cells, "untimed", recorded)
+    monkeypatch.setattr(gates, "check_gradients", check_gradients)
+    batches, model = Batches(np.arange(400) % 512, context=40, batch=3, seed=0), sound("mamba-tiny")
+    cells._gradient_gates(model, batches, "bfloat16")
+    cells._gradient_gates(model, batches, "float32")
+    assert seen == [("float32", True, (2, 24)), ("bfloat16", False, (2, 24)), ("float32", False, (2, 24))]
 
 
 def test_nan_fails() -> None:

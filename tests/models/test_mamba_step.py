@@ -103,27 +103,6 @@ def test_of_mamba2_is_its_operations_one_after_the_other(dtype, negative, G, nor
         torch.testing.assert_close(given[8].double(), exact[8], rtol=10 * tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize("which", range(9))
-def test_of_mamba2_refuses_gradients_and_what_it_would_misread(which):
-    given = draw2(torch.float32, 1)
-    before = given[8].clone()
-    given[which].requires_grad_()
-    with pytest.raises(RuntimeError, match="no gradient"):
-        step2(*given, False, 1e-5, 1)
-    assert torch.equal(given[8], before)
-    for spoil in (torch.Tensor.double, torch.Tensor.bfloat16, lambda x: x.repeat_interleave(2, -1)[..., ::2]):
-        given = draw2(torch.float32, 1)
-        given[which] = spoil(given[which])
-        with pytest.raises(ValueError, match="contiguous tensors, all float32 or all float64"):
-            step2(*given, False, 1e-5, 1)
-
-
-def test_of_mamba2_refuses_a_state_of_another_batch():
-    given = draw2(torch.float32, 1)
-    with pytest.raises(ValueError, match="the state is of 3 sequences"):
-        step2(given[0][:1].contiguous(), *given[1:], False, 1e-5, 1)
-
-
 step3 = load("numba").mamba3_step
 H3, P3, N3, S3 = 4, 5, 8, 3
 
@@ -162,22 +141,32 @@ def test_of_mamba3_is_its_operations_one_after_the_other(dtype, G):
             assert error <= tolerance * exact_one.abs().max().clamp_min(1)
 
 
-@pytest.mark.parametrize("which", range(11))
-def test_of_mamba3_refuses_gradients_and_what_it_would_misread(which):
-    given = draw3(torch.float32, 1)
-    before = given[8].clone()
+OTHERS = {"mamba2": (step2, draw2, (False, 1e-5, 1)), "mamba3": (step3, draw3, (1e-5, 1e-4))}
+STATE = 8  # of the inputs of each of them
+EACH_INPUT = [
+    (name, which) for name, (_, draw_of, _) in OTHERS.items() for which in range(len(draw_of(torch.float32, 1)))
+]
+
+
+@pytest.mark.parametrize(("name", "which"), EACH_INPUT)
+def test_the_others_refuse_gradients_and_what_they_would_misread(name, which):
+    run, draw_of, constants = OTHERS[name]
+    given = draw_of(torch.float32, 1)
+    before = given[STATE].clone()
     given[which].requires_grad_()
     with pytest.raises(RuntimeError, match="no gradient"):
-        step3(*given, 1e-5, 1e-4)
-    assert torch.equal(given[8], before)
+        run(*given, *constants)
+    assert torch.equal(given[STATE], before)
     for spoil in (torch.Tensor.double, torch.Tensor.bfloat16, lambda x: x.repeat_interleave(2, -1)[..., ::2]):
-        given = draw3(torch.float32, 1)
+        given = draw_of(torch.float32, 1)
         given[which] = spoil(given[which])
         with pytest.raises(ValueError, match="contiguous tensors, all float32 or all float64"):
-            step3(*given, 1e-5, 1e-4)
+            run(*given, *constants)
 
 
-def test_of_mamba3_refuses_a_state_of_another_batch():
-    given = draw3(torch.float32, 1)
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_others_refuse_a_state_of_another_batch(name):
+    run, draw_of, constants = OTHERS[name]
+    given = draw_of(torch.float32, 1)
     with pytest.raises(ValueError, match="the state is of 3 sequences"):
-        step3(given[0][:1].contiguous(), *given[1:], 1e-5, 1e-4)
+        run(given[0][:1].contiguous(), *given[1:], *constants)
