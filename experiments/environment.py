@@ -13,7 +13,7 @@ import torch
 
 PACKAGES = (
     "sequence-lab", "torch", "numpy", "numba", "llvmlite", "tokenizers", "safetensors", "scipy", "pandas",
-    "triton", "mamba-ssm", "causal-conv1d", "nvidia-ml-py",
+    "triton", "mamba-ssm", "causal-conv1d", "nvidia-ml-py", "transformers", "mambapy",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 

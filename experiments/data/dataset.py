@@ -40,7 +40,7 @@ from experiments.data.baselines import lzma_bits_per_byte, unigram_bits_per_byte
 from experiments.errors import CorpusError, EnvironmentLacksError
 from experiments.spec import Data
 
-FORMAT = 2  # of everything in the folder; another number is another key
+FORMAT = 3  # of everything in the folder; another number is another key
 SPLITS = ("train", "validation", "test")
 _TOKENIZER, _TEST_TEXT, _FACTS = "tokenizer.json", "test.txt", "facts.json"
 LEARNED_BYTES = 32 << 20  # of train text a tokenizer is learned from: of Python, 96 << 20 saves 0.3% of the tokens
@@ -175,11 +175,13 @@ def token_type(vocabulary: int) -> str:
 @dataclass(frozen=True)
 class _Plan:
     """digests: (n, 32) uint8, SHA-256 of every document. split: (n,) int8 into SPLITS, -1: unused. learned: (n,) bool,
-    whether the tokenizer learns from it. skipped: documents whose text the corpus left out, by the reason."""
+    whether the tokenizer learns from it; learned_bytes: of their text. skipped: documents whose text the corpus left
+    out, by the reason."""
 
     digests: np.ndarray
     split: np.ndarray
     learned: np.ndarray
+    learned_bytes: int
     skipped: dict[str, int]
     blank: int
     duplicates: int
@@ -215,6 +217,7 @@ def _plan(data: Data) -> _Plan:
         digests=digests,
         split=split,
         learned=learned,
+        learned_bytes=int(sizes[learned].sum()),
         skipped=dict(skipped),
         blank=len(sizes) - len(written) - skipped.total(),
         duplicates=len(written) - len(order),
@@ -334,6 +337,7 @@ def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]
         "token_type": kind,
         **counts,
         "tokens": {split: len(tokens[split]) for split in SPLITS},
+        "learned_bytes": 0 if data.tokenizer else plan.learned_bytes,
         "skipped": plan.skipped,
         "blank_dropped": plan.blank,
         "duplicates_dropped": plan.duplicates,

@@ -1,6 +1,5 @@
 """The sections of a vocabulary study's report."""
 
-from experiments.data.dataset import LEARNED_BYTES
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Tone, Verdict
 from experiments.report.numbers import DASH, count, number
 from experiments.report.record import Record, Row
@@ -61,7 +60,8 @@ def _block(one: dict) -> Verdict:
 
 def _caution(record: Record) -> str:
     seen = [row.known for arm in by_arm(record) for row in lines(record, arm, "text", "bytes_seen").values()]
-    whole = record.environment.get("data", {}).get("bytes", {}).get("train")
+    data = record.environment.get("data", {})
+    learned = data.get("learned_bytes")
     text = (
         "One learning rate serves every size of an arm, and no sweep has chosen it for any of them. All sizes "
         "get as much text, not as much computation: a small vocabulary reads more tokens, a large one weighs each "
@@ -69,15 +69,14 @@ def _caution(record: Record) -> str:
         "bytes of the training text, from which the tokenizers were learned; of other text a larger vocabulary may "
         "need more tokens than that, and its windows then span less of it."
     )
-    if not seen or not whole:
+    if not seen or not learned:
         return text
-    share = 100 * max(seen) / whole
-    size = f"{whole / 1e6:.3g} MB"
-    bound = f"the first {LEARNED_BYTES / 1e6:.3g} MB of the training split's {size}"
-    learned = f"the whole training split, {size}" if whole <= LEARNED_BYTES else bound
+    whole = data["bytes"]["train"]
+    part = f"the training split's {whole / 1e6:.3g} MB"
+    part = part if learned == whole else f"the first {learned / 1e6:.3g} MB of {part}"
     return (
-        f"{text} Each tokenizer was learned from {learned}; a model was trained on at most {max(seen) / 1e6:.3g} MB of "
-        f"that split ({share:.2g}%), so entries that are rare have been met seldom or never."
+        f"{text} Each tokenizer was learned from {part}; a model was trained on at most {max(seen) / 1e6:.3g} MB of "
+        f"that split ({100 * max(seen) / whole:.2g}%), so entries that are rare have been met seldom or never."
     )
 
 

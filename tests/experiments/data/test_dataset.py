@@ -443,6 +443,7 @@ def test_a_given_tokenizer_is_used_as_it_is(data: Data, tmp_path: Path):
     made = prepare(theirs, tmp_path / "cache")
     assert made.tokenizer.to_str() == dataset.tokenizer.load(file).to_str()
     assert "".join(split_texts(made, "test")).encode() == made.test_text
+    assert made.facts["learned_bytes"] == 0
     wrong = data.model_copy(update={"tokenizer": str(file), "vocabulary": 300})
     with pytest.raises(CorpusError, match=r"has 280 entries: set data\.vocabulary=280"):
         prepare(wrong, tmp_path / "cache")
@@ -517,6 +518,8 @@ def test_a_tokenizer_is_learned_from_a_bounded_part_of_the_train_split(data: Dat
     size = sum(len(text.encode()) for text in learned)
     train = split_texts(other, "train")
     assert bound <= size < bound + max(len(text.encode()) for text in learned)
+    assert other.facts["learned_bytes"] == size
+    assert prepared.facts["learned_bytes"] == prepared.facts["bytes"]["train"]
     assert [text for text in train if text in set(learned)] == learned  # of the train split, in the order of reading
     digests = {text: dataset._digest(text.encode()) for text in train}
     assert max(digests[text] for text in learned) < min(digests[text] for text in set(train) - set(learned))
