@@ -40,9 +40,10 @@ def test_the_type_of_the_weights_that_are_counted(record: Record, dtype: str) ->
 
 
 @pytest.mark.parametrize(("learned", "said"), [
-    (300_000_000, "learned from the training split's 300 MB; a model was trained on at most 1 MB of that split (0.33%)"),
+    (300_000_000, "learned from the training split's 300 MB; a model was trained on at most 1 MB of that split "
+                  "(0.33%)"),
     (33_600_000, "learned from the first 33.6 MB of the training split's 300 MB; a model was trained on at most 1 MB"),
-])
+])  # fmt: skip
 def test_what_the_tokenizers_were_learned_from(record: Record, learned: int, said: str) -> None:
     seen = Row("a-v300", None, "text", "bytes_seen", 1e6, "bytes", 1, None, None, None, None, "none", None, True, None,
                None, None, None, None)  # fmt: skip
