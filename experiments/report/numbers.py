@@ -5,10 +5,11 @@ An interval decides the digits of its value: enough to show two digits of its ha
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 DASH = "–"  # stands for a missing value; its reason is always a footnote
 MINUS = "−"
+SLIGHT = 0.05  # a ratio nearer to 1 is told as such, resolved or not
 
 
 def places(value: float, digits: int = 3) -> int:
@@ -59,6 +60,11 @@ def count(value: float) -> str:
 
 def plural(amount: int, noun: str) -> str:
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """E.g. "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def probability(value: float) -> str:

@@ -4,12 +4,12 @@ from collections import Counter
 from typing import Any
 
 from experiments.report import curves
-from experiments.report.document import Block, Notice, Section, Text, Verdict
-from experiments.report.numbers import count, interval, number, plural, scale
+from experiments.report.document import Block, Notice, Section, Text, Tone, Verdict
+from experiments.report.numbers import SLIGHT, count, interval, listed, number, plural, scale
 from experiments.report.record import Record
-from experiments.report.tables import WITHIN, evidence, standing
+from experiments.report.tables import WITHIN, estimate, evidence, place, standing
 
-HEADLINES = 8  # verdicts told as sentences; the table of comparisons has every one
+HEADLINES = 8  # verdicts told one by one; the table of comparisons has every one
 
 
 def notices(record: Record) -> list[Notice]:
@@ -73,9 +73,13 @@ def verdict(record: Record) -> Section:
             "correction for making several comparisons, or when what was counted is the same at every seed."
         )
         chosen = headlines(record.verdicts)
-        for one in chosen:
-            tone, text = standing(one)
-            blocks.append(Verdict(tone, one["sentence"], text, evidence(record, one)))
+        if len(chosen) > HEADLINES and len({one["a"] for one in chosen}) == 1:
+            blocks += _by_question(chosen)
+        else:
+            chosen = chosen[:HEADLINES]
+            for one in chosen:
+                tone, text = standing(one)
+                blocks.append(Verdict(tone, one["sentence"], text, evidence(record, one)))
         rest = len(record.verdicts) - len(chosen)
         if rest > 0:
             blocks.append(Text(f"{plural(rest, 'further comparison')}: see the table of paired comparisons."))
@@ -88,15 +92,60 @@ def verdict(record: Record) -> Section:
 
 
 def headlines(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The verdicts told as sentences: quality first; of a metric at several contexts, the longest."""
+    """Quality first; of a metric at several contexts, the longest."""
     longest: dict[tuple, dict[str, Any]] = {}
     for one in verdicts:
         key = (one["phase"], one["metric"], one["a"], one["b"])
         if key not in longest or (one["context"] or 0) > (longest[key]["context"] or 0):
             longest[key] = one
     order = ["quality", "train", "load", "prefill", "decode"]
-    ranked = sorted(longest.values(), key=lambda one: order.index(one["phase"]) if one["phase"] in order else 9)
-    return ranked[:HEADLINES]
+    return sorted(longest.values(), key=lambda one: order.index(one["phase"]) if one["phase"] in order else 9)
+
+
+def _by_question(verdicts: list[dict[str, Any]]) -> list[Block]:
+    """Where many arms stand against one: a verdict for each quantity, of all arms together."""
+    questions: dict[str, list[dict[str, Any]]] = {}
+    for one in verdicts:
+        questions.setdefault(place(one), []).append(one)
+    blocks: list[Block] = []
+    for question, ones in questions.items():
+        base, difference = ones[0]["a"], ones[0]["kind"] == "difference"
+        told = []
+        for outcome, sentence in _OUTCOMES.items():
+            arms = [one["b"] for one in ones if _outcome(one) == outcome]
+            if arms:
+                told.append(sentence.format(arms=listed(arms), base=base, are="is" if len(arms) == 1 else "are"))
+        settled = sum(one["resolved"] for one in ones)
+        tone: Tone = "resolved" if settled else "open" if any(one["comparable"] for one in ones) else "blocked"
+        unit = f" {ones[0]['unit']}" if difference else ""
+        values = ", ".join(f"{one['b']} {estimate(one).removesuffix(unit)}" for one in ones)
+        seeds = sorted({one["n"] for one in ones})
+        n = plural(seeds[-1], "paired seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} paired seeds"
+        numbers = f"{'difference from' if difference else 'ratio to'} {base}: {values}{unit}; n = {n}"
+        blocks.append(Verdict(tone, f"{question}: {'; '.join(told)}.", f"{settled} of {len(ones)} resolved", numbers))
+    return blocks
+
+
+_OUTCOMES = {
+    "better": "{arms} {are} better than {base}",
+    "slightly better": "{arms} {are} better than {base} by less than 5%",
+    "worse": "{arms} {are} worse than {base}",
+    "slightly worse": "{arms} {are} worse than {base} by less than 5%",
+    "same": "{arms} {are} the same as {base}",
+    "open": "not resolved for {arms}",
+    "refused": "not comparable for {arms}",
+}
+
+
+def _outcome(one: dict[str, Any]) -> str:
+    """A key of _OUTCOMES."""
+    if not one["comparable"]:
+        return "refused"
+    if one["resolved"]:
+        slight = "slightly " if one["kind"] == "ratio" and abs(one["estimate"] - 1) < SLIGHT else ""
+        return slight + ("better" if one["better"] == one["b"] else "worse")
+    neutral = 0.0 if one["kind"] == "difference" else 1.0
+    return "same" if one["n"] > 1 and one["ci_low"] == one["ci_high"] == neutral else "open"
 
 
 def limits(record: Record) -> str:

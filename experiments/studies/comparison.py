@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
+from experiments.report.numbers import SLIGHT
 from experiments.rows import on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, holm, more_seeds, paired_difference, paired_ratio
@@ -371,7 +372,7 @@ def _sentence(v: dict) -> str:
     if v["exact"]:
         interval = "the same for every seed"
     if v["resolved"] and v["better"]:
-        slight = ", by less than 5%" if v["kind"] != "difference" and abs(v["estimate"] - 1) < 0.05 else ""
+        slight = ", by less than 5%" if v["kind"] != "difference" and abs(v["estimate"] - 1) < SLIGHT else ""
         return f"{size} ({interval}): {v['better']} is better here{slight}."
     if v["resolved"]:
         return f"{size} ({interval})."

@@ -1,0 +1,84 @@
+"""Which verdicts a report tells one by one, and how it tells those of many arms against one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.report.document import Text, Verdict
+from experiments.report.record import Record, read
+from experiments.report.verdict import HEADLINES, verdict
+
+
+@pytest.fixture
+def record(make_run: Callable[..., Path]) -> Record:
+    return read(make_run(seeds=(0,), measured=False))
+
+
+def one(b: str, at: float, low: float, high: float, better: str | None = None, **changed: Any) -> dict[str, Any]:
+    return {
+        "phase": "train", "metric": "tokens_per_s", "context": None, "batch": 1, "a": "base", "b": b, "kind": "ratio",
+        "unit": "x", "estimate": at, "ci_low": low, "ci_high": high, "n": 3, "p": 0.01, "p_holm": 0.02,
+        "resolved": better is not None, "better": better, "comparable": True, "reason": None, "more_seeds": None,
+        "sentence": f"{b} against {changed.get('a', 'base')}.",
+    } | changed  # fmt: skip
+
+
+TRAINING = [
+    one("fast", 1.5, 1.4, 1.6, "fast"), one("quick", 1.2, 1.1, 1.3, "quick"), one("slow", 0.5, 0.4, 0.6, "base"),
+    one("near", 1.01, 0.9, 1.1, n=2), one("equal", 1.0, 1.0, 1.0),
+    one("slight", 0.97, 0.96, 0.98, "base"),
+    one("refused", 1.4, 1.3, 1.5, comparable=False, reason="no"),
+]  # fmt: skip
+QUALITY = [
+    one(b, at, at - 0.01, at + 0.01, "base", phase="quality", metric="test_bits_per_byte", kind="difference",
+        unit="bits/byte")
+    for b, at in (("fast", 0.25), ("quick", 0.125), ("slow", 0.5))
+]  # fmt: skip
+
+
+def told(record: Record, verdicts: list[dict[str, Any]]) -> tuple[list[Verdict], list[str]]:
+    blocks = verdict(replace(record, result=record.result | {"verdicts": verdicts})).blocks
+    texts = [block.text for block in blocks if isinstance(block, Text) and "further comparison" in block.text]
+    return [block for block in blocks if isinstance(block, Verdict)], texts
+
+
+def test_many_arms_against_one_are_told_by_quantity(record: Record) -> None:
+    (quality, training), rest = told(record, TRAINING + QUALITY)
+    assert quality.sentence == "Test bits per byte: fast, quick and slow are worse than base."
+    assert (quality.tone, quality.standing) == ("resolved", "3 of 3 resolved")
+    assert quality.numbers == (
+        "difference from base: fast +0.250 [+0.240, +0.260], quick +0.125 [+0.115, +0.135], "
+        "slow +0.500 [+0.490, +0.510] bits/byte; n = 3 paired seeds"
+    )
+    assert training.sentence == (
+        "Training throughput: fast and quick are better than base; slow is worse than base; slight is worse than base "
+        "by less than 5%; equal is the same as base; not resolved for near; not comparable for refused."
+    )
+    assert (training.tone, training.standing) == ("resolved", "4 of 7 resolved")
+    assert "slow 0.500× [0.400, 0.600], near 1.01× [0.90, 1.10]" in training.numbers
+    assert "refused –; n = 2 to 3 paired seeds" in training.numbers  # what is refused shows no estimate
+    assert not rest
+
+
+def test_how_a_quantity_stands_that_decides_nothing(record: Record) -> None:
+    refused = [one(str(at), 2.0, 1.9, 2.1, comparable=False, reason="no") for at in range(HEADLINES + 1)]
+    ((blocked,), _) = told(record, refused)
+    assert (blocked.tone, blocked.standing) == ("blocked", "0 of 9 resolved")
+    ((unresolved,), _) = told(record, [one("near", 1.01, 0.9, 1.1), *refused])
+    assert unresolved.tone == "open"
+
+
+def test_a_few_verdicts_are_told_one_by_one(record: Record) -> None:
+    shown, rest = told(record, TRAINING)
+    assert [block.sentence for block in shown] == [f"{verdict['b']} against base." for verdict in TRAINING]
+    assert not rest
+
+
+def test_pairs_that_share_no_arm_are_told_one_by_one_as_far_as_there_is_room(record: Record) -> None:
+    chain = [one(str(at + 1), 1.5, 1.4, 1.6, str(at + 1), a=str(at)) for at in range(HEADLINES + 2)]
+    shown, rest = told(record, chain)
+    assert [block.sentence for block in shown] == [f"{at + 1} against {at}." for at in range(HEADLINES)]
+    assert rest == ["2 further comparisons: see the table of paired comparisons."]
