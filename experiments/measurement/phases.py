@@ -1,8 +1,9 @@
 """The phases, measured: load, prefill, decode, a training step. Each function is one cell, run in a fresh process, the
 timed ones turn by turn (experiments.measurement.process).
 
-Memory. Before its baseline, a cell loads and runs a one-layer replica of the model, so that code, libraries and
-thread pools are in memory already and what is counted belongs to the model. `peak_bytes` is the peak over the
+Memory. Before its baseline, a cell does once what it is to measure, with a model that is then thrown away, so that
+code, libraries and thread pools are in memory already and what is counted belongs to the model. (A smaller rehearsal
+is not enough: longer inputs run other parts of the libraries, megabytes of them.) `peak_bytes` is the peak over the
 baseline before the model was loaded: all that the process needs for that phase, weights included. `working_bytes`
 is the peak over the baseline right before the phase: of prefill activations and state; of decode what its steps add
 to the state, which stands there already. The peak is that of one call, under an allocator that hands back what is
@@ -11,9 +12,7 @@ are torch's allocations; beside them stand `reserved_peak_bytes`, the most that 
 `process_bytes`, what the whole process holds on the card after that call. Those two are over no baseline.
 """
 
-import tempfile
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,17 @@ from experiments.measurement.memory import PeakMemory, keep_freed_memory, reside
 from experiments.measurement.timing import timed, timed_in_turns
 from experiments.objectives import Objective
 from experiments.spec import Measurement, Training
-from experiments.training import Step, token_loss, train
+from experiments.training import Step, train
 from models import checkpoint, cost
-from models.config import ModelConfig
 from models.language_model import LanguageModel
+from models.ops.attention import forget_tables
 from models.ops.kernels.tuning import untimed
 
 
 def measure_load(folder: Path, settings: Measurement, device: torch.device, way: str = "mapped") -> dict[str, Any]:
     """From files to a model that is ready for its first token, every weight having been read."""
     return_freed_memory()
-    config = _warm_up(folder, device)
-    settle()
+    _rehearse(lambda: load(folder, device, way), device)
     baseline, device_baseline = resident_bytes(), _allocated(device)
     with PeakMemory(device) as peak:
         model = load(folder, device, way)
@@ -55,7 +53,7 @@ def measure_load(folder: Path, settings: Measurement, device: torch.device, way:
         "host_peak_bytes": peak.host_bytes - baseline,
         "device_peak_bytes": None if peak.device_bytes is None else peak.device_bytes - device_baseline,
         "resident_bytes": resident,
-        "resident_bytes_analytic": cost.weight_bytes(config, element),
+        "resident_bytes_analytic": cost.weight_bytes(checkpoint.read_config(folder), element),
         "memory_method": peak.method,
         "samples": samples.to_dict(),
         "noisy": samples.noisy,
@@ -68,8 +66,7 @@ def measure_prefill(
     """Read a prompt of `context` tokens (B, context) into an empty state and name the next token. times: False, its
     memory alone."""
     return_freed_memory()
-    _warm_up(folder, device)
-    settle()
+    _rehearse(lambda: operations.prefill(load(folder, device), tokens.to(device))(), device)
     before_load = _baseline(device)
     model = load(folder, device)
     read = operations.prefill(model, tokens.to(device))
@@ -90,8 +87,7 @@ def measure_decode(
     A sample is `settings.decode_tokens` tokens. What a recording keeps for itself is in `peak_bytes` alone.
     """
     return_freed_memory()
-    config = _warm_up(folder, device)
-    settle()
+    _rehearse(lambda: operations.decode(load(folder, device), tokens.to(device), 2)[0](), device)
     before_load = _baseline(device)
     model = load(folder, device)
     write, state = operations.decode(model, tokens.to(device), settings.decode_tokens, settings.decode_mode)
@@ -103,7 +99,9 @@ def measure_decode(
         "context": context, "batch": tokens.shape[0], "mode": settings.decode_mode,
         "tokens_per_sample": settings.decode_tokens,
         "state_bytes": state.nbytes,
-        "state_bytes_analytic": cost.state_bytes(config, tokens.shape[0], context + settings.decode_tokens, element),
+        "state_bytes_analytic": cost.state_bytes(
+            model.config, tokens.shape[0], context + settings.decode_tokens, element
+        ),
         **((yield from _times(write, settings, device)) if times else {}),
     }  # fmt: skip
 
@@ -129,12 +127,15 @@ def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: 
     peak is measured.
     """
     return_freed_memory()
-    _warm_up(folder, device, trains=True)
-    settle()
-    before_load = _baseline(device)
-    model = load(folder, device, "direct").float().train()
     inputs, targets = (m.contiguous().to(device) for m in (tokens[:, :-1], tokens[:, 1:]))
-    step, optimizer = operations.training_step(model, inputs, targets, precision)
+
+    def ready() -> tuple[LanguageModel, operations.Operation, torch.optim.Optimizer]:
+        model = load(folder, device, "direct").float().train()
+        return model, *operations.training_step(model, inputs, targets, precision)
+
+    _rehearse(lambda: ready()[1](), device)
+    before_load = _baseline(device)
+    model, step, optimizer = ready()
     kept = _Kept(model)
     with torch.autograd.graph.saved_tensors_hooks(kept.see, lambda tensor: tensor):
         step()
@@ -217,40 +218,12 @@ def _over(peak: PeakMemory, before: int) -> dict[str, Any]:
     return {"peak_bytes": top - before, "memory_method": method} | peak.on_card
 
 
-def _warm_up(folder: Path, device: torch.device, trains: bool = False) -> ModelConfig:
-    """Load, prefill and decode, or train, a replica with a small vocabulary and one layer of each kind; returns the
-    model's configuration."""
-    config = checkpoint.read_config(folder)
-    hybrid = config.hybrid
-    if hybrid is not None:
-        hybrid = replace(hybrid, pattern="".join(dict.fromkeys(hybrid.pattern)))
-    positions = None if config.positions is None else 64
-    small = replace(
-        config, vocabulary=64, layers=len(config.kinds), padding_index=None, hybrid=hybrid, positions=positions
-    )
+def _rehearse(phase: Callable[[], object], device: torch.device) -> None:
+    """Do it once, and give back all that it took."""
     with untimed(device):
-        _run(LanguageModel(small, seed=0, device=device), trains)
-    return config
-
-
-def _run(replica: LanguageModel, trains: bool) -> None:
-    device = replica.device
-    tokens = torch.arange(48, device=device)[None] % 64
-    if trains:
-        optimizer = torch.optim.AdamW(replica.parameters(), fused=True)
-        token_loss(replica, tokens, tokens)[0].backward()
-        torch.nn.utils.clip_grad_norm_(replica.parameters(), 1.0)
-        optimizer.step()
-        return
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        checkpoint.save(replica, Path(scratch))
-        replica = load(Path(scratch), device)
-        if not replica.config.causal:  # it has no state to decode with
-            replica(tokens)
-            return
-        logits, state = replica.prefill(tokens, replica.make_state(1, 50))
-        for _ in range(2):
-            logits, state = replica.step(logits.argmax(1), state)
+        phase()
+    forget_tables()  # which count as the model's
+    settle()
 
 
 def _allocated(device: torch.device) -> int:

@@ -79,6 +79,11 @@ def _leave_holes(send, allocator):
     return peak.host_bytes - before
 
 
+def _decoding(send, folder):
+    tokens, settings = torch.arange(512)[None] % 64, Measurement(decode_tokens=8)
+    return all_turns(phases.measure_decode(folder, settings, 512, tokens, CPU, times=False))
+
+
 def test_result_and_messages() -> None:
     heard = []
     total, pid = run_fresh(_add, 2, 3, on_message=heard.append)
@@ -106,6 +111,15 @@ def test_killed_and_silent_processes() -> None:
         run_fresh(_die)
     with pytest.raises(CellFailedError, match="ended with exit code 3 and no result"):
         run_fresh(_leave)
+
+
+def test_a_peak_is_of_the_model_and_not_of_libraries_first_used(tmp_path: Path) -> None:
+    """A window much shorter than the text runs what a shorter text does not."""
+    model = LanguageModel(preset("sliding-tiny"), seed=0)
+    checkpoint.save(model, tmp_path)
+    found = run_fresh(_decoding, tmp_path)
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    assert weights + found["state_bytes"] < found["peak_bytes"] < weights + found["state_bytes"] + MB
 
 
 def test_holes_count_only_where_freed_memory_is_kept() -> None:
