@@ -16,6 +16,7 @@ PACKAGES = (
     "triton", "mamba-ssm", "causal-conv1d", "nvidia-ml-py", "transformers", "mambapy",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
+_CODE = ("models", "experiments", "cli", "benchmarks", "tests", "pyproject.toml")  # a page beside them changes nothing
 
 
 def source_sha256() -> str:
@@ -76,12 +77,12 @@ def _version(package: str) -> str | None:
 
 def _git() -> tuple[str | None, bool | None]:
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments]  # another user's, perhaps
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             return None, None  # installed inside somebody else's repository
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *_CODE))
     except (OSError, subprocess.SubprocessError):
         return None, None

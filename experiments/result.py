@@ -48,7 +48,7 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
         "title": experiment.title,
         "profile": experiment.profile,
         "created": environment["created"],
-        "finished": now(),
+        "finished": run.last_cell_at() or now(),
         "status": "partial" if missing or failures else "complete",
         "missing": missing,
         "failures": failures,

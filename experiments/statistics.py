@@ -66,9 +66,10 @@ def _interval(x: np.ndarray, deviation: float) -> Interval:
     return Interval(mean, mean - half, mean + half, len(x))
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Comparison:
-    """b - a, pair by pair."""
-    return _comparison(np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64), 0.0)
+def paired_difference(a: Sequence[float], b: Sequence[float], *, resolution: float = 0.0) -> Comparison:
+    """b - a, pair by pair. resolution: of a value, in its unit; equal differences then do not pass for no spread."""
+    differences = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+    return _comparison(differences, math.sqrt(2) * resolution)
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], resolution: float = 0.0) -> Comparison:

@@ -10,7 +10,7 @@ docs/result-schema.md describes every field.
 
 import json
 import os
-import tempfile
+import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,6 +96,15 @@ class RunDirectory:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as log:
             log.write(line + "\n")
 
+    def last_cell_at(self) -> str | None:
+        """When the last of the cells ended: a run that is only looked at again has not lasted longer."""
+        try:
+            lines = (self.path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return None
+        times = [event["time"] for line in lines if (event := _event(line)) and event["cell"]]
+        return times[-1] if times else None
+
     def experiment(self) -> Experiment:
         return load(str(self.path / "spec.toml"), device=self.environment()["device"])
 
@@ -157,18 +166,23 @@ def find(reference: str | None, folder: Path) -> RunDirectory:
     return matching[0]
 
 
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # cut off when its process was killed
+        return None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        try:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # readable by whom the umask says
+    try:
+        part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:
@@ -176,5 +190,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunFailedError(f"{path} is missing: the run did not get that far") from None
+    except OSError as error:
+        raise RunFailedError(f"cannot read {path} ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunFailedError(f"{path} is damaged: {error}") from None

@@ -426,5 +426,5 @@ def writing(cache: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise EnvironmentLacksError(
-            f"cannot write the cache folder {cache} ({error.strerror}); set LAB_CACHE to a folder with room"
+            f"cannot write the cache folder {cache} ({error.strerror}); set LAB_CACHE to a folder that can be written"
         ) from None

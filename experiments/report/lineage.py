@@ -37,10 +37,10 @@ def kept(record: Record) -> list[Row]:
 
 def sections(record: Record) -> list[Section]:
     intro = (
-        "Architectures in the order of history, with as many parameters each, trained on the same batches. Each is "
-        "compared with the one before it: how well it predicts unseen text (bits per byte, lower is better), how fast "
-        "it trains and writes, and how many bytes it keeps of what it has read. In parentheses stand 95% intervals "
-        "over paired seeds; Holm's correction covers the steps, question by question."
+        "Architectures in the order of history, with as many parameters each beside the embeddings, trained on the "
+        "same batches. Each is compared with the one before it: how well it predicts unseen text (bits per byte, lower "
+        "is better), how fast it trains and writes, and how many bytes it keeps of what it has read. In parentheses "
+        "stand 95% intervals over paired seeds; Holm's correction covers the steps, question by question."
     )
     whole = [one["sentence"] for one in record.findings if one["kind"] == "overall"]
     steps = [one for one in record.findings if one["kind"] == "step"]

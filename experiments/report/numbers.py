@@ -50,6 +50,8 @@ def interval(
     half = (high - low) / 2
     if half > 0:
         at = min(max(at, places(half, 2)), at + 3)
+    if low > 0 and round(value, at) == 0:  # of what cannot be 0
+        at = places(value, 2)
     return f"{number(value, at, sign)} [{number(low, at, sign)}, {number(high, at, sign)}]"
 
 

@@ -116,11 +116,13 @@ def standing(one: dict[str, Any]) -> tuple[Tone, str]:
         return "resolved", f"resolved: {one['better']} is better" if one["better"] else "resolved"
     if one["n"] == 0:
         return "open", "not resolved: no seed has both arms"
+    neutral = 0.0 if one["kind"] == "difference" else 1.0
+    if one["n"] > 1 and one["ci_low"] == one["ci_high"] == neutral:
+        return "open", "the same at every seed"
     if one["ci_low"] is None or one["ci_high"] is None:
         return "open", "not resolved: one seed has no interval" if one["n"] == 1 else "not resolved: no interval"
     if one["more_seeds"]:
         return "open", f"not resolved, about {plural(one['more_seeds'], 'more seed')} would"
-    neutral = 0.0 if one["kind"] == "difference" else 1.0
     if not one["ci_low"] <= neutral <= one["ci_high"]:
         return "open", "not resolved after the correction for several comparisons"
     return "open", "not resolved"

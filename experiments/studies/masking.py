@@ -151,9 +151,9 @@ def _means(pairs: Pairs) -> list[float]:
     return [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
 
 
-def _against(pairs: Pairs) -> Comparison:
+def _against(pairs: Pairs, resolution: float = 0.0) -> Comparison:
     """The first of each against the second."""
-    return paired_difference([pair[1] for pair in pairs], [pair[0] for pair in pairs])
+    return paired_difference([pair[1] for pair in pairs], [pair[0] for pair in pairs], resolution=resolution)
 
 
 def _at(hits: list[bool]) -> str:
@@ -243,7 +243,8 @@ def _blanks(rows: list[dict], arm: str, judging: str) -> list[tuple[dict, Compar
     else:
         outcome, told = "mixed", f"{told}."
     finding = {"kind": "blanks", "arm": arm, "share": mine, "left_share": left, "outcome": outcome}
-    return [(finding | {"sentence": told}, _against(pairs))]
+    asked = min(r["n"] for r in rows if r["metric"] == "blanks_guessed" and r["seed"] is not None)
+    return [(finding | {"sentence": told}, _against(pairs, resolution=1 / asked))]
 
 
 def _pseudo(rows: list[dict], arm: str) -> list[dict]:

@@ -263,13 +263,12 @@ def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
     doing = {"step": "trains", "prefill": "prefills", "decode": "decodes", "forward": "mixes (its operation alone)"}
     batch = f" at batch {one['batch']}" if one["batch"] and one["phase"] != "forward" else ""
     what = f"{one['arm']} {doing[one['phase']]} faster than {one['against']}{batch}, {one['mode']}, in {one['dtype']},"
-    ends = f"{contexts[0]:,} to {contexts[-1]:,} tokens"
     low, high = (_length(one[key], contexts) for key in ("ci_low", "ci_high"))
     spread = "" if low == high else f" (95% interval over the turns: {low} to {high})"
     if one["tokens"] is None:
-        return f"{what} at no length from {ends}{spread}."
+        return f"{what} from none of the lengths on: not at {contexts[-1]:,} tokens, the longest{spread}."
     if one["tokens"] == 0:
-        return f"{what} at every length from {ends}{spread}."
+        return f"{what} at every length from {contexts[0]:,} to {contexts[-1]:,} tokens{spread}."
     return f"{what} from about {one['tokens']:,.0f} tokens on{spread}."
 
 

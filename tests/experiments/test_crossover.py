@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from experiments.measurement.ceilings import CeilingsMeter
 from experiments.measurement.speed import OPERATIONS, OPERATORS, Subject
 from experiments.spec import Speed
-from experiments.studies.speed import crossover, growth
+from experiments.studies.speed import _crossing_sentence, crossover, growth
 from models import cost
 from models.language_model import LanguageModel
 from models.mixers import MIXERS
@@ -41,6 +41,9 @@ def test_faster_or_slower_everywhere():
     assert crossover(speeds(two, one)) == {"tokens": None, "ci_low": None, "ci_high": None}
     # ahead at first only: not faster from any length on
     assert crossover(speeds(one, {64: 20.0, 128: 9.0}))["tokens"] is None
+    told = {"arm": "b", "against": "a", "phase": "decode", "mode": "eager", "dtype": "float32", "batch": 1}
+    sentence = _crossing_sentence(told | crossover(speeds(one, {64: 20.0, 128: 9.0})), [64, 128])  # faster at 64
+    assert sentence.endswith("from none of the lengths on: not at 128 tokens, the longest.")
     # of two crossings the last one counts
     found = crossover(speeds({64: 10.0, 128: 10.0, 256: 10.0}, {64: 20.0, 128: 5.0, 256: 20.0}))
     assert found["tokens"] == pytest.approx(128 + 128 * 0.5 / (0.5 + 1), rel=1e-9)

@@ -137,6 +137,13 @@ def test_blanks(tmp_path: Path, mine: list[float], left: list[float], outcome: s
     assert said in one["sentence"]
 
 
+def test_equal_counts_at_two_seeds_are_no_exact_difference(tmp_path: Path) -> None:
+    rows = made("encoder", "blanks_guessed", [2 / 8, 3 / 8]) + made("causal", "blanks_guessed", [3 / 8, 4 / 8])
+    one = only([row | {"n": 8} for row in rows], tmp_path, 2)
+    assert one["p_holm"] == pytest.approx(0.5)  # t = 1: the difference is what a count's resolution may make
+    assert not one["resolved"]
+
+
 def test_a_pseudo_perplexity_says_what_it_is_not(tmp_path: Path) -> None:
     one = only(made("encoder", "pseudo_nats_per_token", [1.0, 3.0]), tmp_path, 2)
     assert one["pseudo_perplexity"] == pytest.approx(7.389, rel=1e-3)

@@ -107,6 +107,16 @@ def test_equal_readings_are_no_closer_than_what_they_are_read_to() -> None:
     assert 0 < paired_ratio([3, 4], [5, 6], page).p < 1  # less than a page
 
 
+def test_equal_differences_of_counts_are_no_law() -> None:
+    """38 of 252 more at both seeds: a coincidence, unless nothing but the count is known."""
+    counted = paired_difference([65 / 252, 70 / 252], [27 / 252, 32 / 252], resolution=1 / 252)
+    assert not counted.exact
+    assert counted.interval.estimate == pytest.approx(-38 / 252)
+    spread = math.sqrt(2) / 252
+    around = [-38 / 252 - spread / 2**0.5, -38 / 252 + spread / 2**0.5]  # with that standard deviation
+    assert counted.p == pytest.approx(stats.ttest_1samp(around, 0).pvalue, rel=1e-6)
+
+
 def test_holm_known_example() -> None:
     # 0.01 * 4, 0.02 * 3, 0.03 * 2 (raised to 0.06 by the one before), 0.5 * 1
     assert holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])

@@ -265,6 +265,26 @@ def test_arms_change_places_from_seed_to_seed() -> None:
     assert len(plan(EXPERIMENT)) == len(set(plan(EXPERIMENT))) == 4 + 4 * 3
 
 
+def test_what_is_written_is_for_whom_the_umask_says(tmp_path: Path) -> None:
+    plain, written = tmp_path / "plain", tmp_path / "written.json"
+    plain.touch()
+    write_json(written, {})
+    assert written.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_run_ends_with_its_last_cell(run: RunDirectory) -> None:
+    assert run.last_cell_at() is None
+    run.event("progress", "started")
+    assert run.last_cell_at() is None
+    run.event("progress", "finished", "mamba/seed0/train")
+    ended = run.last_cell_at()
+    run.event("progress", "looked at again")
+    with (run.path / "events.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"time": "cut')
+    assert run.last_cell_at() == ended
+    assert build_result(run, EXPERIMENT, FACTS)["finished"] == ended
+
+
 def test_write_json_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     write_json(file, {"x": 1})

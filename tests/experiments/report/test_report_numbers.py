@@ -57,6 +57,8 @@ def test_intervals(arguments: tuple, text: str) -> None:
 def test_factor_and_least_places() -> None:
     assert numbers.interval(2.5e6, 2e6, 3e6, factor=1e-6) == "2.50 [2.00, 3.00]"
     assert numbers.interval(2.0, None, None, least=3) == "2.000"
+    assert numbers.interval(1.0055, 0.0004, 2620.0) == "1.0 [0.0, 2,620.0]"  # a ratio is not 0
+    assert numbers.interval(0.453, 0.0133, 15.4) == "0.5 [0.0, 15.4]"
     assert numbers.interval(0.5, 0.4, 0.6, sign=True) == "+0.500 [+0.400, +0.600]"
 
 

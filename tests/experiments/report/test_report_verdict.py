@@ -9,6 +9,7 @@ import pytest
 
 from experiments.report.document import Text, Verdict
 from experiments.report.record import Record, read
+from experiments.report.tables import standing
 from experiments.report.verdict import HEADLINES, verdict
 
 
@@ -61,6 +62,11 @@ def test_many_arms_against_one_are_told_by_quantity(record: Record) -> None:
     assert "slow 0.500× [0.400, 0.600], near 1.01× [0.90, 1.10]" in training.numbers
     assert "refused –; n = 2 to 3 paired seeds" in training.numbers  # what is refused shows no estimate
     assert not rest
+
+
+def test_what_is_equal_at_every_seed_is_told_alike_in_sentence_and_table() -> None:
+    assert standing(one("equal", 1.0, 1.0, 1.0)) == ("open", "the same at every seed")
+    assert standing(one("near", 1.01, 0.9, 1.1)) == ("open", "not resolved")
 
 
 def test_how_a_quantity_stands_that_decides_nothing(record: Record) -> None:
