@@ -87,7 +87,8 @@ def measure_decode(
     A sample is `settings.decode_tokens` tokens. What a recording keeps for itself is in `peak_bytes` alone.
     """
     return_freed_memory()
-    _rehearse(lambda: operations.decode(load(folder, device), tokens.to(device), 2)[0](), device)
+    # eagerly: on a GPU, where a step may be repeated from a recording, no library counts as memory
+    _rehearse(lambda: operations.decode(load(folder, device), tokens.to(device), settings.decode_tokens)[0](), device)
     before_load = _baseline(device)
     model = load(folder, device)
     write, state = operations.decode(model, tokens.to(device), settings.decode_tokens, settings.decode_mode)
@@ -127,10 +128,10 @@ def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: 
     peak is measured.
     """
     return_freed_memory()
-    inputs, targets = (m.contiguous().to(device) for m in (tokens[:, :-1], tokens[:, 1:]))
 
     def ready() -> tuple[LanguageModel, operations.Operation, torch.optim.Optimizer]:
         model = load(folder, device, "direct").float().train()
+        inputs, targets = (m.contiguous().to(device) for m in (tokens[:, :-1], tokens[:, 1:]))
         return model, *operations.training_step(model, inputs, targets, precision)
 
     _rehearse(lambda: ready()[1](), device)
@@ -146,7 +147,7 @@ def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: 
         step()
     states = [value for state in optimizer.state.values() for value in state.values()]
     return {
-        "context": inputs.shape[1], "batch": inputs.shape[0],
+        "context": tokens.shape[1] - 1, "batch": tokens.shape[0],
         "weight_bytes": sum(_bytes(p) for p in model.parameters()),
         "gradient_bytes": gradients,
         "optimizer_bytes": sum(_bytes(value) for value in states if isinstance(value, Tensor)),
@@ -170,10 +171,9 @@ def measure_training(
         next(steps)
         return steps
 
+    _rehearse(after_one, device)
+    before = _baseline(device)
     with untimed(device):
-        after_one()
-        settle()
-        before = _baseline(device)
         steps = after_one()
         settle()
         with PeakMemory(device) as peak:
