@@ -108,7 +108,7 @@ def test_equal_readings_are_no_closer_than_what_they_are_read_to() -> None:
 
 
 def test_equal_differences_of_counts_are_no_law() -> None:
-    """38 of 252 more at both seeds: a coincidence, unless nothing but the count is known."""
+    """38 of 252 fewer at both seeds is a coincidence, to within what a count is read to."""
     counted = paired_difference([65 / 252, 70 / 252], [27 / 252, 32 / 252], resolution=1 / 252)
     assert not counted.exact
     assert counted.interval.estimate == pytest.approx(-38 / 252)
