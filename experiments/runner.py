@@ -93,7 +93,10 @@ def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> Non
         reason = "CUDA graphs need a GPU"
         if mode == "compiled":
             reason = "torch.compile cannot trace the kernels that run there"
-        raise ConfigError(f"mode '{mode}' is refused for every arm on a CPU: {reason}")
+        refused = f"mode '{mode}' is refused for every arm on a CPU: {reason}"
+        if torch.cuda.is_available():
+            raise ConfigError(refused)
+        raise EnvironmentLacksError(f"{refused}, and torch sees none here")
     if mode != "eager" and not has_triton():
         raise ConfigError(f"mode '{mode}' is refused for every arm: it needs Triton (pip install triton)")
     for name, config in cells.model_configs(experiment).items() if mode != "eager" else ():
@@ -123,9 +126,7 @@ def run(
     neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
     """
     check(experiment)
-    for place in (out, *out.parents):
-        if os.path.exists(place) and not os.path.isdir(place):
-            raise SpecError(f"'{place}' is a file, runs need a folder; choose another with --out")
+    _check_out(out)
     if experiment.study == "comparison" and len(experiment.arms) == 1 and not experiment.learning_rates:
         listener(Event("note", "one arm: it will be trained and measured, and compared with nothing"))
     dataset = prepare_all(
@@ -314,6 +315,15 @@ def _finish(directory: RunDirectory, experiment: Experiment, dataset: Prepared) 
     write_json(directory.path / "result.json", result)
     report.write_report(directory.path)
     return result
+
+
+def _check_out(out: Path) -> None:
+    """Before minutes of preparation, whether runs can be kept there. Raises SpecError, EnvironmentLacksError."""
+    place = next(place for place in (out, *out.absolute().parents) if os.path.exists(place))
+    if not os.path.isdir(place):
+        raise SpecError(f"'{place}' is a file, runs need a folder; choose another with --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise EnvironmentLacksError(f"cannot write '{place}': permission denied; choose another folder with --out")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,7 +38,6 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--set", "training=3"], "'training' is a table"),
         (["run", "compare", "--set", "training.steps.x=3"], "'training.steps' is a value, it has no 'x'"),
         (["run", "compare", "--set", "training.steps=many"], "training.steps: "),
-        (["run", "compare", "--set", "measurement.decode_mode=graph"], "CUDA graphs need a GPU"),
         (["run", "compare", "--set", "measurement.dtype=float16"], "measurement.dtype: "),
         (["run", "compare", "--set", "training.steps=0"], "training.steps: "),
         (["run", "compare", "--set", "training.warmup_steps=9999"], "warmup_steps = 9999 must be below steps"),
@@ -129,6 +129,16 @@ def test_cuda_without_cuda(in_process: InProcess, tmp_path: Path, monkeypatch: p
     assert "torch sees no CUDA GPU; use --device cpu" in one_line(stderr)
 
 
+@pytest.mark.parametrize("arguments", [["--set", "measurement.decode_mode=graph"], ["--profile", "cuda"]])
+def test_cuda_graphs_without_cuda(
+    in_process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, stderr = in_process("run", "compare", *arguments, "--out", tmp_path / "runs")
+    assert code == LACKING
+    assert "CUDA graphs need a GPU, and torch sees none here" in one_line(stderr) == stderr.strip()
+
+
 def test_backend_that_is_not_here(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
     demand = "arms.mamba.overrides.mixer.backend=cuda"
     code, _, stderr = in_process("run", *small, "--device", "cpu", "--set", demand, "--out", tmp_path / "runs")
@@ -149,6 +159,15 @@ def test_output_folder_that_cannot_be_made(in_process: InProcess, small: list[st
     code, _, stderr = in_process("run", *small, "--out", "/proc/runs")
     assert code == LACKING
     assert "--out" in one_line(stderr)
+
+
+def test_output_folder_that_is_not_ours(
+    in_process: InProcess, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    code, _, stderr = in_process("run", *small, "--out", tmp_path / "runs")
+    assert code == LACKING
+    assert f"cannot write '{tmp_path}': permission denied" in one_line(stderr) == stderr.strip()
 
 
 @pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only file system")])

@@ -104,8 +104,6 @@ def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
-        ('speed.modes=["graph"]', "mode 'graph' is refused for every arm on a CPU: CUDA graphs need a GPU"),
-        ('speed.modes=["eager", "compiled"]', "mode 'compiled' is refused for every arm on a CPU"),
         ('speed.modes=["eager", "eager"]', "each may appear once"),
         ('speed.modes=["fast"]', "speed.modes"),
         ('speed.dtypes=["float32", "float32"]', "each may appear once"),
@@ -122,3 +120,24 @@ def test_mistakes(in_process: InProcess, tmp_path: Path, assignment: str, said: 
     assert code == 2
     assert said in stderr
     assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("there", "code"), [(False, 3), (True, 2)])
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ('speed.modes=["graph"]', "mode 'graph' is refused for every arm on a CPU: CUDA graphs need a GPU"),
+        ('speed.modes=["eager", "compiled"]', "mode 'compiled' is refused for every arm on a CPU"),
+    ],
+)
+def test_modes_of_a_gpu_on_a_cpu(
+    in_process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assignment: str, said: str, there: bool,
+    code: int,
+) -> None:  # fmt: skip
+    """A mistake where there is a GPU, and else what the machine lacks."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    given = ("--profile", "smoke", "--device", "cpu", "--set", assignment, "--out", tmp_path / "runs")
+    left_with, _, stderr = in_process("run", "speed", *given)
+    assert (left_with, len(stderr.splitlines())) == (code, 1)
+    assert said in stderr
+    assert ("torch sees none here" in stderr) is not there

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from experiments.measurement.ceilings import CeilingsMeter
 from experiments.measurement.speed import OPERATIONS, OPERATORS, Subject
 from experiments.spec import Speed
-from experiments.studies.speed import _crossing_sentence, crossover, growth
+from experiments.studies.speed import _crossing_sentence, _growth_sentence, crossover, growth
 from models import cost
 from models.language_model import LanguageModel
 from models.mixers import MIXERS
@@ -76,6 +76,11 @@ def test_growth_is_of_the_time_from_the_shortest_to_the_longest():
     noise = np.exp(0.1 * np.random.default_rng(5).standard_normal((2, 15)))
     spread = growth({64: 100 * noise[0], 128: 50 * noise[1]})
     assert 1.7 < spread["ci_low"] < spread["ratio"] < spread["ci_high"] < 2.3
+    told = {"arm": "b", "mode": "eager", "dtype": "float32", "batch": 1}
+    assert "not resolved" not in _growth_sentence(told | spread)
+    unclear = growth({64: 100 * noise[0], 128: 100 * noise[1]})
+    assert unclear["ci_low"] < 1 < unclear["ci_high"]
+    assert "what it takes after 64: which is longer is not resolved; its" in _growth_sentence(told | unclear)
 
 
 def test_ceilings_are_rates_of_what_they_count():
