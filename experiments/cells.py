@@ -39,7 +39,7 @@ from experiments.measurement.speed import Subject, measure_speed
 from experiments.objectives import Objective
 from experiments.spec import Arm, Experiment, Measurement
 from experiments.training import DTYPES, token_loss, train
-from models import checkpoint, folders
+from models import checkpoint, folders, replay
 from models.config import ModelConfig
 from models.errors import ConfigError
 from models.folders import configuration
@@ -311,20 +311,42 @@ def memory_cell(
     send: Send, experiment: Experiment, phase: str, context: int | None, batch: int | None, way: str | None,
     dataset_folder: Path, folder: Path,
 ) -> Generator[None, None, dict[str, Any]]:  # fmt: skip
-    """The memory of one phase of the model in `folder`: load in one of the ways, prefill, decode, a training step."""
+    """The memory of one phase of the model in `folder`: load in one of the ways, prefill, decode, a training step. Of
+    prefill and of a training step also what shapes alone say of it."""
     device, settings = prepare_process(experiment), experiment.memory
     folder = folder / "checkpoint"
     if way is not None:
         return measure_load(folder, Measurement(repeats=LOADS, seconds=0), device, way)
     assert context is not None
     assert batch is not None
+    config = checkpoint.read_config(folder)
     with untimed(device):
         if phase == "step":
             tokens = _text(dataset_folder, batch, context + 1)
-            return measure_step(folder, tokens, device, settings.dtype)
+            measured = measure_step(folder, tokens, device, settings.dtype)
+            return measured | _predicted(
+                config, lambda: asdict(replay.training(config, batch, context, device.type, settings.dtype))
+            )
         measure = measure_prefill if phase == "prefill" else measure_decode
         tokens, once = _text(dataset_folder, batch, context), Measurement(decode_tokens=settings.decode_tokens)
-        return (yield from measure(folder, once, context, tokens, device, times=False))
+        measured = yield from measure(folder, once, context, tokens, device, times=False)
+    if phase == "decode":
+        return measured
+    dtype = DTYPES[settings.dtype]
+    return measured | _predicted(
+        config, lambda: {"peak": replay.prefill(config, batch, context, dtype, device.type)}
+    )  # fmt: skip
+
+
+def _predicted(config: ModelConfig, replayed: Callable[[], dict[str, int]]) -> dict[str, Any]:
+    """What `replayed` gives, or why there is nothing: what was measured is not lost for want of a prediction."""
+    reason = replay.unpredictable(config)
+    if reason is None:
+        try:
+            return {"predicted": replayed()}
+        except Exception as error:
+            reason = f"the replay failed: {type(error).__name__}: {error}".splitlines()[0]
+    return {"predicted": None, "unpredicted": reason}
 
 
 def speed_cell(

@@ -13,6 +13,7 @@ which is part of its scan. The backward pass is twice the forward. Parameters an
 from dataclasses import dataclass
 
 from models.config import ModelConfig
+from models.mixers.attention import AttentionConfig
 from models.norm import NORMS
 
 LONGEST = 1 << 40  # tokens, beyond which a length is no answer
@@ -59,6 +60,14 @@ def training_flops_per_token(config: ModelConfig, context: int, predicted: float
 def state_bytes(config: ModelConfig, batch: int, max_len: int, element_size: int) -> int:
     """Bytes of `LanguageModel.make_state(batch, max_len)` with elements of `element_size` bytes."""
     return batch * sum(block.mixer.state_bytes(config.width, max_len, element_size) for block in config.blocks)
+
+
+def rotary_bytes(config: ModelConfig, positions: int) -> int:
+    """Bytes of the float32 tables of rotary angles that a model keeps for so many positions, one for all its layers
+    (models.ops.attention.rotary_table)."""
+    turning = [m for m in (b.mixer for b in config.kinds) if isinstance(m, AttentionConfig) and m.rotary]
+    tables = {(mixer.sizes(config.width)[2], mixer.rotary_base) for mixer in turning}
+    return sum(4 * positions * P for P, _ in tables)
 
 
 def outgrows(config: ModelConfig, size: int, element_size: int, batch: int = 1) -> int | None:

@@ -1,13 +1,14 @@
 """What a computation allocates, from shapes alone: it is run on tensors without data, and every storage that it makes
-is counted while it lives. The forms are those that would run on the CPU, kernels included, so this is what those forms
-need, and not a formula beside them. What a kernel takes for itself while it runs is not seen.
+is counted while it lives. The forms are those that would run on the device, kernels included, so this is what those
+forms need, and not a formula beside them. What a kernel takes for itself while it runs is not seen, nor to what sizes
+an allocator rounds. What would run on a GPU is replayed where there is one.
 
 B: batch   T: tokens of context
 """
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from models.config import ModelConfig
 from models.language_model import LanguageModel
+from models.mixers import MIXERS
 from models.ops.attention import forget_tables
+from models.ops.kernels.without_data import kernels_without_data
 
 
 class Allocations(TorchDispatchMode):
@@ -34,6 +37,8 @@ class Allocations(TorchDispatchMode):
         for tensor in tree_leaves((arguments, keywords)):
             if isinstance(tensor, Tensor):
                 self._known.add(tensor.untyped_storage()._cdata)  # made before, or seen already
+        if function is torch.ops.aten.addmm.dtype_out:  # torch 2.11 to 2.13 cannot tell its shapes
+            return (keywords or {})["out"]
         made = function(*arguments, **keywords or {})
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
@@ -69,16 +74,21 @@ class TrainingBytes:
     peak: int
 
 
-def training(config: ModelConfig, batch: int, context: int) -> TrainingBytes:
-    """Of one training step in float32, without the optimizer's update."""
-    with _without_data():
-        model = _model(config, torch.float32)
-        tokens = torch.zeros(batch, context, dtype=torch.int64)
-        model.hidden(tokens)  # what a first call makes and keeps is no part of a step
+def training(
+    config: ModelConfig, batch: int, context: int, device: str = "cpu", precision: str = "float32"
+) -> TrainingBytes:
+    """Of one training step with float32 weights, without the optimizer's update. precision: float32, or bfloat16 under
+    autocast."""
+    with _without_data(config, device):
+        model = _model(config, torch.float32, device)
+        tokens = torch.zeros(batch, context, dtype=torch.int64, device=device)
+        with _autocast(device, precision):
+            model.hidden(tokens)  # what a first call makes and keeps is no part of a step
         with Allocations() as seen:
-            hidden = model.hidden(tokens)
-            x = hidden.x.flatten(0, 1)
-            loss = model.ops.linear_cross_entropy(x, model.head.weight, tokens.flatten(), model.head.bias)
+            with _autocast(device, precision):
+                hidden = model.hidden(tokens)
+                x = hidden.x.flatten(0, 1)
+                loss = model.ops.linear_cross_entropy(x, model.head.weight, tokens.flatten(), model.head.bias)
             loss = loss + sum(used.balance for used in hidden.routing)
             del x, hidden
             activations = seen.live
@@ -87,12 +97,14 @@ def training(config: ModelConfig, batch: int, context: int) -> TrainingBytes:
             return TrainingBytes(activations, seen.live, seen.peak)
 
 
-def prefill(config: ModelConfig, batch: int, context: int, dtype: torch.dtype = torch.float32) -> int:
+def prefill(
+    config: ModelConfig, batch: int, context: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> int:
     """The most that reading a prompt into an empty state takes beside the weights, the state included."""
-    with _without_data():
+    with _without_data(config, device):
         # gradients stay enabled, since compiled kernels take tensors without data only as autograd sees them
-        model = _model(config, dtype).eval().requires_grad_(False)
-        tokens = torch.zeros(batch, context, dtype=torch.int64)
+        model = _model(config, dtype, device).eval().requires_grad_(False)
+        tokens = torch.zeros(batch, context, dtype=torch.int64, device=device)
         model.hidden(tokens)  # what a first call makes and keeps is no part of a prefill
         with Allocations() as seen:
             logits, _ = model.prefill(tokens, model.make_state(batch, context))
@@ -100,21 +112,28 @@ def prefill(config: ModelConfig, batch: int, context: int, dtype: torch.dtype = 
             return seen.peak
 
 
+def _autocast(device: str, precision: str) -> AbstractContextManager:
+    return torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
 @contextmanager
-def _without_data() -> Iterator[None]:
+def _without_data(config: ModelConfig, device: str) -> Iterator[None]:
     """Tensors made inside have shapes only; so have tables that are kept for later calls, which must not find them."""
+    for block in config.kinds:  # tries the kernels, which takes data
+        MIXERS[block.mixer.kind].select(block.mixer, torch.device(device))
     forget_tables()
     try:
-        with FakeTensorMode():
+        with kernels_without_data() if device == "cuda" else nullcontext(), FakeTensorMode():
             yield
     finally:
         forget_tables()
 
 
-def _model(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
-    model = LanguageModel(config, seed=None, device="cpu", dtype=dtype)
+def _model(config: ModelConfig, dtype: torch.dtype, device: str) -> LanguageModel:
+    model = LanguageModel(config, seed=None, device=device, dtype=dtype)
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, torch.nn.Parameter(empty))
     model.tie()
     return model

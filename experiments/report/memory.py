@@ -6,8 +6,8 @@ from experiments.report.record import Record, Row
 from experiments.report.tables import ON_CARD, RESIDUAL_LIMIT, tells_card
 
 UNEXPLAINED = (
-    f"beyond {RESIDUAL_LIMIT:.0%}: more than tensors account for. What the allocator keeps, buffers of libraries and, "
-    "of experts, a load that is not even are not predicted"
+    f"beyond {RESIDUAL_LIMIT:.0%}. Not predicted are what the allocator keeps or rounds up, buffers of libraries and, "
+    "of experts, a load that is not even"
 )
 
 WAYS = ("read", "mapped", "direct")

@@ -11,7 +11,7 @@ from experiments.rows import on_card, percentiles, row
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, read_json
 from experiments.training import DTYPES
-from models import cost, replay
+from models import cost
 from models.config import ModelConfig
 
 MAKES = "build"
@@ -69,7 +69,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     found = _step(config, cell, result) if cell.kind == "step" else _inference(config, cell, result, experiment)
     for metric, value in found.items():
         direction = "none" if metric.endswith("analytic") else "lower"
-        reason = replay.unpredictable(config) if value is None else None
+        reason = result.get("unpredicted", "not predicted when it was measured") if value is None else None
         yield row(cell, phase, metric, value, "bytes", direction, reason=reason, **common)
     yield from on_card(cell, phase, result, **common)
 
@@ -176,25 +176,25 @@ def _inference(
     weights = cost.weight_bytes(config, element)
     found = {"peak_bytes": result["peak_bytes"], "working_bytes": result["working_bytes"]}
     if cell.kind == "prefill":
-        known = replay.unpredictable(config) is None
-        working = replay.prefill(config, cell.batch, cell.context, dtype) if known else None
+        predicted, length = result.get("predicted"), cell.context
+        working = None if predicted is None else predicted["peak"]
     else:
         length = cell.context + experiment.memory.decode_tokens
         found["state_bytes"] = result["state_bytes"]
         found["state_bytes_analytic"] = cost.state_bytes(config, cell.batch, length, element)
         working = found["state_bytes_analytic"] + cell.batch * config.vocabulary * element  # and the logits
-    return found | {"peak_bytes_analytic": None if working is None else weights + working}
+    kept = weights + cost.rotary_bytes(config, length)
+    return found | {"peak_bytes_analytic": None if working is None else kept + working}
 
 
 def _step(config: ModelConfig, cell: Cell, result: dict[str, Any]) -> dict[str, int | None]:
     assert cell.context is not None
     assert cell.batch is not None
-    parts = ("peak_bytes", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
-    if replay.unpredictable(config):
-        return {part: result[part] for part in parts} | {"activation_bytes_analytic": None, "peak_bytes_analytic": None}
-    predicted = replay.training(config, cell.batch, cell.context)
-    weights = cost.weight_bytes(config, 4)
-    return {part: result[part] for part in parts} | {
-        "activation_bytes_analytic": predicted.activations,
-        "peak_bytes_analytic": 3 * weights + predicted.peak,  # the optimizer keeps two numbers per parameter
+    measured = ("peak_bytes", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
+    predicted, weights = result.get("predicted"), cost.weight_bytes(config, 4)
+    tables = cost.rotary_bytes(config, cell.context)
+    return {part: result[part] for part in measured} | {
+        "activation_bytes_analytic": None if predicted is None else predicted["activations"],
+        # the optimizer keeps two numbers per parameter
+        "peak_bytes_analytic": None if predicted is None else 3 * weights + tables + predicted["peak"],
     }

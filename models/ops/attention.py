@@ -10,8 +10,6 @@ Query t stands at position S - T + t. It sees the keys up to there (`causal`), o
 among them), or, where not `causal`, every key. With K < H each key-value head serves H / K neighbouring query heads.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,13 +109,21 @@ def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
     return seen if window is None else seen.triu(S - T - window + 1)
 
 
+_tables: dict[tuple[int, float, torch.device], tuple[Tensor, Tensor]] = {}
+
+
 def rotary_table(positions: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (at least `positions`, P/2) of the rotation angles t base^(-2i/P), float32 (angles in float64)."""
-    return _rotary_table(1 << (positions - 1).bit_length(), width, base, device)  # powers of two: few tables
+    """cos and sin (at least `positions`, P/2) of the rotation angles t base^(-2i/P), float32 (angles in float64). One
+    table is kept for all layers and calls, in place of a shorter one."""
+    key = width, base, device
+    kept = _tables.get(key)
+    if kept is None or len(kept[0]) < positions:
+        _tables.pop(key, None)
+        kept = _tables[key] = _rotary_table(positions, width, base, device)
+    return kept
 
 
-# cached tables outlive the call: built outside inference mode, so that training may use what decoding made
-@lru_cache(maxsize=8)
+# a kept table outlives the call: built outside inference mode, so that training may use what decoding made
 @torch.inference_mode(False)
 def _rotary_table(positions: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -126,7 +132,7 @@ def _rotary_table(positions: int, width: int, base: float, device: torch.device)
 
 
 def forget_tables() -> None:
-    _rotary_table.cache_clear()
+    _tables.clear()
 
 
 def rotate(x: Tensor, rotated: int, start: int | Place, base: float) -> Tensor:

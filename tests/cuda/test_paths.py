@@ -29,10 +29,12 @@ from experiments.measurement.process import all_turns
 from experiments.measurement.speed import Subject, measure_speed
 from experiments.spec import Measurement, Speed
 from experiments.training import token_loss
-from models import checkpoint, cost
+from models import checkpoint, cost, replay
 from models.compiled import compile_blocks
 from models.language_model import LanguageModel
 from models.ops.attention import forget_tables
+from models.ops.kernels import without_data
+from models.presets import preset
 from models.recorded import RecordedDecode, RepeatableStep
 
 pytestmark = on_gpu
@@ -84,6 +86,38 @@ def test_memory_of_a_training_step(name: str, tmp_path: Path) -> None:
     assert step["activation_bytes"] > 0
     assert step["weight_bytes"] + step["optimizer_bytes"] + step["activation_bytes"] <= step["peak_bytes"]
     assert step["weight_bytes"] + step["optimizer_bytes"] + step["gradient_bytes"] <= step["peak_bytes"]
+
+
+@pytest.mark.parametrize("name", ["transformer-30m", "sliding-30m", "mamba-30m", "mamba2-30m", "mamba3-30m"])
+def test_memory_is_what_shapes_say(name: str, tmp_path: Path) -> None:
+    """At a size where blocks of the allocator count for little; `lab run memory` has the whole of it."""
+    model = LanguageModel(preset(name).with_overrides({"vocabulary": 4096}), seed=0, device=GPU, dtype=torch.bfloat16)
+    checkpoint.save(model, tmp_path)
+    tokens = torch.randint(0, 4096, (2, 1025), generator=torch.Generator().manual_seed(0))
+    read = all_turns(measure_prefill(tmp_path, ONCE, 1024, tokens[:, :-1].contiguous(), GPU))
+    kept = cost.weight_bytes(model.config, 2) + cost.rotary_bytes(model.config, 1024)
+    predicted = replay.prefill(model.config, 2, 1024, torch.bfloat16, "cuda")
+    assert read["peak_bytes"] == pytest.approx(kept + predicted, rel=0.05)
+    step = measure_step(tmp_path, tokens, GPU, "bfloat16")
+    trained = replay.training(model.config, 2, 1024, "cuda", "bfloat16")
+    assert step["activation_bytes"] == pytest.approx(trained.activations, rel=0.01)
+    kept = 3 * cost.weight_bytes(model.config, 4) + cost.rotary_bytes(model.config, 1024)
+    assert step["peak_bytes"] == pytest.approx(kept + trained.peak, rel=0.05)
+
+
+def test_the_scan_without_data_makes_what_the_kernels_make() -> None:
+    import selective_scan_cuda  # pyright: ignore[reportMissingImports]
+
+    u, delta, z = (torch.randn(2, 16, 2050, device=GPU, dtype=torch.bfloat16) for _ in range(3))
+    A, D = -torch.rand(16, 8, device=GPU), torch.ones(16, device=GPU)
+    B, C = (torch.randn(2, 1, 8, 2050, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+    made = selective_scan_cuda.fwd(u, delta, A, B, C, D, z, D, True)
+    shapes = without_data.scan(u, delta, A, B, C, D, z, D, True)
+    out, states, _ = made
+    inputs = (u, delta, A, B, C, D, z, D, out, states, out, None, True, False)
+    made += selective_scan_cuda.bwd(*inputs)
+    shapes += without_data.scan_backward(*inputs)
+    assert [(x.shape, x.dtype, x.stride()) for x in made] == [(x.shape, x.dtype, x.stride()) for x in shapes]
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])

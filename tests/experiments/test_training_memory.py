@@ -9,6 +9,7 @@ from experiments.data.dataset import prepare
 from experiments.measurement.process import run_fresh
 from experiments.spec import Arm, Data, Evaluation, Experiment, Training
 from models import cost, replay
+from models.presets import preset
 
 
 @pytest.mark.parametrize("arm", ["transformer", "mamba"])
@@ -27,3 +28,13 @@ def test_the_peak_of_training_follows_from_the_shapes(arm: str, tmp_path: Path) 
     config = cells.model_config(experiment.arms[arm], data.vocabulary)
     predicted = 3 * cost.weight_bytes(config, 4) + replay.training(config, settings.batch, settings.context).peak
     assert found == pytest.approx(predicted, rel=0.1)
+
+
+def test_a_measurement_is_kept_where_its_prediction_fails() -> None:
+    config = preset("mamba-tiny")
+    assert cells._predicted(config, lambda: {"peak": 3}) == {"predicted": {"peak": 3}}
+    failed = cells._predicted(config, lambda: {"peak": 1 // 0})
+    assert failed["predicted"] is None
+    assert failed["unpredicted"] == "the replay failed: ZeroDivisionError: integer division or modulo by zero"
+    unknown = cells._predicted(preset("lstm-tiny"), lambda: {"peak": 3})
+    assert unknown == {"predicted": None, "unpredicted": replay.unpredictable(preset("lstm-tiny"))}

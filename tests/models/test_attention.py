@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.language_model import LanguageModel
-from models.ops.attention import _banded, _rotary_table, forget_tables, reference, rotary_qkv, rotate, sdpa
+from models.ops import attention
+from models.ops.attention import _banded, forget_tables, reference, rotary_qkv, rotary_table, rotate, sdpa
 from models.ops.kernels import load
 from models.presets import preset
 
@@ -293,13 +294,30 @@ def test_a_gpu_is_given_the_mask_of_a_window_with_an_axis_for_heads(monkeypatch)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "numba"])
-def test_a_step_finds_its_rotary_tables_made(backend: str):
-    """Also behind a prompt of a power of two, after which the table of the prompt ends."""
+def test_a_step_finds_its_rotary_tables_made(backend: str, monkeypatch: pytest.MonkeyPatch):
+    made, make = [], attention._rotary_table
+    monkeypatch.setattr(
+        attention, "_rotary_table", lambda positions, *rest: made.append(positions) or make(positions, *rest)
+    )
     forget_tables()
     model = LanguageModel(preset("transformer-tiny").with_backend(backend), seed=0).eval()
     with torch.inference_mode():
         _, state = model.prefill(torch.zeros(1, 16).long(), model.make_state(1, 20))
-        made = _rotary_table.cache_info().misses
         for _ in range(4):
             _, state = model.step(torch.zeros(1).long(), state)
-    assert _rotary_table.cache_info().misses == made
+    assert made == [20]
+
+
+def test_one_rotary_table_is_kept():
+    """In place of shorter ones; others' widths and bases have their own."""
+    forget_tables()
+    cpu = torch.device("cpu")
+    short = rotary_table(10, 8, 100.0, cpu)
+    long = rotary_table(24, 8, 100.0, cpu)
+    assert rotary_table(10, 8, 100.0, cpu) is long
+    assert len(rotary_table(3, 8, 50.0, cpu)[0]) == 3
+    for kept, gone in zip(long, short, strict=True):
+        assert kept.shape == (24, 4)
+        assert torch.equal(kept[:10], gone)
+    angle = 23 * 100.0 ** (-2 * 3 / 8)
+    assert (long[0][23, 3].item(), long[1][23, 3].item()) == pytest.approx((math.cos(angle), math.sin(angle)), rel=1e-6)

@@ -21,8 +21,9 @@ from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
 from models.norm import RMSNorm
+from models.ops.attention import _tables, forget_tables
 from models.ops.ssd import CHUNK
-from models.presets import PRESETS, SIZES
+from models.presets import PRESETS, SIZES, preset
 
 
 def odd(mixer=None, feedforward=None, **settings) -> ModelConfig:
@@ -446,3 +447,13 @@ def test_an_unrecognised_operation_fails():
 
     with pytest.raises(AssertionError, match=r"nobody has said what lab_test\.mystery\.default costs"), Recognised():
         mystery(torch.zeros(3, 3, device="meta"))
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "hybrid-tiny", "mamba-tiny", "mamba3-tiny", "sliding-tiny"])
+def test_bytes_of_rotary_tables_are_those_that_a_state_brings(name: str):
+    forget_tables()
+    LanguageModel(preset(name), seed=0).make_state(1, 24)
+    kept = sum(table.nbytes for tables in _tables.values() for table in tables)
+    forget_tables()
+    assert cost.rotary_bytes(preset(name), 24) == kept
+    assert (kept > 0) is not name.startswith("mamba")

@@ -15,7 +15,7 @@ from models.mixers.lstm import LSTMConfig
 from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
-from models.ops.attention import _rotary_table
+from models.ops.attention import forget_tables
 from models.presets import preset
 
 MIXERS = {
@@ -91,7 +91,7 @@ def test_as_many_tokens_as_asked(count):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_model_can_be_trained_after_it_generated(name):
-    _rotary_table.cache_clear()
+    forget_tables()
     model = build(name)
     list(generate(model, PROMPT, 4, Sampling()))  # in inference mode, whose tensors autograd refuses
     model(PROMPT).sum().backward()

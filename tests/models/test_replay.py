@@ -7,6 +7,7 @@ from torch import Tensor
 from models import cost, replay
 from models.language_model import LanguageModel
 from models.ops.cross_entropy import linear_cross_entropy
+from models.ops.kernels import without_data
 from models.presets import preset
 from models.replay import Allocations
 
@@ -76,6 +77,37 @@ def test_the_peak_of_prefill_is_that_of_real_tensors(family: str):
     predicted = replay.prefill(config, B, T)
     assert predicted == seen.peak
     assert predicted > cost.state_bytes(config, B, T, 4)
+
+
+def test_the_scan_without_data_returns_what_the_kernels_do():
+    """Of the types and shapes in the source of `selective_scan_cuda`; on a GPU: tests/cuda/test_paths.py."""
+    u, delta, z = (torch.empty(2, 4097, 6, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in range(3))
+    A, D = torch.empty(6, 3, device="meta"), torch.empty(6, device="meta")
+    B, C = (torch.empty(2, 1, 3, 4097, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    out, states, gated = without_data.scan(u, delta, A, B, C, D, z, D, True)
+    assert (states.shape, states.dtype) == ((2, 6, 3, 6), torch.float32)
+    for made in (out, gated):
+        assert (made.shape, made.dtype, made.stride()) == (delta.shape, delta.dtype, delta.stride())
+    assert len(without_data.scan(u, delta, A, B, C, D, None, D, True)) == 2
+    given = (u, delta, A, B, C, D, D, z)
+    gradients = without_data.scan_backward(u, delta, A, B, C, D, z, D, out, states, out, None, True, False)
+    for gradient, x in zip(gradients, given, strict=True):
+        assert gradient is not None
+        assert (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
+    assert without_data.scan_backward(u, delta, A, B, C, None, None, None, out)[5:] == [None, None]
+
+
+def test_what_is_replaced_for_a_replay_is_put_back():
+    class Owner:
+        kernel = "its own"
+
+    def fail() -> None:
+        with without_data._in_place_of(Owner, "kernel", "shapes"):
+            raise ValueError(Owner.kernel)
+
+    with pytest.raises(ValueError, match="shapes"):
+        fail()
+    assert Owner.kernel == "its own"
 
 
 def test_what_cannot_be_predicted_says_so():

@@ -1,0 +1,74 @@
+"""The kernels of a GPU on tensors that have no data (torch's fake ones): what they return is made, in its shape and
+type, and nothing is computed. For counting what a computation allocates (models.replay).
+"""
+
+# pyright: reportMissingImports=false
+# (the libraries are installed on CUDA machines only)
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.ops.kernels import has_triton, unavailable
+from models.ops.kernels.tuning import run_smallest
+
+SCAN_CHUNK = 2048  # tokens between two states that mamba_ssm's scan keeps for its backward pass
+
+
+@contextmanager
+def kernels_without_data() -> Iterator[None]:
+    """Triton's kernels write into tensors that their callers have made, and the convolution is an operator whose shapes
+    torch knows. That leaves the selective scan, which makes its own."""
+    has_scan = unavailable("cuda", "cuda") is None  # which tries it
+    with ExitStack() as replaced:
+        if has_triton():
+            from triton.runtime.autotuner import Autotuner
+            from triton.runtime.jit import JITFunction
+
+            replaced.enter_context(_in_place_of(JITFunction, "run", lambda *_, **__: None))
+            replaced.enter_context(_in_place_of(Autotuner, "run", run_smallest))
+        if has_scan:
+            from mamba_ssm.ops import selective_scan_interface
+
+            shapes = SimpleNamespace(fwd=scan, bwd=scan_backward)
+            replaced.enter_context(_in_place_of(selective_scan_interface, "selective_scan_cuda", shapes))
+        yield
+
+
+@contextmanager
+def _in_place_of(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+    own = getattr(owner, name)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+def scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, softplus: bool,
+) -> list[Tensor]:  # fmt: skip
+    """u, delta, z (B, E, T), A (E, N): the outputs before the gate, a decay and a state at the end of every chunk, and
+    the outputs behind the gate, if there is one."""
+    rows, E, T = u.shape
+    states = u.new_empty((rows, E, -(-T // SCAN_CHUNK), 2 * A.shape[1]), dtype=torch.float32)
+    return [torch.empty_like(delta), states, *([] if z is None else [torch.empty_like(z)])]
+
+
+def scan_backward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, *rest: Any,
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of all that `scan` is given. Those of B and C are summed in float32."""
+    summed = [torch.zeros_like(x, dtype=torch.float32) for x in (B, C)]
+    return [
+        torch.empty_like(u), torch.empty_like(delta), torch.zeros_like(A),
+        *(total.to(x.dtype) for total, x in zip(summed, (B, C), strict=True)),
+        *(None if x is None else torch.zeros_like(x) for x in (D, delta_bias)),
+        *([] if z is None else [torch.empty_like(z)]),
+    ]  # fmt: skip
