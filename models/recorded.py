@@ -7,6 +7,7 @@ it was, and attention learns on the device how many slots of its cache are fille
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -83,18 +84,24 @@ class RecordedDecode(RepeatableStep):
         if model.device.type != "cuda":
             raise ConfigError("a decode step is recorded as a CUDA graph, which needs a GPU")
         super().__init__(model, state, limit)
-        graph, before = torch.cuda.CUDAGraph(), state.clone()
-        warm = torch.cuda.Stream(model.device)
-        warm.wait_stream(torch.cuda.current_stream(model.device))
-        with torch.cuda.stream(warm):
+        graph, before, aside = torch.cuda.CUDAGraph(), state.clone(), _stream(model.device)
+        aside.wait_stream(torch.cuda.current_stream(model.device))
+        with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
                 self.rewind()  # a cache may have no room for more than one
                 self.repeat()
-        torch.cuda.current_stream(model.device).wait_stream(warm)
-        with torch.cuda.graph(graph):
+        torch.cuda.current_stream(model.device).wait_stream(aside)
+        with torch.cuda.graph(graph, stream=aside):
             self.repeat()
         self.repeat = graph.replay
         self.load(before)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """What every recording warms up and is made on. Torch keeps a workspace for matrix products, tens of megabytes, for
+    each stream that has seen one: another stream for every recording would each time cost another workspace."""
+    return torch.cuda.Stream(device)
 
 
 def not_recordable(model: LanguageModel) -> str | None:

@@ -84,14 +84,14 @@ def measure_decode(
 ) -> Generator[None, None, dict[str, Any]]:
     """Decode greedily, token by token, from a state that holds `context` tokens. times: False, its memory alone.
 
-    A sample is `settings.decode_tokens` tokens. What a recording keeps for itself is in `peak_bytes` alone.
+    A sample is `settings.decode_tokens` tokens. What a recording keeps for its steps is in `peak_bytes` alone.
     """
     return_freed_memory()
-    # eagerly: on a GPU, where a step may be repeated from a recording, no library counts as memory
-    _rehearse(lambda: operations.decode(load(folder, device), tokens.to(device), settings.decode_tokens)[0](), device)
+    how = settings.decode_tokens, settings.decode_mode
+    _rehearse(lambda: operations.decode(load(folder, device), tokens.to(device), *how)[0](), device)
     before_load = _baseline(device)
     model = load(folder, device)
-    write, state = operations.decode(model, tokens.to(device), settings.decode_tokens, settings.decode_mode)
+    write, state = operations.decode(model, tokens.to(device), *how)
     settle()
     before_phase = _baseline(device)
     peak = _peak(write, device)
