@@ -95,9 +95,9 @@ def loading(record: Record) -> Section:
 
 def inference(record: Record) -> Section:
     intro = (
-        "The peak of prefill and of decode includes the weights. The prediction is made from shapes alone: for decode "
-        "weights, cache or state, and logits; for prefill the same computation is replayed on tensors without data "
-        "and the storages that live at once are added up."
+        "The peak of prefill and of decode includes the weights. The prediction is made from shapes alone: weights and "
+        "the table of rotary angles; for decode cache or state, and logits; for prefill the same computation is "
+        "replayed on tensors without data and the storages that live at once are added up."
     )
     table = Table("Inference, measured and predicted", [
         Column("Arm", key=True), Column("Phase", key=True), Column("Batch", numeric=True, key=True),

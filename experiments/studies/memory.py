@@ -69,7 +69,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     found = _step(config, cell, result) if cell.kind == "step" else _inference(config, cell, result, experiment)
     for metric, value in found.items():
         direction = "none" if metric.endswith("analytic") else "lower"
-        reason = result.get("unpredicted", "not predicted when it was measured") if value is None else None
+        reason = result.get("unpredicted", "no prediction was made beside the measurement") if value is None else None
         yield row(cell, phase, metric, value, "bytes", direction, reason=reason, **common)
     yield from on_card(cell, phase, result, **common)
 

@@ -37,8 +37,8 @@ def test_the_record_of_a_gpu_is_what_its_forms_allocate():
     found = json.loads(done.stdout)
     for arm, name in arms.items():
         config = preset(name).with_overrides({"vocabulary": VOCABULARY})
-        kept = cost.weight_bytes(config, 2)
         for at in CONTEXTS:
+            kept = cost.weight_bytes(config, 2) + cost.rotary_bytes(config, at)
             predicted = kept + found[name]["prefill"][str(at)]
             assert measured[arm, "prefill", "peak_bytes", at] == pytest.approx(predicted, rel=ALLOCATOR)
         activations = measured[arm, "train", "activation_bytes", TRAIN_CONTEXT]
