@@ -252,11 +252,11 @@ def _finite(value: float) -> float | None:
 
 def _growth_sentence(one: dict[str, Any]) -> str:
     batch = f" at batch {one['batch']}" if one["batch"] and one["batch"] > 1 else ""
-    open_ = ": which is longer is not resolved" if one["ci_low"] <= 1 <= one["ci_high"] else ""
+    unclear = ": which is longer is not resolved" if one["ci_low"] <= 1 <= one["ci_high"] else ""
     return (
         f"{one['arm']} decodes a token{batch}, {one['mode']}, in {one['dtype']}, after {one['to']:,} tokens in "
         f"{one['ratio']:.3g} times (95% interval {one['ci_low']:.3g} to {one['ci_high']:.3g}) what it takes after "
-        f"{one['from']:,}{open_}; its slowest and fastest length differ by {one['widest']:.3g} times."
+        f"{one['from']:,}{unclear}; its slowest and fastest length differ by {one['widest']:.3g} times."
     )
 
 
