@@ -10,6 +10,9 @@ Query t stands at position S - T + t. It sees the keys up to there (`causal`), o
 among them), or, where not `causal`, every key. With K < H each key-value head serves H / K neighbouring query heads.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +50,20 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | 
     windowed = window is not None and window < S
     mask = visible(T, S, window, q.device) if causal and (windowed or 1 < T < S) else None
     whole = causal and mask is None and T > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=grouped)
+    with _without_cudnn() if T == 1 and q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=grouped)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """torch prefers cuDNN's attention on some GPUs, which makes a plan for every number of keys, in milliseconds: in
+    decode that number is new at every token."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def by_triton(x: Tensor) -> bool:

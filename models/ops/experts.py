@@ -44,16 +44,21 @@ def grouped(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Te
     width, hidden_width = x.shape[1], down.shape[2]
     # the grouped product exists for bfloat16 only, and a GPU wants rows in multiples of 16 bytes: of 8 numbers
     more, more_hidden = -width % 8, -hidden_width % 8
-    up = F.pad(gate_up.to(torch.bfloat16).unflatten(1, (2, hidden_width)), (0, more, 0, more_hidden)).flatten(1, 2)
-    back = F.pad(down.to(torch.bfloat16), (0, more_hidden, 0, more))
+    up = _filled(gate_up.to(torch.bfloat16).unflatten(1, (2, hidden_width)), more, more_hidden).flatten(1, 2)
+    back = _filled(down.to(torch.bfloat16), more_hidden, more)
 
     def run(rows: Tensor, counts: Tensor) -> Tensor:
         ends = counts.cumsum(0).to(torch.int32)
-        rows = F.pad(rows.to(torch.bfloat16), (0, more))
+        rows = _filled(rows.to(torch.bfloat16), more)
         hidden = swiglu(F.grouped_mm(rows, up.transpose(1, 2), offs=ends))
         return F.grouped_mm(hidden, back.transpose(1, 2), offs=ends)[:, :width].to(x.dtype)
 
     return _sorted(x, chosen, weight, gate_up.shape[0], run)
+
+
+def _filled(x: Tensor, columns: int, rows: int = 0) -> Tensor:
+    """With so many more of zeros; x itself where that is none, which `F.pad` would copy."""
+    return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
 
 
 def by_device(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from models.language_model import LanguageModel
 from models.ops import attention
@@ -281,6 +282,24 @@ def test_a_compiled_step_on_two_threads_is_that_on_one(monkeypatch):
         torch.set_num_threads(before)
     assert torch.equal(*made)
     assert made[0].abs().min() > 0
+
+
+def test_one_query_on_a_gpu_is_no_matter_for_cudnn(monkeypatch):
+    """Its plan is of one number of keys, which no other token has."""
+    asked = []
+
+    def attend(q, k, v, **_):
+        asked.append((q.shape[2], torch.backends.cuda.cudnn_sdp_enabled()))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with FakeTensorMode():
+        for T in (1, 4):
+            q, k = (torch.empty(1, 2, length, 8, device="cuda") for length in (T, 4))
+            sdpa(q, k, k)
+    assert asked == [(1, False), (4, before)]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_a_gpu_is_given_the_mask_of_a_window_with_an_axis_for_heads(monkeypatch):

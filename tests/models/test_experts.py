@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from models.feedforward.moe import MoE, MoEConfig
 from models.ops import experts as ops
 from models.ops.kernels import load
+from models.replay import Allocations
 
 FORMS = {"reference": ops.reference, "torch": load("torch").experts, "numba": load("numba").experts}
 NAMES = ("x", "weight", "gate_up", "down")
@@ -120,6 +121,18 @@ def test_tokens_do_not_see_each_other(form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_form_agrees_within_16_bits(shape, dtype):
     agree(ops.grouped, draw(*shape, dtype), dtype, 0.03)
+
+
+def test_weights_that_need_no_filling_up_are_not_copied():
+    """A decode step reads those of the chosen experts alone."""
+    x, chosen, weight, gate_up, down = draw(2, 64, 64, 8, 2, torch.bfloat16)
+    with torch.no_grad(), Allocations() as seen:
+        ops.grouped(x, chosen, weight, gate_up, down)
+    assert 0 < seen.peak < down.nbytes / 2
+    gate_up, down = gate_up[..., :60].contiguous(), down[:, :60].contiguous()
+    with torch.no_grad(), Allocations() as seen:
+        ops.grouped(x[:, :60], chosen, weight, gate_up, down)
+    assert seen.peak > gate_up.nbytes + down.nbytes
 
 
 def test_the_grouped_form_with_idle_experts():
