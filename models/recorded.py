@@ -12,15 +12,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from models.block import Block
 from models.errors import ConfigError
 from models.language_model import LanguageModel
-from models.state import KVCache, ModelState, Place, State
+from models.state import KVCache, ModelState, Place, RecurrentState, State
 
 WARM_UP = 3  # steps before recording, in which kernels are loaded and choose their configurations
 
 
 class RepeatableStep:
-    """Decoding whose every step is the same operations on fixed memory: from `state` on, up to `limit` tokens in all.
+    """Decoding whose every step is the same operations on fixed memory: from `state` on, up to `limit` tokens in all,
+    with the weights as they are now.
 
     `step` as the model's; it also chooses the next token greedily, within the same operations, so that who writes
     greedily does nothing else. The state's buffers are its own from now on. `load` goes on from a copy of another state
@@ -37,11 +39,16 @@ class RepeatableStep:
         self.place = Place(torch.tensor(state.length, device=model.device), limit, tables)
         # no number of the host's in them, or `torch.compile` would trace a step anew for every length it starts from
         blocks: tuple[State, ...] = tuple(replace(b, length=0) for b in state.blocks)  # pyright: ignore[reportArgumentType]
-        blocks = tuple(replace(b, place=self.place) if isinstance(b, KVCache) else b for b in blocks)
-        self.state = ModelState(blocks, self.place)
+        self.state = ModelState(tuple(map(self._fixed, blocks, model.blocks)), self.place)
         batch = next(iter(blocks[0].buffers.values())).shape[0]
         self.token = torch.zeros(batch, dtype=torch.int64, device=model.device)
         self.logits = torch.zeros(batch, model.config.vocabulary, dtype=model.dtype, device=model.device)
+
+    def _fixed(self, state: State, block: Block) -> State:
+        """With all that its step would otherwise ask the host for, or make anew every time."""
+        if isinstance(state, KVCache):
+            return replace(state, place=self.place)
+        return replace(state, constants=block.mixer.constants()) if isinstance(state, RecurrentState) else state
 
     def step(self, token: Tensor | None = None) -> Tensor:
         """Read one token (B,), or without one the likeliest after the last step, which stands in `token`: the logits

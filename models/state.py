@@ -121,11 +121,12 @@ class KVCache(Buffers):
 @dataclass(frozen=True)
 class RecurrentState(Buffers):
     """Of Mamba-1 and Mamba-2: the last W inputs of the convolution (B, E, W) and the recurrent state, (B, E, N) in
-    Mamba-1, (B, H, P, N) in Mamba-2."""
+    Mamba-1, (B, H, P, N) in Mamba-2. constants: of a recorded step, `Mixer.constants`; no buffers, they do not move."""
 
     conv: Tensor
     ssm: Tensor
     length: int = 0
+    constants: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

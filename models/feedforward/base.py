@@ -2,7 +2,7 @@
 
 FeedForward(config, width, backend, device)
 forward(x) -> (y, Routing | None)     x, y (..., D), each position by itself
-branch_step(x, norm)                  x + forward(norm(x)), x (B, D), for a layer that has it in one call
+branch_step(x, norm)                  x + forward(norm(x)), x (B, D), which may be written over x
 needs_host(dtype, device)             why its step cannot be recorded for a GPU to repeat; None if it can
 reset_parameters(generator), output_weight     as of a mixer
 choice(x) -> ExpertChoice | None      where each token goes; None where there are no experts

@@ -59,16 +59,16 @@ class SwiGLU(FeedForward):
         reset_linear(self.down_proj, generator)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        if x.ndim == 2:  # (B, D): a decode step
-            return self.ops.swiglu_step(x, self.gate_up_proj.weight, self.down_proj.weight), None
         return self.down_proj(self.ops.swiglu(self.gate_up_proj(x))), None
 
     def branch_step(self, x: Tensor, norm: Norm) -> Tensor:
         gate_up, down = self.gate_up_proj.weight, self.down_proj.weight
-        if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, gate_up, down):
-            if not one_compiled_row(x):
-                return super().branch_step(x, norm)
+        if isinstance(norm, RMSNorm) and self.ops.suits_step(x, norm.weight, gate_up, down):
+            return self.ops.swiglu_branch(x, norm.weight, norm.eps, gate_up, down)
+        if one_compiled_row(x):
             # apart, both are sums of the same size: one kernel makes them and what comes of them
             gate, up = (then_linear(norm, x, self.ops.linear_step, part) for part in gate_up.chunk(2))
-            return x + self.ops.linear_step(kept(F.silu(gate) * up), down)
-        return self.ops.swiglu_branch(x, norm.weight, norm.eps, gate_up, down)
+            hidden = kept(F.silu(gate) * up)
+        else:
+            hidden = self.ops.swiglu(self.ops.linear_step(norm(x), gate_up))
+        return self.ops.residual_step(x, hidden, down)

@@ -183,7 +183,7 @@ class Attention(Mixer):
 
     def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         if state.place is not None:
-            return self._recorded_step(self.qkv_proj(x), state, state.place), state
+            return self.o_proj(self._recorded_step(self.qkv_proj(x), state, state.place)), state
         # the compiled step is for one type throughout, and not a 16-bit one
         compiled = self.backend.name == "numba" and state.keys.dtype == x.dtype and x.dtype.itemsize >= 4
         if not compiled or self.conv_weight is not None:
@@ -197,16 +197,17 @@ class Attention(Mixer):
         return self.ops.linear_step(y, self.o_proj.weight, self.o_proj.bias), after
 
     def _recorded_step(self, qkv: Tensor, state: KVCache, place: Place) -> Tensor:
-        """`step` with its position on the device, after its first projection."""
+        """`step` with its position on the device, between its projections: qkv (B, channels) -> (B, H P)."""
         if state.conv is not None:
             qkv = self.ops.causal_conv1d_step(qkv, self.conv_weight, self.conv_bias, state.conv)
         y = of_slots(*place_token(qkv.unflatten(1, (-1, self.head_width)), self._base, state, place))
-        return self.o_proj(y.flatten(1))
+        return y.flatten(1)
 
     def branch_step(self, x: Tensor, norm: Norm, state: KVCache) -> tuple[Tensor, KVCache]:
         if state.place is not None:
             qkv = then_linear(norm, x, F.linear, self.qkv_proj.weight, self.qkv_proj.bias)
-            return x + self._recorded_step(qkv, state, state.place), state
+            y = self._recorded_step(qkv, state, state.place)
+            return self.ops.residual_step(x, y, self.o_proj.weight, self.o_proj.bias), state
         weights = self.qkv_proj.weight, self.o_proj.weight
         plain = isinstance(norm, RMSNorm) and not self.config.bias and self.conv_weight is None
         plain = plain and self.backend.name == "numba" and state.keys.dtype == x.dtype

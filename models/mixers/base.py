@@ -3,11 +3,12 @@
     Mixer(config, width, device)          parameters allocated, not yet initialised
     forward(x, state=None) -> (y, state)  x, y (B, T, D); a state continues a sequence; None wants none back
     step(x, state) -> (y, state)          one token, x, y (B, D)
-    branch_step(x, norm, state)           x + step(norm(x)), for a mixer that has it in one call
+    branch_step(x, norm, state)           x + step(norm(x)), which may be written over x, and the state
     make_state(batch, max_len, dtype, device) -> state
     reset_parameters(generator)           its own initialisation
     output_weight                         of the projection that writes to the residual stream
     rotary_tables(positions)              by head width and base; what a recorded step reads (models/recorded.py)
+    constants()                           what else it reads, made of parameters once for all steps
     explain(x) -> Explanation or None     what is behind forward(x), for models/trace.py; None: it says nothing
     Config                                its settings, a frozen dataclass that also says what it costs
 
@@ -22,6 +23,7 @@ and of every `Config`, D being the model's width:
     causal                                False where a token sees what comes after it
 """
 
+from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -84,6 +86,9 @@ class Mixer(nn.Module):
     def rotary_tables(self, positions: int) -> dict[tuple[int, float], tuple[Tensor, Tensor]]:
         return {}
 
+    def constants(self) -> tuple[Tensor, ...]:
+        return ()
+
     def explain(self, x: Tensor) -> Explanation | None:
         """x (B, T, D), what forward reads."""
         return None
@@ -95,6 +100,11 @@ class Mixer(nn.Module):
 
 def at_least_float32() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def written(ops: ModuleType, y: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """The last projection of a step, y (B, E), weight (D, E); added to `onto` (B, D), which may be written over."""
+    return ops.linear_step(y, weight) if onto is None else ops.residual_step(onto, y, weight)
 
 
 def within_cuda_limits(config: Any, selection: Selection) -> Selection:

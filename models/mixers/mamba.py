@@ -3,7 +3,7 @@
 B: batch   T: time   D: width   E: expanded width   N: state size   R: dt rank   W: convolution taps
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
-from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
+from models.mixers.base import Mixer, at_least_float32, within_cuda_limits, written
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
 from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
@@ -147,7 +147,7 @@ class Mamba(Mixer):
             return y, None
         state.conv.copy_(conv)
         state.ssm.copy_(h)
-        return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
+        return y, replace(state, length=state.length + x.shape[1])
 
     def explain(self, x: Tensor) -> MemoryExplanation:
         u, z = self.ops.channel_projections(x, self.in_proj.weight, self.gate_sizes)
@@ -171,25 +171,32 @@ class Mamba(Mixer):
             inputs=u[..., None], matrix=matrix, skip=self.D, scanned=y[..., None],
         )  # fmt: skip
 
+    def constants(self) -> tuple[Tensor]:
+        return (self.A,)
+
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         return self._projected_step(self.ops.linear_step(x, self.in_proj.weight), state)
 
-    def _projected_step(self, uz: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        after = RecurrentState(state.conv, state.ssm, state.length + 1)
+    def _projected_step(
+        self, uz: Tensor, state: RecurrentState, onto: Tensor | None = None
+    ) -> tuple[Tensor, RecurrentState]:
+        """`step` after its first projection; plus `onto`, which may be written over."""
+        after = replace(state, length=state.length + 1)
         # the compiled step is for one type throughout, and not a 16-bit one
         if self.backend.name == "numba" and uz.dtype == state.conv.dtype == self.A_log.dtype:
             y = self.ops.mamba_step(
                 uz, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
                 self.A_log, self.D, state.conv, state.ssm, self.config.negative_eigenvalues,
             )  # fmt: skip
-            return self.ops.linear_step(y, self.out_proj.weight), after
+            return written(self.ops, y, self.out_proj.weight, onto), after
         u, z = columns(uz, self.gate_sizes)
         u = self.ops.causal_conv1d_step(u, self.conv_weight, self.conv_bias, state.conv)
         dt, B, C = self.x_proj(u).split(self.split_sizes, -1)
+        (A,) = state.constants or self.constants()
         y = self.ops.selective_scan_step(
-            u, self.dt_proj(dt), self.A, B, C, self.D, z, self.dt_bias, state.ssm, self.config.negative_eigenvalues
+            u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
-        return self.out_proj(kept(y)), after
+        return written(self.ops, kept(y), self.out_proj.weight, onto), after
 
     def branch_step(self, x: Tensor, norm: Norm, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         parameters = (
@@ -198,11 +205,11 @@ class Mamba(Mixer):
         )  # fmt: skip
         buffers = state.conv, state.ssm
         if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *parameters, *buffers):
-            y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
-            return x + y, after
+            projected = then_linear(norm, x, self.ops.linear_step, self.in_proj.weight)
+            return self._projected_step(projected, state, onto=x)
         negative = self.config.negative_eigenvalues
         x = self.ops.mamba_branch(x, norm.weight, norm.eps, *parameters, *buffers, negative)
-        return x, RecurrentState(*buffers, state.length + 1)
+        return x, replace(state, length=state.length + 1)
 
     def make_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
         """Of the same size for every `max_len`."""

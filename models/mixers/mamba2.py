@@ -4,7 +4,7 @@ B: batch   T: time   D: width   E: expanded width   H: heads   P: head width   G
 W: convolution taps
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.errors import ConfigError
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
-from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
+from models.mixers.base import Mixer, at_least_float32, within_cuda_limits, written
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
 from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
@@ -161,7 +161,7 @@ class Mamba2(Mixer):
             return y, None
         state.conv.copy_(conv)
         state.ssm.copy_(h)
-        return y, RecurrentState(state.conv, state.ssm, state.length + x.shape[1])
+        return y, replace(state, length=state.length + x.shape[1])
 
     def explain(self, x: Tensor) -> MemoryExplanation:
         z, xBC, dt = self.ops.projections(x, self.in_proj.weight, self.split_sizes)
@@ -184,28 +184,35 @@ class Mamba2(Mixer):
             output=self.out_proj(self._normed(y.flatten(-2), z)), inputs=u, matrix=alone, skip=self.D, scanned=y,
         )  # fmt: skip
 
+    def constants(self) -> tuple[Tensor]:
+        return (self.A,)
+
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         return self._projected_step(self.ops.linear_step(x, self.in_proj.weight), state)
 
-    def _projected_step(self, projected: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        after = RecurrentState(state.conv, state.ssm, state.length + 1)
+    def _projected_step(
+        self, projected: Tensor, state: RecurrentState, onto: Tensor | None = None
+    ) -> tuple[Tensor, RecurrentState]:
+        """`step` after its first projection; plus `onto`, which may be written over."""
+        after = replace(state, length=state.length + 1)
         # the compiled step is for one type throughout, and not a 16-bit one
         if self.backend.name == "numba" and projected.dtype == state.conv.dtype == self.A_log.dtype:
             y = self.ops.mamba2_step(
                 projected, self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.norm_weight,
                 state.conv, state.ssm, self.config.negative_eigenvalues, self.config.norm_eps, self.norm_groups,
             )  # fmt: skip
-            return self.ops.linear_step(y, self.out_proj.weight), after
+            return written(self.ops, y, self.out_proj.weight, onto), after
         z, xBC, dt = columns(projected, self.split_sizes)
         u, B, C = self._heads(self.ops.causal_conv1d_step(xBC, self.conv_weight, self.conv_bias, state.conv))
+        (A,) = state.constants or self.constants()
         y = self.ops.ssd_step(
-            u, dt, self.A, B, C, self.D, self.dt_bias, state.ssm, self.config.negative_eigenvalues
+            u, dt, A, B, C, self.D, self.dt_bias, state.ssm, self.config.negative_eigenvalues
         )  # fmt: skip
         y = y.flatten(-2)
         if one_compiled_row(y) and self.norm_groups == 1:
-            norm = self.norm_weight, self.config.norm_eps
-            return before_linear(kept(y * F.silu(z)), *norm, self.out_proj.weight), after
-        return self.ops.linear_step(self._normed(y, z), self.out_proj.weight), after
+            y = before_linear(kept(y * F.silu(z)), self.norm_weight, self.config.norm_eps, self.out_proj.weight)
+            return (y if onto is None else onto + y), after
+        return written(self.ops, self._normed(y, z), self.out_proj.weight, onto), after
 
     def branch_step(self, x: Tensor, norm: Norm, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         parameters = (
@@ -214,11 +221,11 @@ class Mamba2(Mixer):
         )  # fmt: skip
         buffers = state.conv, state.ssm
         if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *parameters, *buffers):
-            y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
-            return x + y, after
+            projected = then_linear(norm, x, self.ops.linear_step, self.in_proj.weight)
+            return self._projected_step(projected, state, onto=x)
         rest = self.config.negative_eigenvalues, self.config.norm_eps, self.norm_groups
         x = self.ops.mamba2_branch(x, norm.weight, norm.eps, *parameters, *buffers, *rest)
-        return x, RecurrentState(*buffers, state.length + 1)
+        return x, replace(state, length=state.length + 1)
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., channels) -> x (..., H, P), B and C (..., G, N)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.errors import BackendUnavailableError, ConfigError
 from models.initialisation import reset_linear, reset_step_sizes
-from models.mixers.base import Mixer, at_least_float32, within_cuda_limits
+from models.mixers.base import Mixer, at_least_float32, within_cuda_limits, written
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
 from models.norm import Norm, RMSNorm, then_linear
 from models.ops.impulses import response
@@ -163,7 +163,7 @@ class Mamba3(Mixer):
         if state is not None and state.length > 0:
             initial = self._read(state, inputs[0].dtype)
         y, after = self.ops.trapezoid(*inputs, *self._constants(), initial)
-        y = self._out(y)
+        y = self._out(self._joined(y))
         return y, None if state is None else self._write(state, after, x.shape[1])
 
     def step(self, x: Tensor, state: RotatingState) -> tuple[Tensor, RotatingState]:
@@ -173,22 +173,25 @@ class Mamba3(Mixer):
         weights = self.in_proj.weight, self.out_proj.weight, *self._step_parameters()
         buffers = tuple(state.buffers.values())
         if not isinstance(norm, RMSNorm) or not self.ops.suits_step(x, norm.weight, *weights, *buffers):
-            y, after = self._projected_step(then_linear(norm, x, self.ops.linear_step, self.in_proj.weight), state)
-            return x + y, after
+            projected = then_linear(norm, x, self.ops.linear_step, self.in_proj.weight)
+            return self._projected_step(projected, state, onto=x)
         constants = self.config.norm_eps, self.config.A_floor
         x = self.ops.mamba3_branch(x, norm.weight, norm.eps, *weights, *buffers, *constants)
         return x, replace(state, length=state.length + 1)
 
-    def _projected_step(self, projected: Tensor, state: RotatingState) -> tuple[Tensor, RotatingState]:
+    def _projected_step(
+        self, projected: Tensor, state: RotatingState, onto: Tensor | None = None
+    ) -> tuple[Tensor, RotatingState]:
+        """`step` after its first projection; plus `onto`, which may be written over."""
         # the compiled step is for one type throughout, and not a 16-bit one
         if self.backend.name == "numba" and projected.dtype == state.previous_B.dtype == self.D.dtype:
             constants = self.config.norm_eps, self.config.A_floor
             y = self.ops.mamba3_step(projected, *self._step_parameters(), *state.buffers.values(), *constants)
-            return self.ops.linear_step(y, self.out_proj.weight), replace(state, length=state.length + 1)
+            return self._out(y, onto), replace(state, length=state.length + 1)
         inputs = self._taken_apart(projected)
         before = self._read(state, inputs[0].dtype)
         y, after = self.ops.trapezoid_step(*inputs, *self._constants(), before)
-        return self._out(y), self._write(state, after, 1)
+        return self._out(self._joined(y), onto), self._write(state, after, 1)
 
     def explain(self, x: Tensor) -> MemoryExplanation | None:
         """None for the MIMO form, whose ranks mix channels of a head before and after the recurrence."""
@@ -214,7 +217,7 @@ class Mamba3(Mixer):
         written = weight * u.norm(dim=-1) * heads.norm(dim=-1)
         return MemoryExplanation(
             unit="head", half_life=half_lives(-log_alpha)[..., None], written=written,
-            left=written * remaining(-log_alpha), output=self._out(y * F.silu(z)),
+            left=written * remaining(-log_alpha), output=self._out(self._joined(y * F.silu(z))),
             inputs=u, matrix=alone, skip=self.D, scanned=y,
         )  # fmt: skip
 
@@ -245,10 +248,14 @@ class Mamba3(Mixer):
         B_bias, C_bias = (bias.transpose(0, 1) for bias in (self.B_bias, self.C_bias))
         return self.D, self.dt_bias, B_bias, C_bias, self.config.A_floor
 
-    def _out(self, y: Tensor) -> Tensor:
+    def _joined(self, y: Tensor) -> Tensor:
+        """(..., [R,] H, P) -> (..., E)."""
         if self.map_y is not None:
             y = (y * self.map_y.transpose(0, 1)).sum(-3)
-        return self.ops.linear_step(y.flatten(-2), self.out_proj.weight)
+        return y.flatten(-2)
+
+    def _out(self, y: Tensor, onto: Tensor | None = None) -> Tensor:
+        return written(self.ops, y, self.out_proj.weight, onto)
 
     def _read(self, state: RotatingState, dtype: torch.dtype) -> State:
         wide = self.D.dtype

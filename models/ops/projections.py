@@ -5,6 +5,7 @@ x (..., D)   weight (sum of sizes, D)   sizes   ->  one (..., size) for each of 
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -41,6 +42,21 @@ def kept(y: Tensor) -> Tensor:
     """y itself. `torch.compile` then computes it once, where its last sum is made, and not anew in every row of the
     product that reads it: a view by strides needs it in memory."""
     return y.as_strided(y.shape, y.stride())
+
+
+def added(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + linear(y, weight, bias): a residual branch's last projection. x (B, D), y (B, E), weight (D, E)."""
+    return x + linear(y, weight, bias)
+
+
+def added_in_place(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`added`, written over x: the product is added as it is made, which costs no launch and rounds once.
+
+    Not over x where that may be needed again, for a gradient, nor where `torch.compile` puts the two together."""
+    own = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if own or bias is not None or not x.dtype == y.dtype == weight.dtype:
+        return added(x, y, weight, bias)
+    return x.addmm_(y, weight.t())
 
 
 def no_branches(x: Tensor, *others: Tensor) -> bool:

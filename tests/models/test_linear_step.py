@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.ops.kernels import load, numba_linear
-from models.ops.swiglu import step_reference
+from models.ops.projections import added
 
 form = load("numba")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
@@ -31,18 +31,40 @@ def test_is_a_linear_map(rows: int, D: int, O: int, bias: bool, dtype: torch.dty
 
 @settings(deadline=None, max_examples=40)
 @given(
-    rows=st.integers(1, 6), D=st.integers(1, 40), hidden=st.integers(1, 40),
-    dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 9),
+    name=st.sampled_from(["reference", "torch", "numba"]), rows=st.integers(1, 6), D=st.integers(1, 40),
+    E=st.integers(1, 40), bias=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 9),
 )  # fmt: skip
-def test_is_the_feed_forward_layer(rows: int, D: int, hidden: int, dtype: torch.dtype, seed: int):
+def test_the_last_of_a_branch_is_added(name: str, rows: int, D: int, E: int, bias: bool, dtype: torch.dtype, seed: int):
     g = torch.Generator().manual_seed(seed)
-    x, gate_up, down = (torch.randn(*s, generator=g, dtype=dtype) for s in ((rows, D), (2 * hidden, D), (D, hidden)))
+    shapes = ((rows, D), (rows, E), (D, E), (D,))
+    x, y, weight, offset = (torch.randn(*shape, generator=g, dtype=dtype) for shape in shapes)
+    given = (y, weight, offset if bias else None)
+    expected = added(x, *given)
+    near(expected, x + (y[:, None] * weight).sum(-1) + (offset if bias else 0))
     with torch.no_grad():
-        near(form.swiglu_step(x, gate_up, down), step_reference(x, gate_up, down))
+        near(load(name).residual_step(x.clone(), *given), expected)
+
+
+def test_what_is_added_in_place_is_only_where_nothing_else_may_need_it():
+    torch_form = load("torch")
+    x, y, weight, bias = torch.randn(2, 3), torch.randn(2, 5), torch.randn(3, 5), torch.randn(3)
+    before = x.clone()
+    expected = added(x, y, weight)
+    for kept in ((y.double(), weight.double()), (y, weight, bias)):
+        with torch.no_grad():
+            torch_form.residual_step(x, *kept)
+        assert torch.equal(x, before)
+    leaf = x.clone().requires_grad_()
+    torch_form.residual_step(leaf * 1, y, weight).square().sum().backward()
+    near(leaf.grad, 2 * expected)
+    with torch.no_grad():
+        assert torch_form.residual_step(x, y, weight) is x
+    near(x, expected)
 
 
 def test_what_the_kernels_do_not_take_goes_to_torch():
-    x, gate_up, down = torch.randn(1, 8), torch.randn(12, 8), torch.randn(8, 6)
+    x, gate_up = torch.randn(1, 8), torch.randn(12, 8)
     with torch.no_grad():
         wide = torch.randn(1, 16)[:, ::2]
         assert torch.equal(form.linear_step(wide, gate_up), F.linear(wide, gate_up))
@@ -50,12 +72,8 @@ def test_what_the_kernels_do_not_take_goes_to_torch():
         assert torch.equal(form.linear_step(text, gate_up), F.linear(text, gate_up))
         many = torch.randn(numba_linear.FEW_ROWS + 1, 8)
         assert torch.equal(form.linear_step(many, gate_up), F.linear(many, gate_up))
-        small = [m.bfloat16() for m in (x, gate_up, down)]
-        assert torch.equal(form.linear_step(*small[:2]), F.linear(*small[:2]))
-        assert form.swiglu_step(*small).dtype is torch.bfloat16
+        small = x.bfloat16(), gate_up.bfloat16()
+        assert torch.equal(form.linear_step(*small), F.linear(*small))
     weight = gate_up.requires_grad_()
     form.linear_step(x, weight).sum().backward()
     assert torch.allclose(weight.grad, x.expand(12, 8))
-    down.requires_grad_()
-    form.swiglu_step(x, gate_up, down).sum().backward()
-    assert down.grad is not None

@@ -537,6 +537,24 @@ def test_trapezoid_is_the_official_kernel(official, mamba3_kernels, initial, G):
         agree(outcome(calling(form), inputs), expected)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_trapezoid_asks_for_what_a_backward_pass_reads_only_where_there_is_one(official, monkeypatch, training):
+    """Their kernel writes every chunk's state where an input is to have a gradient, which a parameter always says."""
+    inputs, asked = trapezoid_inputs(4), []
+    for name in ("D", "dt_bias", "B_bias", "C_bias"):
+        inputs[name].requires_grad_()
+
+    def combined(*given, **named):
+        asked.extend(one for one in (*given, *named.values()) if isinstance(one, Tensor) and one.requires_grad)
+        return given[2], *trapezoid_state()
+
+    module = importlib.import_module("mamba_ssm.ops.triton.mamba3.mamba3_siso_combined")
+    monkeypatch.setattr(module, "mamba3_siso_combined", combined)
+    with torch.set_grad_enabled(training):
+        official.cuda.trapezoid(**inputs, A_floor=1e-4)
+    assert bool(asked) == training
+
+
 # ----------------------------------------------------------------------------------------------------- whole mixers
 
 WIDTH = 32

@@ -16,6 +16,7 @@ from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
 from models.ops.attention import forget_tables
+from models.ops.kernels import load
 from models.recorded import RecordedDecode, RepeatableStep
 
 CASES = {
@@ -175,6 +176,20 @@ def test_a_recording_keeps_the_tables_that_it_reads():
         forget_tables()
         assert operations(step) == before
         assert "'table'" in repr(before)
+
+
+@pytest.mark.parametrize("name", ["attention", "mamba", "mamba2", "mamba3"])
+def test_a_step_has_no_operation_that_it_can_do_without(name):
+    """Each costs a launch: a branch is added to the residual stream by its last product, and decay rates, which no step
+    changes, are made before."""
+    with torch.inference_mode():
+        made = model(CASES[name])
+        for block in made.blocks:
+            block.feedforward.ops = load("torch")  # as on a GPU; a CPU's own has compiled steps
+        names, given, _ = zip(*operations(RepeatableStep(made, after_prompt(made)[0], LIMIT)), strict=True)
+    assert names.count("aten.addmm_.default") == 2 * len(made.blocks)
+    assert "in_proj.weight" in repr(given) or "qkv_proj.weight" in repr(given)
+    assert "A_log" not in repr(given)
 
 
 def test_the_comparison_sees_an_ordinary_step_change():

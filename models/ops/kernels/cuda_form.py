@@ -29,6 +29,7 @@ from models.ops import cross_entropy
 from models.ops.attention import rotary_qkv
 from models.ops.experts import by_device as experts
 from models.ops.kernels.triton_cross_entropy import softmax_gradient
+from models.ops.projections import added_in_place as residual_step
 from models.ops.projections import no_branches as suits_step
 from models.ops.projections import time_innermost as channel_projections
 from models.ops.projections import together as projections
@@ -38,14 +39,13 @@ from models.ops.selective_scan import CHUNK
 from models.ops.selective_scan import step_reference as scan_step
 from models.ops.ssd import step_reference as heads_step
 from models.ops.swiglu import reference as swiglu
-from models.ops.swiglu import step_reference as swiglu_step
 from models.ops.trapezoid import State, log_alpha_and_delta
 from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "projections", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step",
-    "suits_step", "swiglu", "swiglu_step", "trapezoid", "trapezoid_step",
+    "linear_step", "projections", "residual_step", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step",
+    "ssd", "ssd_step", "suits_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses
@@ -201,6 +201,8 @@ def trapezoid(
     from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
 
     H = x.shape[2]
+    if not torch.is_grad_enabled():  # else a parameter, and a view of one, says that it is to have a gradient, and the
+        D, B_bias, C_bias = D.detach(), B_bias.detach(), C_bias.detach()  # states for a backward pass are written
     log_alpha, delta = (m.transpose(1, 2) for m in log_alpha_and_delta(dt, a, dt_bias, A_floor))
     before = None if initial is None else (initial.angle, initial.ssm, initial.previous_B[:, 0], initial.previous_x)
     y, *after = mamba3_siso_combined(

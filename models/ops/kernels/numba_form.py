@@ -36,9 +36,9 @@ from models.ops.trapezoid import step as trapezoid_step
 __all__ = [
     "attention_branch", "attention_step", "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts",
     "experts_branch", "gated_rms_norm", "linear_cross_entropy", "linear_step", "lstm", "lstm_branch", "mamba2_branch",
-    "mamba2_step", "mamba3_branch", "mamba3_step", "mamba_branch", "mamba_step", "projections", "rms_norm",
-    "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "swiglu_branch",
-    "swiglu_step", "trapezoid", "trapezoid_step",
+    "mamba2_step", "mamba3_branch", "mamba3_step", "mamba_branch", "mamba_step", "projections", "residual_step",
+    "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu",
+    "swiglu_branch", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 
@@ -135,10 +135,8 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return numba_linear.linear_step(x, weight, bias)
 
 
-def swiglu_step(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    if x.dtype in _SMALL:
-        return torch.nn.functional.linear(swiglu(torch.nn.functional.linear(x, gate_up)), down)
-    return numba_linear.swiglu_step(x, gate_up, down)
+def residual_step(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x + linear_step(y, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,13 +7,11 @@ with one row of x on 2 cores of an AMD EPYC, and level with four rows at 2,000,0
 B: rows of x   D: width in   O: width out   F: hidden width
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.kernels.numba_runtime import addresses, at, compiled, sigmoid
-from models.ops.kernels.numba_swiglu import swiglu
 
 FEW_ROWS, FEW_WEIGHTS = 4, 1 << 21  # so many rows at most; with more than one, so many weights at most
 
@@ -55,15 +53,6 @@ def _linear(kind, x_at, weight_at, out_at, B, D, O):
         product(weight, x[row], out[row])
 
 
-@compiled
-def _swiglu(kind, x_at, gate_up_at, down_at, out_at, B, D, F):
-    x, out = at(x_at, kind, (B, D)), at(out_at, kind, (B, D))
-    gate_up, down = at(gate_up_at, kind, (2 * F, D)), at(down_at, kind, (D, F))
-    hidden = np.empty(2 * F, x.dtype)
-    for row in range(B):
-        swiglu_row(gate_up, down, x[row], hidden, out[row])
-
-
 def suits(x: Tensor, *weights: Tensor) -> bool:
     """Whether these are for the kernels: a few rows, no gradient, one type throughout and not a 16-bit one."""
     if x.ndim != 2:
@@ -83,12 +72,3 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     out = x.new_empty(x.shape[0], weight.shape[0])
     _linear(*addresses(x, weight, out), x.shape[0], x.shape[1], weight.shape[0])
     return out if bias is None else out.add_(bias)
-
-
-def swiglu_step(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x (B, D), gate_up (2 F, D), down (D, F) -> (B, D): the whole feed-forward layer of a decode step."""
-    if not suits(x, gate_up, down):
-        return F.linear(swiglu(F.linear(x, gate_up)), down)
-    out = torch.empty_like(x)
-    _swiglu(*addresses(x, gate_up, down, out), x.shape[0], x.shape[1], down.shape[1])
-    return out
