@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -93,6 +94,7 @@ def _serve(pipe: Connection, side: Side, threads: int) -> None:
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the lab's own cells do; a newcomer's script would not
     turn = side()
+    pipe.send("ready")
     while True:
         pipe.recv()
         start = time.perf_counter()
@@ -116,30 +118,35 @@ def rates_over_sittings(sides: Mapping[str, Side], rounds: int, sittings: int) -
 def rates(
     sides: Mapping[str, Side], rounds: int, slow: frozenset[str] = frozenset(), warm_ups: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Tokens per second of each side in each round, after unmeasured turns; and what each side's last turn gave.
+    """Tokens per second of each side in each round, after unmeasured turns; and what each side's last turn gave. One
+    makes ready after the other: what a kernel's configurations are timed for then, nobody disturbs.
 
     Sides in `slow` take minutes a turn: they run in the first two rounds only, unwarmed, which flatters the others by
     far less than a percent. Raises PartFailedError where a side's process ends before it is done.
     """
     context = multiprocessing.get_context("spawn")
     pipes, workers = {}, []
-    for name, side in sides.items():
-        pipes[name], theirs = context.Pipe()
-        worker = context.Process(target=_serve, args=(theirs, side, torch.get_num_threads()), daemon=True)
-        worker.start()
-        theirs.close()
-        workers.append(worker)
 
-    def take_turn(name: str) -> tuple[float, Any]:
+    def answer(name: str) -> Any:
         try:
-            pipes[name].send(True)
             return pipes[name].recv()
         except (EOFError, OSError):
             raise PartFailedError(f"the process of {name} ended, for the reason that it gave above") from None
 
+    def take_turn(name: str) -> tuple[float, Any]:
+        with suppress(OSError):  # of an end that `answer` tells of
+            pipes[name].send(True)
+        return answer(name)
+
     found: dict[str, list[float]] = {name: [] for name in sides}
     gave: dict[str, Any] = {}
     try:
+        for name, side in sides.items():
+            pipes[name], theirs = context.Pipe()
+            workers.append(context.Process(target=_serve, args=(theirs, side, torch.get_num_threads()), daemon=True))
+            workers[-1].start()
+            theirs.close()
+            answer(name)
         for name in sides.keys() - slow:
             for _ in range(warm_ups):
                 take_turn(name)
