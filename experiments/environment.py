@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import torch
 
+from experiments.measurement.card import driver
+
 PACKAGES = (
     "sequence-lab", "torch", "numpy", "numba", "llvmlite", "tokenizers", "safetensors", "scipy", "pandas",
     "triton", "mamba-ssm", "causal-conv1d", "nvidia-ml-py", "transformers", "mambapy",
@@ -47,6 +49,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "device": device,
         "gpu": None if gpu is None else gpu.name,
         "gpu_capability": None if gpu is None else f"{gpu.major}.{gpu.minor}",
+        "gpu_driver": None if gpu is None else driver(),
         "gpu_memory_bytes": None if gpu is None else gpu.total_memory,
         "cuda": torch.version.cuda,
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
@@ -59,13 +62,20 @@ def available_cores() -> int:
 
 
 def cpu_name() -> str:
+    """With the numbers of its generation where the system has them: a virtual machine often has no more of a name than
+    the maker's."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
     except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+        first = ""  # not Linux
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    generation = ("cpu family", "model", "stepping")
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    if not told.keys() >= set(generation):
+        return told["model name"]
+    family, model, stepping = (told[key] for key in generation)
+    return f"{told['model name']} (family {family}, model {model}, stepping {stepping})"
 
 
 def _version(package: str) -> str | None:

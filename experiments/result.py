@@ -14,7 +14,8 @@ from models import cost
 SCHEMA_VERSION = 1
 UNTOUCHED = {  # metrics that do not depend on the form that ran
     "file_bytes", "state_bytes", "flops_per_token", "flops_per_byte", "tokens_per_byte", "bytes_seen", "parameters",
-    "embedding_parameters", "embedding_share", "state_bytes_per_byte",
+    "embedding_parameters", "embedding_share", "state_bytes_per_byte", "unigram_bits_per_byte", "state_bytes_analytic",
+    "resident_bytes_analytic",
 }  # fmt: skip
 MATCHED = 0.02  # by which arms may differ in active parameters and count as of one size
 LITTLE_TEXT = 10_000  # bytes
@@ -147,9 +148,10 @@ def _warnings(
     for arm, backend in environment["backends"].items():
         if backend["fallback"]:
             warnings.append(f"{arm}: speed and memory are not comparable, {backend['fallback']}")
-    noisy = [cell.name for cell in cells if (result := run.result(cell)) and result.get("noisy")]
+    timed = {cell.name: result["noisy"] for cell in cells if (result := run.result(cell)) and "noisy" in result}
+    noisy = [name for name, moved in timed.items() if moved]
     if noisy:
-        share = f"{len(noisy)} of {sum(cell.kind != 'train' for cell in cells)} timed cells"
+        share = f"{len(noisy)} of {len(timed)} timed cells"
         warnings.append(f"noisy timing (95th percentile over 1.5 times the median) in {share}: {', '.join(noisy)}")
     warnings += [
         f"{cell.group}: gate '{gate['name']}' failed: {gate['value']:.3g} > {gate['limit']:g}"

@@ -212,7 +212,17 @@ def _unfinished(experiment: Experiment, dataset: Prepared, out: Path) -> RunDire
 
 def _check_same_machine(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> None:
     then, here = directory.environment(), describe(experiment.device, experiment.threads)
-    for key in ("source_sha256", "cpu", "gpu", "threads", "packages", "python"):
+    for key in (
+        "source_sha256",
+        "cpu",
+        "cores",
+        "gpu",
+        "gpu_driver",
+        "threads",
+        "gomp_spincount",
+        "packages",
+        "python",
+    ):
         if then[key] != here[key]:
             raise RunFailedError(
                 f"{directory.path} was begun with another {key} ({then[key]}, here {here[key]}): its numbers would "

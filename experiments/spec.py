@@ -252,6 +252,12 @@ class Experiment(Settings):
         return self
 
     @model_validator(mode="after")
+    def _turns_not_seeds(self) -> "Experiment":
+        if self.study == "speed" and len(self.seeds) > 1:
+            raise ValueError("the speed study takes one seed: its models are not trained, its intervals are over turns")
+        return self
+
+    @model_validator(mode="after")
     def _somebody_judges(self) -> "Experiment":
         if self.study == "masking" and not any(arm.objective == "causal" for arm in self.arms.values()):
             raise ValueError("the masking study needs an arm with objective = causal, which judges what others write")

@@ -75,6 +75,15 @@ def held(device: torch.device) -> Held:
     return found
 
 
+def driver() -> str | None:
+    """Its version, where NVML says it."""
+    try:
+        with _nvml() as nvml:
+            return nvml.nvmlSystemGetDriverVersion()
+    except NoAnswerError:
+        return None
+
+
 def _uuid(device: torch.device) -> str:
     """As NVML spells it. Independent of CUDA_VISIBLE_DEVICES, which renumbers devices."""
     uuid = str(torch.cuda.get_device_properties(device).uuid)

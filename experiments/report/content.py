@@ -134,8 +134,9 @@ def _loss_caption(record: Record) -> str:
     if record.sweep:
         return f"Validation loss on a fixed subset for every learning rate, one panel per arm. {bold}"
     window = curves.window(record)
+    smoothed = f", as a moving mean over {plural(window, 'step')}" if window > 1 else ""
     return (
-        f"Left (on a phone: above) the training loss, as a moving mean over {plural(window, 'step')}; "
+        f"Left (on a phone: above) the training loss{smoothed}; "
         f"right (below) the loss on a fixed subset of the validation split. {bold}"
     )
 
@@ -355,7 +356,9 @@ def memory(record: Record) -> Section:
             "are measured, lines are the analytic figure."
         )
         blocks.append(Figure("state", _state_alt(record), caption))
-    table = Table(f"Memory, mean over n seeds with {WITHIN}. {ARROWS}", context_columns(record))
+    written = record.spec.get("measurement", {}).get("decode_tokens")
+    room = f" A cache or state has room for the {written} tokens that are decoded, too." if written else ""
+    table = Table(f"Memory, mean over n seeds with {WITHIN}. {ARROWS}{room}", context_columns(record))
     present = [one for one in LOADING if one.metric.endswith("_bytes") and record.has(one.phase, one.metric)]
     if present:
         table.group("Loading")
@@ -499,6 +502,7 @@ LABELS = {
     "gpu": "GPU",
     "gpu_capability": "Compute capability",
     "cuda": "CUDA",
+    "gpu_driver": "GPU driver",
     "folders": "Model folders",
     "gomp_spincount": "GOMP_SPINCOUNT",
     "threads": "Threads used",
@@ -511,6 +515,7 @@ WITHOUT = {
     "gpu": "the run used no GPU",
     "gpu_capability": "the run used no GPU",
     "gpu_memory_bytes": "the run used no GPU",
+    "gpu_driver": "the run used no GPU, or NVML does not tell",
     "kernels": "they are checked on GPUs",
     "cuda": "this build of torch has no CUDA",
     "folders": "no arm takes its model from a folder",

@@ -65,6 +65,8 @@ def _told(one: dict[str, Any]) -> Verdict:
     if one["p_holm"] is not None:
         p = probability(one["p_holm"])
         numbers += f"; p {p if p.startswith('<') else f'= {p}'} after Holm's correction"
+    if not one.get("comparable", True):  # absent in older records
+        return Verdict("blocked", one["sentence"], "not comparable", numbers)
     if one["resolved"]:
         return Verdict("resolved", one["sentence"], "resolved", numbers)
     few = "not resolved: one seed has no interval" if one["n"] < 2 else f"not resolved with {one['n']} seeds"

@@ -49,8 +49,12 @@ def verdict(record: Record) -> Section:
     )
     blocks: list[Block] = []
     for one in record.findings:
-        exact = one["kind"] != "loading-against-inference"
-        blocks.append(Verdict("resolved", one["sentence"], "exact, from shapes" if exact else "measured", ""))
+        if one["kind"] != "loading-against-inference":
+            blocks.append(Verdict("resolved", one["sentence"], "exact, from shapes", ""))
+        elif one.get("comparable", True):  # absent in older records
+            blocks.append(Verdict("resolved", one["sentence"], "measured", ""))
+        else:
+            blocks.append(Verdict("blocked", one["sentence"], "not comparable", ""))
     if not blocks:
         blocks.append(Text("No arm was measured far enough to say anything."))
     blocks.append(Text(

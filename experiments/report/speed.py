@@ -3,9 +3,10 @@
 from typing import Any
 
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Verdict
-from experiments.report.numbers import DASH, count, number, percent, plural
+from experiments.report.numbers import DASH, count, number, percent
 from experiments.report.record import Record, Row
 
+UNCLEAR = "not resolved: the interval holds 1"
 SPREAD = "median over the turns; in parentheses their 5th to 95th percentile"
 
 
@@ -54,8 +55,12 @@ def verdict(record: Record) -> Section:
         if one["kind"] == "drift":
             blocks.append(Verdict("open", one["sentence"], "a limit to what the lengths above say", ""))
             continue
+        if not one.get("comparable", True):  # absent in older records
+            blocks.append(Verdict("blocked", one["sentence"], "not comparable", ""))
+            continue
         if one["kind"] == "growth":
-            blocks.append(Verdict("resolved", one["sentence"], "measured", ""))
+            sure = not one["ci_low"] <= 1 <= one["ci_high"]
+            blocks.append(Verdict("resolved" if sure else "open", one["sentence"], "measured" if sure else UNCLEAR, ""))
             continue
         sure = one["ci_low"] == one["ci_high"] or None not in (one["ci_low"], one["ci_high"])
         standing = "measured" if sure else "open at the longest measured length"
@@ -64,7 +69,7 @@ def verdict(record: Record) -> Section:
         blocks.append(Text("No two arms were measured at two lengths, so no crossover can be told."))
     blocks.append(Text(
         "What this run does not show: quality, larger models, other machines. The models are initialised, not trained; "
-        f"{plural(len(record.seeds), 'seed')}. The intervals cover the spread of the turns in this run only: a machine "
+        "one seed. The intervals cover the spread of the turns in this run only: a machine "
         "that is shared with others moves between runs by more than that."
     ))  # fmt: skip
     return Section("verdict", "From which length on is which faster?", intro, blocks)
@@ -90,6 +95,11 @@ def inference(record: Record) -> Section:
         "tokens/s that the measured bandwidth would allow if every weight that a step meets, and the cache or state, "
         "were read once from memory; a model that fits into the processor's caches can pass it."
     )
+    if record.spec.get("device") == "cuda":
+        intro += (
+            " In mode eager a GPU waits for its host, which asks for each operation by itself: of a short prompt, and "
+            "of every decoded token, that is most of the time."
+        )
     prefill = _table(record, "Prefill", "prefill", "time_to_first_token_ms", "ms to the first token", flops=True)
     decode = _table(record, "Decode", "decode", "ms_per_token", "ms per token", flops=False)
     blocks: list[Block] = [table for table in (prefill, decode) if not table.empty]
@@ -106,7 +116,8 @@ def operators(record: Record) -> Section:
     intro = (
         "The operation that mixes the sequence by itself, on random inputs of the shapes that the first layer gives "
         "it: attention, the selective scan, the chunked scan of Mamba-2. Batch 1, tokens per second; backward includes "
-        "the forward pass."
+        "the forward pass. This is one operation, of which a model has one in every layer: Mamba has about two layers "
+        "where a transformer of its size has one. The lengths above count all that a model has."
     )
     table = Table(f"Operations alone: {SPREAD}", [
         Column("Arm", key=True), Column("Type", key=True), Column("Context", numeric=True, key=True),

@@ -431,8 +431,8 @@ def residuals(record: Record) -> Table:
     contexts = record.contexts("decode", "state_bytes")
     lines += [("decode", "state_bytes", at, f"cache or state, context {count(at)}") for at in contexts]
     large = (
-        f"beyond {RESIDUAL_LIMIT:.0%}: in a model of a few megabytes Python's own objects, about half a megabyte, are "
-        "the difference; in a larger one it wants an explanation"
+        f"beyond {RESIDUAL_LIMIT:.0%}: what Python keeps beside each tensor, up to about 0.1 MB in all, tells in a "
+        "model of a megabyte or two; in a larger one this wants an explanation"
     )
     for arm in record.arms:
         for phase, metric, context, title in lines:

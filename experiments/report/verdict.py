@@ -207,6 +207,10 @@ def _best_rates(record: Record) -> list[Block]:
         numbers = f"Validation bits per byte at {best:g}: {value} bits/byte"
         spread = f" ({WITHIN}); n = {plural(row.n, 'seed')}" if row.ci_low is not None else "; n = 1 seed, no interval"
         sentence = f"{base}: of the rates tried, {best:g} has the lowest mean validation bits per byte."
+        refused = next((row for row in values.values() if not row.comparable), None)
+        if refused is not None:
+            blocks.append(Verdict("blocked", sentence, f"not comparable: {refused.reason}", numbers + spread))
+            continue
         if len(values) == 1:
             end = "the only rate with a result"
         elif best in (min(values), max(values)):

@@ -247,11 +247,14 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     if experiment.learning_rates:
         return []
     first, *others = experiment.arms
-    return compared(rows, [one for other in others for one in questions(experiment, first, other)])
+    asked = [one for other in others for one in questions(experiment, first, other)]
+    return compared(rows, asked, experiment.device)
 
 
-def compared(rows: list[dict], asked: Sequence[Question]) -> list[dict]:
-    """A verdict for every question that the rows can answer; Holm's correction over all of these."""
+def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu") -> list[dict]:
+    """A verdict for every question that the rows can answer; Holm's correction over all of these. device: where the
+    memory is, which a GPU's allocator counts to the byte, and a process on a CPU in pages."""
+    paged = _READ_IN_PAGES if device == "cpu" else set()
     drafts: list[tuple[dict, Comparison]] = []
     for one in asked:
         a, b = (by_seed(rows, arm, *one[2:4], context=one.context, batch=one.batch) for arm in (one.a, one.b))
@@ -266,13 +269,27 @@ def compared(rows: list[dict], asked: Sequence[Question]) -> list[dict]:
             "id": one.phase if one.metric not in _QUALIFIED else f"{one.phase}-{one.metric}",
             "phase": one.phase, "metric": one.metric, "context": one.context, "batch": one.batch,
             "a": one.a, "b": one.b, "kind": one.kind, "unit": pairs[0]["unit"] if one.kind == "difference" else "x",
-            "direction": pairs[0]["direction"], **comparability(pairs),
+            "direction": pairs[0]["direction"], **comparability(pairs), "by_shapes": _by_shapes(rows, one),
         }  # fmt: skip
         if one.kind == "difference":
             drafts.append((head, paired_difference(*values)))
         else:
-            drafts.append((head, paired_ratio(*values, resolution=PAGE if one.metric in _READ_IN_PAGES else 0)))
-    return [verdict | {"sentence": _sentence(verdict)} for verdict in settled(drafts)]
+            drafts.append((head, paired_ratio(*values, resolution=PAGE if one.metric in paged else 0)))
+    return [verdict | {"sentence": _sentence(verdict) + _against_shapes(verdict)} for verdict in settled(drafts)]
+
+
+def _by_shapes(rows: list[dict], one: Question) -> float | None:
+    """The ratio of b to a that formulas give, of what has one."""
+    where = {"context": one.context, "batch": one.batch}
+    a, b = (by_seed(rows, arm, one.phase, f"{one.metric}_analytic", **where) for arm in (one.a, one.b))
+    return next((b[seed]["value"] / a[seed]["value"] for seed in a if seed in b and a[seed]["value"]), None)
+
+
+def _against_shapes(v: dict) -> str:
+    """Said where a measured difference lies on the other side than that of what is stored, so on what comes with it."""
+    if v["by_shapes"] is None or not v["comparable"] or (v["by_shapes"] - 1) * (v["estimate"] - 1) >= 0:
+        return ""
+    return f" By shapes alone it is {v['by_shapes']:.3g} times: what differs lies beside the weights."
 
 
 def comparability(rows: Sequence[dict]) -> dict[str, Any]:

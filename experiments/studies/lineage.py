@@ -27,7 +27,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     for a, b in steps(experiment):
         for one in comparison.questions(experiment, a, b):
             asked.setdefault((one.phase, one.metric), []).append(one)
-    return [verdict for one in asked.values() for verdict in comparison.compared(rows, one)]
+    return [verdict for one in asked.values() for verdict in comparison.compared(rows, one, experiment.device)]
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:

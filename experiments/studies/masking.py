@@ -119,16 +119,27 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     for arm in _having(experiment, "masked"):
         drafts += _blanks(rows, arm, judging)
     corrected = holm([compared.p for _, compared in drafts])
-    found = [
-        finding | {
+    found = []
+    for (finding, compared), p in zip(drafts, corrected, strict=True):
+        standing = _standing(rows, finding["arm"], judging)
+        decided = compared.exact or (p is not None and p < comparison.RESOLVED)
+        found.append(finding | standing | {
             "against": judging, "difference": compared.interval.estimate, "ci_low": compared.interval.low,
             "ci_high": compared.interval.high, "n": compared.interval.n, "p_holm": p,
-            "resolved": compared.exact or (p is not None and p < comparison.RESOLVED),
-        }
-        for (finding, compared), p in zip(drafts, corrected, strict=True)
-    ]  # fmt: skip
+            "resolved": decided and standing["comparable"],
+        })  # fmt: skip
+        if not standing["comparable"]:
+            found[-1]["sentence"] += f" Nothing follows from that: {standing['reason']}."
     found += [one for arm in _having(experiment, "masked") for one in _pseudo(rows, arm)]
     return found + _texts(experiment, run) + _examples(experiment, run)
+
+
+def _standing(rows: list[dict], *arms: str) -> dict[str, Any]:
+    """Whether what the arms' models did may be compared. That an objective sees more than another is what the study is
+    about, and no reason against it."""
+    own = {comparison.SEES, PSEUDO, *INCOMPARABLE.values()} - {None}
+    asked = [row for row in rows if row["arm"] in arms and row["phase"] == "quality" and row["reason"] not in own]
+    return comparison.comparability(asked)
 
 
 def _having(experiment: Experiment, objective: str) -> list[str]:

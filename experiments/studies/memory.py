@@ -10,6 +10,7 @@ from experiments.report.numbers import size as shown
 from experiments.rows import on_card, percentiles, row
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, read_json
+from experiments.studies.comparison import comparability
 from experiments.training import DTYPES
 from models import cost
 from models.config import ModelConfig
@@ -87,7 +88,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
         (r["arm"], r["phase"], r["metric"], r["context"], r["batch"], r["mode"]): r["value"]
         for r in rows if r["seed"] is None and r["value"] is not None
     }  # fmt: skip
-    found = [one for arm in configs if (one := _loading_against_inference(arm, table, experiment))]
+    found = [one for arm in configs if (one := _loading_against_inference(arm, table, rows, experiment))]
     element = DTYPES[experiment.memory.dtype].itemsize
     growing = {name for name, config in configs.items() if config.causal and _grows(config)}
     for arm in (name for name in configs if name in growing):
@@ -113,7 +114,9 @@ def _grows(config: ModelConfig) -> bool:
     return cost.state_bytes(config, 1, cost.LONGEST, 2) > cost.state_bytes(config, 1, cost.LONGEST // 2, 2)
 
 
-def _loading_against_inference(arm: str, table: dict[tuple, float], experiment: Experiment) -> dict | None:
+def _loading_against_inference(
+    arm: str, table: dict[tuple, float], rows: list[dict], experiment: Experiment
+) -> dict | None:
     """At the smallest batch; host memory on a CPU, the GPU's on a GPU, where loading also takes host memory."""
     settings, batch = experiment.memory, experiment.memory.batches[0]
     metric = "host_peak_bytes" if experiment.device == "cpu" else "device_peak_bytes"
@@ -136,9 +139,11 @@ def _loading_against_inference(arm: str, table: dict[tuple, float], experiment: 
     for way, lengths in exceeds.items():
         alike.setdefault(tuple(lengths), []).append(way)
     parts = [f"{' or '.join(ways)} loading costs {_against(lengths, measured)}" for lengths, ways in alike.items()]
+    standing = comparability([r for r in rows if r["arm"] == arm and r["metric"] in (metric, "peak_bytes")])
+    outcome = f"So {'; '.join(parts)}" if standing["comparable"] else f"They do not compare: {standing['reason']}"
     return {
         "kind": "loading-against-inference", "arm": arm, "batch": batch, "inference_exceeds_load_at": exceeds,
-        "sentence": f"{arm}, batch {batch}: {'; '.join(told)}. So {'; '.join(parts)}.",
+        **standing, "sentence": f"{arm}, batch {batch}: {'; '.join(told)}. {outcome}.",
     }  # fmt: skip
 
 

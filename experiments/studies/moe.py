@@ -47,7 +47,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     for dense, sparse in _pairs(cells.model_configs(experiment)):
         asked += comparison.questions(experiment, dense, sparse)
         asked += [one for one in _decodes(experiment, dense, sparse) if one not in asked]
-    return comparison.compared(rows, asked) if asked else comparison.verdicts(rows, experiment)
+    return comparison.compared(rows, asked, experiment.device) if asked else comparison.verdicts(rows, experiment)
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
@@ -159,9 +159,10 @@ def _load(arm: str, config: ModelConfig, seeds: list[list[list[float]]], experim
     busiest = max(range(len(layers)), key=lambda at: mean[at][0] * layers[at].experts)
     idlest = min(range(len(layers)), key=lambda at: mean[at][-1] * layers[at].experts)
     high, low = mean[busiest][0] * layers[busiest].experts, mean[idlest][-1] * layers[idlest].experts
+    over = f"on average over {len(seeds)} seeds " if len(seeds) > 1 else ""
     text = (
-        f"{arm}: the busiest expert of a layer gets up to {number(high)} times an even share (layer {busiest + 1} of "
-        f"{len(layers)}), the idlest down to {number(low)} times (layer {idlest + 1})"
+        f"{arm}: {over}the busiest expert of a layer gets up to {number(high)} times an even share (layer "
+        f"{busiest + 1} of {len(layers)}), the idlest down to {number(low)} times (layer {idlest + 1})"
     )
     batch = experiment.experts.batches[-1]
     counts = [expected(loads, layer.top_k, batch) for seed in seeds for loads, layer in zip(seed, layers, strict=True)]

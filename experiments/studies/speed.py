@@ -10,9 +10,11 @@ import numpy as np
 
 from experiments import cells
 from experiments.measurement.speed import OPERATORS
+from experiments.report.numbers import listed, plural
 from experiments.rows import percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, read_json
+from experiments.studies.comparison import comparability
 from experiments.training import DTYPES
 from models import cost
 from models.config import ModelConfig
@@ -149,9 +151,10 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     """Per phase, batch, mode and type: from which length on the other arms are faster than the first, and how decode
     grows with the length; then how far the machine moved meanwhile."""
     measured: dict[tuple, dict[int, dict[str, np.ndarray]]] = {}
+    operations = {arm: _operations(config) for arm, config in cells.model_configs(experiment).items()}
     for cell in plan(experiment):
         result = run.result(cell)
-        if cell.kind == "build" or cell.seed != experiment.seeds[0] or result is None:
+        if cell.kind == "build" or result is None:
             continue
         batch = None if cell.kind == "step" else cell.batch  # of training, a matter of the context
         key = (cell.kind, batch, cell.mode, cell.dtype)
@@ -160,36 +163,59 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     found = []
     for (kind, batch, mode, dtype), by_context in measured.items():
         head = {"phase": kind, "batch": batch, "mode": mode, "dtype": dtype}
+        asked = [row for row in rows if (row["phase"], row["mode"], row["dtype"]) == (PHASES[kind], mode, dtype)]
         for other in others:
             both = {at: (arms[first], arms[other]) for at, arms in by_context.items() if {first, other} <= arms.keys()}
-            if len(both) > 1 and kind != "backward":
-                one = head | {"kind": "crossover", "arm": other, "against": first} | crossover(both)
-                found.append(one | {"sentence": _crossing_sentence(one, sorted(both))})
+            if len(both) < 2 or kind == "backward":
+                continue
+            one = head | {"kind": "crossover", "arm": other, "against": first}
+            one |= comparability([row for row in asked if row["arm"] in (first, other)])
+            if kind == "forward":
+                times = operations[first], operations[other]
+                if None in times:
+                    continue  # more than one kind of operation, of which one was measured
+                one["operations"] = dict(zip((first, other), times, strict=True))
+                both = {at: (a / times[0], b / times[1]) for at, (a, b) in both.items()}
+            one |= crossover(both)
+            found.append(one | {"sentence": _crossing_sentence(one, sorted(both))})
         for arm in experiment.arms if kind == "decode" else ():
             speeds = {at: arms[arm] for at, arms in by_context.items() if arm in arms}
             if len(speeds) > 1:
-                one = head | {"kind": "growth", "arm": arm} | growth(speeds)
+                one = head | {"kind": "growth", "arm": arm} | comparability([r for r in asked if r["arm"] == arm])
+                one |= growth(speeds)
                 found.append(one | {"sentence": _growth_sentence(one)})
     return found + _drift(rows, experiment)
 
 
+def _operations(config: ModelConfig) -> int | None:
+    """How often a model does the operation that is measured by itself; None where it has others beside it."""
+    kinds = {block.mixer.kind for block in config.blocks}
+    return len(config.blocks) if len(kinds) == 1 else None
+
+
 def _drift(rows: list[dict], experiment: Experiment) -> list[dict]:
-    """How far the machine's own ceilings, which every cell measures, moved in the course of the run."""
-    told, moved = [], {}
+    """How far the machine's own ceilings, which every cell measures, moved in the course of the run; of products, which
+    are of a cell's type, among the cells of one type."""
+    told: list[str] = []
+    moved: dict[str, dict[str, float]] = {}
     for metric, unit, what in (("flops_per_s", "GFLOP/s", "matrix products"), ("bytes_per_s", "GB/s", "copies")):
-        values = [r["value"] / 1e9 for r in rows if r["metric"] == f"ceiling_{metric}" and r["seed"] is not None]
-        if len(values) > 1:
-            low, high = min(values), max(values)
-            told.append(f"{what} from {low:.3g} to {high:.3g} {unit}")
-            moved[metric] = high / low
+        of_type: dict[str, list[float]] = {}
+        for one in rows:
+            if one["metric"] == f"ceiling_{metric}" and one["seed"] is not None:
+                of_type.setdefault(one["dtype"], []).append(one["value"] / 1e9)
+        for dtype, values in of_type.items():
+            if len(values) > 1:
+                low, high = min(values), max(values)
+                told.append(f"{what}{f' in {dtype}' if len(of_type) > 1 else ''} from {low:.3g} to {high:.3g} {unit}")
+                moved.setdefault(metric, {})[dtype] = high / low
     if not told:
         return []
-    worst = max(moved.values())
+    worst = max(ratio for by_type in moved.values() for ratio in by_type.values())
     together = "the arms at one length and of decode every length"
     if experiment.device == "cuda":
         together = "the arms at every length of a phase"
     text = (
-        f"From cell to cell the machine's own ceilings moved: {' and '.join(told)}. What took turns, {together}, was "
+        f"From cell to cell the machine's own ceilings moved: {listed(told)}. What took turns, {together}, was "
         f"measured through the same minutes; other differences of speed up to {worst:.2f} times may be the machine's."
     )
     return [{"kind": "drift", "ratios": moved, "sentence": text}]
@@ -251,6 +277,8 @@ def _finite(value: float) -> float | None:
 
 
 def _growth_sentence(one: dict[str, Any]) -> str:
+    if not one["comparable"]:
+        return f"{one['arm']}: how its decode grows, {one['mode']}, in {one['dtype']}, is not said: {one['reason']}."
     batch = f" at batch {one['batch']}" if one["batch"] and one["batch"] > 1 else ""
     unclear = ": which is longer is not resolved" if one["ci_low"] <= 1 <= one["ci_high"] else ""
     return (
@@ -261,9 +289,14 @@ def _growth_sentence(one: dict[str, Any]) -> str:
 
 
 def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
-    doing = {"step": "trains", "prefill": "prefills", "decode": "decodes", "forward": "mixes (its operation alone)"}
-    batch = f" at batch {one['batch']}" if one["batch"] and one["phase"] != "forward" else ""
+    doing = {"step": "trains", "prefill": "prefills", "decode": "decodes", "forward": "mixes"}
+    batch = f" at batch {one['batch']}" if one["batch"] else ""
+    if one["phase"] == "forward":
+        mine, theirs = (one["operations"][one[name]] for name in ("arm", "against"))
+        batch = f" (its {plural(mine, 'operation')} alone against {theirs})"
     what = f"{one['arm']} {doing[one['phase']]} faster than {one['against']}{batch}, {one['mode']}, in {one['dtype']},"
+    if not one["comparable"]:
+        return f"{what} or slower: the speeds do not compare ({one['reason']})."
     low, high = (_length(one[key], contexts) for key in ("ci_low", "ci_high"))
     spread = "" if low == high else f" (95% interval over the turns: {low} to {high})"
     if one["tokens"] is None:

@@ -12,8 +12,9 @@ from experiments.report import content
 from experiments.report.document import Table
 from experiments.report.numbers import DASH, number
 from experiments.report.record import read
+from experiments.result import build_result
 from experiments.spec import Arm, Data, Experiment
-from experiments.store import RunDirectory
+from experiments.store import Cell, RunDirectory
 from experiments.studies import memory
 from models import cost
 from models.config import ModelConfig
@@ -157,6 +158,23 @@ def test_a_cell_that_fails_is_recorded_and_its_neighbours_run(in_process: InProc
     assert value(result, arm="transformer", phase="prefill", metric="peak_bytes", context=8) > 0
     assert value(result, arm="transformer", phase="train", metric="peak_bytes") > 0
     assert "4 planned cells gave no result" in (directory / "report.md").read_text()
+
+
+def test_what_a_stand_in_does_decides_nothing(run: Path, tmp_path: Path) -> None:
+    """A slow form in the place of a kernel, of one arm."""
+    copy = RunDirectory(shutil.copytree(run, tmp_path / run.name))
+    cell = Cell("mamba", 0, "build")
+    built = copy.result(cell)
+    assert built is not None
+    built["backend"]["fallback"] = "no kernels here"
+    copy.finish(cell, built)
+    findings = build_result(copy, copy.experiment(), copy.environment()["data"])["findings"]
+    measured = {one["arm"]: one for one in findings if one["kind"] == "loading-against-inference"}
+    assert measured["transformer"]["comparable"]
+    assert "So " in measured["transformer"]["sentence"]
+    assert not measured["mamba"]["comparable"]
+    assert "no kernels here" in measured["mamba"]["sentence"]
+    assert "So " not in measured["mamba"]["sentence"]
 
 
 @pytest.mark.parametrize(

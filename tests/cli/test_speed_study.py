@@ -1,12 +1,18 @@
 """The speed study from the command to its report, on small models."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import InProcess, Lab
 
+from experiments.report import content
+from experiments.report.document import Verdict
+from experiments.report.record import read
+from experiments.result import build_result
+from experiments.store import Cell, RunDirectory
 from models import cost
 from models.config import ModelConfig
 
@@ -15,7 +21,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 SETTINGS = (
     "data.corpus=text", "data.vocabulary=300", "data.test_fraction=0.1", "data.validation_fraction=0.1",
     f"speed.contexts={list(CONTEXTS)}", "speed.train_contexts=[8, 16]", "speed.train_tokens=16",
-    "speed.operator_contexts=[16]", "speed.seconds=0", "speed.repeats=7", f"speed.dtypes={json.dumps(list(BYTES))}",
+    "speed.operator_contexts=[8, 16]", "speed.seconds=0", "speed.repeats=7", f"speed.dtypes={json.dumps(list(BYTES))}",
 )  # fmt: skip
 
 
@@ -67,7 +73,9 @@ def test_rates_times_and_shares_agree(run: Path, result: dict[str, Any], arm: st
         prefill = {"arm": arm, "dtype": dtype, "phase": "prefill", "context": context, "batch": 1}
         told = value(result, metric="time_to_first_token_ms", **prefill)
         assert value(result, metric="tokens_per_s", **prefill) == pytest.approx(1e3 * context / told)
-    assert value(result, arm=arm, dtype=dtype, phase="operator", metric="forward_tokens_per_s") > 0
+    for context in (8, 16):
+        operator = {"arm": arm, "dtype": dtype, "phase": "operator", "context": context}
+        assert value(result, metric="forward_tokens_per_s", **operator) > 0
     samples = json.loads((files / f"decode-8-b1-eager-{dtype}.json").read_text())["samples"]["ms"]
     assert len(samples) == 7
     row = value(result, arm=arm, dtype=dtype, phase="decode", metric="ms_per_token", context=8)
@@ -82,7 +90,7 @@ def test_the_run_is_complete(result: dict[str, Any]) -> None:
 def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
     *others, drift = result["findings"]
     found = [(one["kind"], one["phase"], one["arm"], one["dtype"]) for one in others]
-    expected = [("crossover", phase, "mamba") for phase in ("step", "prefill", "decode")]
+    expected = [("crossover", phase, "mamba") for phase in ("step", "prefill", "decode", "forward")]
     expected += [("growth", "decode", arm) for arm in ARMS]
     assert sorted(found) == sorted((*one, dtype) for one in expected for dtype in BYTES)
     for one in others:
@@ -92,8 +100,16 @@ def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
             ratios = [b / a for a, b in zip(*(turn["samples"]["ms"] for turn in turns), strict=True)]
             assert (one["from"], one["to"], one["ratio"]) == (8, 32, pytest.approx(sorted(ratios)[3]))
             assert min(ratios) * 0.999 < one["ci_low"] < one["ratio"] < one["ci_high"] < max(ratios) * 1.001
-    ceilings = [row["value"] for row in result["rows"] if row["metric"] == "ceiling_bytes_per_s" and row["seed"] == 0]
-    assert drift["ratios"]["bytes_per_s"] == pytest.approx(max(ceilings) / min(ceilings))
+        if one["phase"] == "forward":
+            layers = {arm: result["arms"][arm]["config"]["layers"] for arm in ARMS}
+            assert one["operations"] == layers
+            assert f"(its {layers['mamba']} operations alone against {layers['transformer']})" in one["sentence"]
+    for metric in ("flops_per_s", "bytes_per_s"):
+        for dtype in BYTES:  # a product of 16 bits is no slower or faster machine
+            ceilings = [r["value"] for r in result["rows"]
+                        if (r["metric"], r["dtype"], r["seed"]) == (f"ceiling_{metric}", dtype, 0)]  # fmt: skip
+            assert drift["ratios"][metric][dtype] == pytest.approx(max(ceilings) / min(ceilings))
+            assert f"in {dtype} from" in drift["sentence"]
     page = (run / "report.html").read_text(encoding="utf-8")
     for one in result["findings"]:
         assert one["sentence"].split(" (")[0].replace("'", "&#39;") in page
@@ -101,9 +117,47 @@ def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
         assert (run / "figures" / f"{name}.svg").stat().st_size > 2000
 
 
+def test_what_a_stand_in_does_decides_nothing(run: Path, tmp_path: Path) -> None:
+    """A slow form in the place of a kernel, of one arm."""
+    copy = RunDirectory(shutil.copytree(run, tmp_path / run.name))
+    cell = Cell("mamba", 0, "build")
+    built = copy.result(cell)
+    assert built is not None
+    built["backend"]["fallback"] = "no kernels here"
+    copy.finish(cell, built)
+    made = build_result(copy, copy.experiment(), copy.environment()["data"])
+    *others, _ = made["findings"]
+    (copy.path / "result.json").write_text(json.dumps(made), encoding="utf-8")
+    verdict = content.document(read(copy.path)).sections[0]
+    shown = {block.sentence: block.tone for block in verdict.blocks if isinstance(block, Verdict)}
+    refused = {one["arm"] for one in others if not one["comparable"]}
+    assert refused == {"mamba"}
+    for one in others:
+        told = one["sentence"]
+        assert one["comparable"] == (one["arm"] == "transformer")
+        assert (shown[told] == "blocked") == (not one["comparable"])
+        if not one["comparable"]:
+            assert "no kernels here" in told
+            assert "times" not in told
+            assert "tokens on" not in told
+
+
+@pytest.mark.parametrize(("low", "tone"), [(0.9, "open"), (1.1, "resolved")])
+def test_a_growth_whose_interval_holds_1_is_open(run: Path, tmp_path: Path, low: float, tone: str) -> None:
+    copy = shutil.copytree(run, tmp_path / run.name)
+    result = json.loads((copy / "result.json").read_text(encoding="utf-8"))
+    (one,) = [one for one in result["findings"]
+              if one["kind"] == "growth" and (one["arm"], one["dtype"]) == ("mamba", "float32")]  # fmt: skip
+    one |= {"ci_low": low, "ci_high": 1.2}
+    (copy / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    verdict = content.document(read(copy)).sections[0]
+    assert {b.tone for b in verdict.blocks if isinstance(b, Verdict) and b.sentence == one["sentence"]} == {tone}
+
+
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
+        ("seeds=[0, 1]", "the speed study takes one seed"),
         ('speed.modes=["eager", "eager"]', "each may appear once"),
         ('speed.modes=["fast"]', "speed.modes"),
         ('speed.dtypes=["float32", "float32"]', "each may appear once"),

@@ -144,6 +144,21 @@ def test_equal_counts_at_two_seeds_are_no_exact_difference(tmp_path: Path) -> No
     assert not one["resolved"]
 
 
+def test_an_arm_that_failed_a_gate_decides_nothing(tmp_path: Path) -> None:
+    metric = "final_training_loss"
+    rows = made("unmasked", metric, [0.1, 0.2, 0.3]) + made("causal", metric, [3.0, 3.3, 3.0])
+    for row_ in rows[:3]:  # of the objective, which is no reason
+        row_ |= {"comparable": False, "reason": comparison.SEES}
+    one = only(rows, tmp_path)
+    assert one["comparable"]
+    assert one["resolved"]
+    beside = made("unmasked", "judged_nats_per_token", [3.0], mode="true")
+    beside[0] |= {"comparable": False, "reason": "failed before timing: causality"}
+    one = only(rows + beside, tmp_path)
+    assert (one["comparable"], one["resolved"]) == (False, False)
+    assert one["sentence"].endswith("Nothing follows from that: failed before timing: causality.")
+
+
 def test_a_pseudo_perplexity_says_what_it_is_not(tmp_path: Path) -> None:
     one = only(made("encoder", "pseudo_nats_per_token", [1.0, 3.0]), tmp_path, 2)
     assert one["pseudo_perplexity"] == pytest.approx(7.389, rel=1e-3)

@@ -26,7 +26,9 @@ def record(make_run: Callable[..., Path]) -> Record:
 ])  # fmt: skip
 def test_who_shared_a_process_and_took_turns(record: Record, device: str, said: str, drifted: str) -> None:
     assert said in speed.verdict(replace(record, spec=record.spec | {"device": device})).intro
-    rows = [{"metric": "ceiling_flops_per_s", "seed": 0, "value": value} for value in (1e12, 1.5e12)]
+    rows = [
+        {"metric": "ceiling_flops_per_s", "seed": 0, "dtype": "float32", "value": value} for value in (1e12, 1.5e12)
+    ]
     experiment = load("speed", profile="cuda" if device == "cuda" else "cpu", device=device)  # type: ignore[arg-type]
     (drift,) = findings(rows, experiment, RunDirectory(Path("nowhere")))
     assert drifted in drift["sentence"]

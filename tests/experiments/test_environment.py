@@ -1,0 +1,34 @@
+"""What a run says of its machine."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import environment
+
+CORE = """processor\t: {n}
+vendor_id\t: AuthenticAMD
+cpu family\t: 25
+model\t\t: {model}
+model name\t: AMD EPYC
+stepping\t: 1
+
+"""
+
+
+@pytest.mark.parametrize(("text", "named"), [
+    (CORE.format(n=0, model=17) + CORE.format(n=1, model=99), "AMD EPYC (family 25, model 17, stepping 1)"),
+    (CORE.format(n=0, model=1), "AMD EPYC (family 25, model 1, stepping 1)"),
+    ("model name\t: A core\n", "A core"),
+    ("Hardware\t: a board\n", "by platform"),
+    (None, "by platform"),
+])  # fmt: skip
+def test_a_processor_is_named_with_its_generation(monkeypatch: pytest.MonkeyPatch, text: str | None, named: str):
+    def read(self: Path, **_: object) -> str:
+        if text is None:
+            raise FileNotFoundError(self)
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr("platform.processor", lambda: "by platform")
+    assert environment.cpu_name() == named
