@@ -186,6 +186,17 @@ def _trapezoid(form: ModuleType, given: Tensors) -> Tensors:
             "last state": after.ssm, "last B": after.previous_B, "last x": after.previous_x}  # fmt: skip
 
 
+def _trapezoid_step(form: ModuleType, given: Tensors) -> Tensors:
+    state, ys = State(*(given[name].clone() for name in _TRAPEZOID_STATE)), []
+    tokens = zip(*(given[name].unbind(1) for name in ("x", "dt", "a", "trap", "angle", "B", "C", "z")), strict=True)
+    weights = [given[name] for name in ("D", "dt_bias", "B_bias", "C_bias")]
+    for token in tokens:
+        y, state = form.trapezoid_step(*token, *weights, A_FLOOR, state)
+        ys.append(y)
+    return {"y": torch.stack(ys, 1), "cos of the angle": state.angle.cos(), "sin of the angle": state.angle.sin(),
+            "last state": state.ssm, "last B": state.previous_B, "last x": state.previous_x}  # fmt: skip
+
+
 # B, T and the sizes of each signature. Chunks are of 2048 tokens (selective scan), 64 (convolution, Mamba-3) and 256
 # (SSD); channels in multiples of 8, N and P of 16, which the kernels ask for.
 OPERATIONS = (
@@ -228,6 +239,11 @@ OPERATIONS = (
          "past a chunk": (1, 73, 4, 16, 2, 32, 8)},
         _draw_trapezoid, _trapezoid, ("x", "dt", "a", "trap", "angle", "B", "C", "z", "previous B", "previous x"),
         _TRAPEZOID_STATE,
+    ),
+    Operation(
+        "trapezoid, decode", "trapezoid", {f"{STEPS} tokens": (2, STEPS, 2, 16, 1, 16, 4)},
+        _draw_trapezoid, _trapezoid_step, ("x", "dt", "a", "trap", "angle", "B", "C", "z", "previous B", "previous x"),
+        _TRAPEZOID_STATE, decodes=True,
     ),
 )  # fmt: skip
 

@@ -29,6 +29,7 @@ from models.ops import cross_entropy
 from models.ops.attention import rotary_qkv
 from models.ops.experts import by_device as experts
 from models.ops.kernels.triton_cross_entropy import softmax_gradient
+from models.ops.kernels.triton_trapezoid import step as trapezoid_kernel
 from models.ops.projections import added_in_place as residual_step
 from models.ops.projections import no_branches as suits_step
 from models.ops.projections import time_innermost as channel_projections
@@ -40,7 +41,7 @@ from models.ops.selective_scan import step_reference as scan_step
 from models.ops.ssd import step_reference as heads_step
 from models.ops.swiglu import reference as swiglu
 from models.ops.trapezoid import State, log_alpha_and_delta
-from models.ops.trapezoid import step as trapezoid_step
+from models.ops.trapezoid import step as trapezoid_definition
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
@@ -211,3 +212,6 @@ def trapezoid(
     )  # fmt: skip
     theta, ssm, previous_B, previous_x = after
     return y.to(x.dtype), State(theta, ssm, previous_B[:, None], previous_x)
+
+
+trapezoid_step = traced_as(trapezoid_definition)(trapezoid_kernel)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.cross_entropy import softmax_gradient
+from models.ops.trapezoid import step
 
 FLOAT32 = torch.float32
 
@@ -192,7 +193,8 @@ def modules() -> dict[str, ModuleType]:
         f"{triton}.ssd_combined": (mamba_chunk_scan_combined,), f"{triton}.layernorm_gated": (rmsnorm_fn,),
         f"{triton}.mamba3": (),
         f"{triton}.mamba3.mamba3_siso_combined": (mamba3_siso_combined,),
-        "models.ops.kernels.triton_cross_entropy": (softmax_gradient,),  # ours, where there is no triton
+        # ours, where there is no triton
+        "models.ops.kernels.triton_cross_entropy": (softmax_gradient,), "models.ops.kernels.triton_trapezoid": (step,),
     }  # fmt: skip
     found = {}
     for name, functions in holds.items():
