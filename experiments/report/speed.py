@@ -98,7 +98,8 @@ def inference(record: Record) -> Section:
     if record.spec.get("device") == "cuda":
         intro += (
             " In mode eager a GPU waits for its host, which asks for each operation by itself: of a short prompt, and "
-            "of every decoded token, that is most of the time."
+            "of every decoded token, that is most of the time. What a first call costs more in mode eager is the "
+            "loading and choosing of kernels; in mode graph these went before, and it is a replay like any other."
         )
     prefill = _table(record, "Prefill", "prefill", "time_to_first_token_ms", "ms to the first token", flops=True)
     decode = _table(record, "Decode", "decode", "ms_per_token", "ms per token", flops=False)
