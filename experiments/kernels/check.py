@@ -180,8 +180,11 @@ _TRAPEZOID_STATE = ("first angle", "state", "previous B", "previous x")
 def _trapezoid(form: ModuleType, given: Tensors) -> Tensors:
     names = ("x", "dt", "a", "trap", "angle", "B", "C", "z", "D", "dt_bias", "B_bias", "C_bias")
     before = State(*(given[name] for name in _TRAPEZOID_STATE)) if "state" in given else None
-    y, after = form.trapezoid(*(given[name] for name in names), A_FLOOR, before)
-    # an angle is known up to whole turns
+    return _left(*form.trapezoid(*(given[name] for name in names), A_FLOOR, before))
+
+
+def _left(y: Tensor, after: State) -> Tensors:
+    """An angle is known up to whole turns."""
     return {"y": y, "cos of the angle": after.angle.cos(), "sin of the angle": after.angle.sin(),
             "last state": after.ssm, "last B": after.previous_B, "last x": after.previous_x}  # fmt: skip
 
@@ -193,8 +196,7 @@ def _trapezoid_step(form: ModuleType, given: Tensors) -> Tensors:
     for token in tokens:
         y, state = form.trapezoid_step(*token, *weights, A_FLOOR, state)
         ys.append(y)
-    return {"y": torch.stack(ys, 1), "cos of the angle": state.angle.cos(), "sin of the angle": state.angle.sin(),
-            "last state": state.ssm, "last B": state.previous_B, "last x": state.previous_x}  # fmt: skip
+    return _left(torch.stack(ys, 1), state)
 
 
 # B, T and the sizes of each signature. Chunks are of 2048 tokens (selective scan), 64 (convolution, Mamba-3) and 256

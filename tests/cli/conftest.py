@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from experiments.result import build_result
+from experiments.store import Cell, RunDirectory, write_json
 
 LAB = Path(sys.executable).with_name("lab")
 Lab = Callable[..., subprocess.CompletedProcess]
@@ -35,6 +38,20 @@ class Finished:
     def directory(self) -> Path:
         (only,) = self.out.iterdir()
         return only
+
+
+def with_a_stand_in(run: Path, arm: str, reason: str) -> dict[str, Any]:
+    """The result of a run in which a slow form stood in the place of an arm's kernel, written into the run too. Of the
+    studies whose models are built and not trained."""
+    directory = RunDirectory(run)
+    cell = Cell(arm, 0, "build")
+    built = directory.result(cell)
+    assert built is not None
+    built["backend"]["fallback"] = reason
+    directory.finish(cell, built)
+    result = build_result(directory, directory.experiment(), directory.environment()["data"])
+    write_json(run / "result.json", result)
+    return result
 
 
 @pytest.fixture(scope="session")

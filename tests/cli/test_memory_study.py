@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import InProcess, Lab
+from conftest import InProcess, Lab, with_a_stand_in
 
 from experiments.report import content
 from experiments.report.document import Table
 from experiments.report.numbers import DASH, number
 from experiments.report.record import read
-from experiments.result import build_result
 from experiments.spec import Arm, Data, Experiment
-from experiments.store import Cell, RunDirectory
+from experiments.store import RunDirectory
 from experiments.studies import memory
 from models import cost
 from models.config import ModelConfig
@@ -162,13 +161,7 @@ def test_a_cell_that_fails_is_recorded_and_its_neighbours_run(in_process: InProc
 
 def test_what_a_stand_in_does_decides_nothing(run: Path, tmp_path: Path) -> None:
     """A slow form in the place of a kernel, of one arm."""
-    copy = RunDirectory(shutil.copytree(run, tmp_path / run.name))
-    cell = Cell("mamba", 0, "build")
-    built = copy.result(cell)
-    assert built is not None
-    built["backend"]["fallback"] = "no kernels here"
-    copy.finish(cell, built)
-    findings = build_result(copy, copy.experiment(), copy.environment()["data"])["findings"]
+    findings = with_a_stand_in(shutil.copytree(run, tmp_path / run.name), "mamba", "no kernels here")["findings"]
     measured = {one["arm"]: one for one in findings if one["kind"] == "loading-against-inference"}
     assert measured["transformer"]["comparable"]
     assert "So " in measured["transformer"]["sentence"]

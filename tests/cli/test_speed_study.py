@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import InProcess, Lab
+from conftest import InProcess, Lab, with_a_stand_in
 
 from experiments.report import content
 from experiments.report.document import Verdict
 from experiments.report.record import read
-from experiments.result import build_result
-from experiments.store import Cell, RunDirectory
 from models import cost
 from models.config import ModelConfig
 
@@ -119,16 +117,9 @@ def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
 
 def test_what_a_stand_in_does_decides_nothing(run: Path, tmp_path: Path) -> None:
     """A slow form in the place of a kernel, of one arm."""
-    copy = RunDirectory(shutil.copytree(run, tmp_path / run.name))
-    cell = Cell("mamba", 0, "build")
-    built = copy.result(cell)
-    assert built is not None
-    built["backend"]["fallback"] = "no kernels here"
-    copy.finish(cell, built)
-    made = build_result(copy, copy.experiment(), copy.environment()["data"])
-    *others, _ = made["findings"]
-    (copy.path / "result.json").write_text(json.dumps(made), encoding="utf-8")
-    verdict = content.document(read(copy.path)).sections[0]
+    copy = shutil.copytree(run, tmp_path / run.name)
+    *others, _ = with_a_stand_in(copy, "mamba", "no kernels here")["findings"]
+    verdict = content.document(read(copy)).sections[0]
     shown = {block.sentence: block.tone for block in verdict.blocks if isinstance(block, Verdict)}
     refused = {one["arm"] for one in others if not one["comparable"]}
     assert refused == {"mamba"}

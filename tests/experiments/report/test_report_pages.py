@@ -22,7 +22,7 @@ from synthetic_run import CONTEXT, HOSTILE, REFUSED, TEST_BYTES, UNLISTED, VARIA
 
 from experiments.errors import EnvironmentLacksError, RunFailedError, SpecError
 from experiments.report import FORMATS, Format, content, figures, formats, frame, render, write_report
-from experiments.report.document import Cell, Table
+from experiments.report.document import Cell, Table, Verdict
 from experiments.report.numbers import DASH
 from experiments.report.record import read
 from experiments.report.tables import TITLES
@@ -476,6 +476,22 @@ def test_sweep_edge_counts_only_rates_with_a_result(make_run: Callable[..., Path
     text = render(make_run(rates=(1e-3, 2e-3, 4e-3), lost=lost), "md")
     assert text.count("at the grid's edge (the highest rate with a result)") == 1
     assert text.count("inside the grid") == 1
+
+
+def test_sweep_chooses_no_rate_of_an_arm_that_may_not_be_compared(make_run: Callable[..., Path]) -> None:
+    run = make_run(rates=(5e-4, 1e-3, 2e-3, 4e-3))
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    for row in result["rows"]:
+        if row["arm"] == "mamba-lr0.001":
+            row |= {"comparable": False, "reason": "failed before timing: causality"}
+    (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    verdict = content.document(read(run)).sections[0]
+    told = {block.sentence.partition(":")[0]: block for block in verdict.blocks if isinstance(block, Verdict)}
+    assert (told["mamba"].tone, told["mamba"].standing) == (
+        "blocked",
+        "not comparable: failed before timing: causality",
+    )
+    assert (told["transformer"].tone, told["transformer"].standing) == ("resolved", "inside the grid")
 
 
 # --- hostile text -----------------------------------------------------------------------------------
