@@ -175,7 +175,7 @@ def test_what_a_stand_in_does_decides_nothing(run: Path, tmp_path: Path) -> None
     [
         (["training.batch=3"], "the memory study does not read 'training'"),
         (["arms.mamba.learning_rate=0.1"], "the memory study does not read 'learning_rate' of arm 'mamba'"),
-        (["memory.contexts=[64, 32]"], "must be positive, distinct and ascending, got [64, 32]"),
+        (["memory.contexts=[64, 32]"], "must be positive, distinct and ascending (got [64, 32])"),
         (["memory.batches=[]"], "memory.batches"),
         (["memory.dtyp=float32"], "unknown key 'memory.dtyp': did you mean 'dtype'?"),
         (["cell_timeout_s=0"], "cell_timeout_s"),

@@ -75,7 +75,7 @@ def test_sparse(lab: Lab, corpus: Path, tmp_path: Path) -> None:
     [
         ("compare", "experts.batches=[1]", "the comparison study does not read 'experts'"),
         ("moe", "experts.batches=[]", "experts.batches"),
-        ("moe", "experts.batches=[64, 1]", "must be positive, distinct and ascending, got [64, 1]"),
+        ("moe", "experts.batches=[64, 1]", "must be positive, distinct and ascending (got [64, 1])"),
         ("lineage", "learning_rates=[0.1]", "the lineage study does not read 'learning_rates'"),
         ("lineage", "measurement.contexts=[4096]", "the model has 2048 learned positions, measurement.contexts"),
     ],
