@@ -1,10 +1,11 @@
 """How much of a GPU the models use: of its arithmetic in training, of its memory in single-stream decoding.
 
-    python -m benchmarks.utilisation [--phases training,decode] [--decode-size 1b|7b] [--json]
+    python -m benchmarks.utilisation [--phases training,decode,decode-serial] [--decode-size 1b|7b] [--json]
 
 Training at about 370M parameters on sequences of 2048 tokens, under bfloat16 autocast, blocks compiled; decoding at
 about 1.3B or 6.9B parameters in bfloat16, one sequence after 1024 tokens, the compiled step replayed from a CUDA graph.
 A larger model's kernels read for longer, so that starting them counts for less: a share of bandwidth is of a size.
+"decode-serial", on request only, starts each kernel of a step when the one before it has ended: what overlap is worth.
 Shares are of a large matrix product and of a large copy, measured turn by turn beside the work. A training step counts
 three forward passes (nothing is computed twice), and a masked product of attention only what the mask leaves.
 """
@@ -25,7 +26,7 @@ from experiments.measurement.speed import Subject, measure_speed
 from experiments.rows import percentiles
 from experiments.spec import Speed
 from experiments.studies.speed import speeds_of_turns
-from models import cost
+from models import compiled, cost
 from models.config import ModelConfig
 from models.feedforward.swiglu import SwiGLUConfig
 from models.language_model import LanguageModel
@@ -35,7 +36,7 @@ from models.presets import preset
 BATCH, CONTEXT = 8, 2048
 READ, DECODED = 1024, 64
 ARMS = ("transformer", "mamba", "mamba2")
-AIMS = {"training": 0.45, "decode": 0.75}
+AIMS = {"training": 0.45, "decode": 0.75}  # the first of the transformer alone
 Work = Generator[None, None, dict[str, Any]]
 
 
@@ -73,6 +74,12 @@ def decode(send: Callable[[Any], None], arm: str, turns: int, size: str) -> Work
     return _work(large(arm, size), "decode", "compiled-graph", 1, READ, turns)
 
 
+def serial_decode(send: Callable[[Any], None], arm: str, turns: int, size: str) -> Work:
+    """In a process of its own, which compiles nothing else."""
+    compiled.ONE_ROW["triton.enable_pdl"] = False
+    return decode(send, arm, turns, size)
+
+
 def _work(config: ModelConfig, phase: str, mode: str, batch: int, context: int, turns: int) -> Work:
     dtype = torch.float32 if phase == "step" else torch.bfloat16
     model = LanguageModel(config, seed=0, device="cuda", dtype=dtype).eval()
@@ -97,7 +104,7 @@ def share(phase: str, arm: str, size: str, result: dict[str, Any]) -> dict[str, 
     }  # fmt: skip
 
 
-PHASES = {"training": training, "decode": decode}
+PHASES = {"training": training, "decode": decode, "decode-serial": serial_decode}
 
 
 def share_of(phase: str, arm: str, size: str, turns: int) -> dict[str, Any]:
@@ -108,10 +115,10 @@ def share_of(phase: str, arm: str, size: str, turns: int) -> dict[str, Any]:
 def main() -> None:
     parser = common.arguments(__doc__ or "")
     parser.add_argument("--arms", type=common.several(ARMS), default=list(ARMS), help="separated by commas")
-    parser.add_argument("--phases", type=common.several(PHASES), default=list(PHASES), help="separated by commas")
+    parser.add_argument("--phases", type=common.several(PHASES), default=list(AIMS), help="separated by commas")
     parser.add_argument("--decode-size", choices=list(SIZES), help="parameters of what decodes, about; 1b by itself")
     options = parser.parse_args()
-    if options.decode_size is not None and "decode" not in options.phases:
+    if options.decode_size is not None and options.phases == ["training"]:
         parser.error("--decode-size is of what decodes, which --phases leaves out")
     if not torch.cuda.is_available():
         raise SystemExit("this measures a CUDA GPU, which torch does not see here")
@@ -137,7 +144,8 @@ def main() -> None:
         for arm, one in arms.items():
             (ceiling,) = (one[key]["value"] for key in one if key.startswith("ceiling_"))
             unit = "TFLOP/s" if phase == "training" else "TB/s"
-            part, aim = one["share"], f"{AIMS[phase]:.0%}" if arm == "transformer" or phase == "decode" else "-"
+            aimed = phase == "decode" or (phase, arm) == ("training", "transformer")
+            part, aim = one["share"], f"{AIMS[phase]:.0%}" if aimed else "-"
             print(f"| {phase} | {arm} | {one['parameters'] / 1e6:,.0f}M | {one['tokens_per_s']['value']:,.0f} | "
                   f"{ceiling / 1e12:.3g} {unit} | {part['value']:.1%} | {part['p5']:.1%} to {part['p95']:.1%} | "
                   f"{aim} |")  # fmt: skip

@@ -15,8 +15,9 @@ from models.ops.kernels import has_triton
 
 # With one row a product is a sum over a matrix that is read once. Only under this option does torch generate it so,
 # fused with what is beside it, and not call a library's matrix product; the price is that the first call compiles and
-# times tens of configurations of each kernel.
-ONE_ROW = {"coordinate_descent_tuning": True}
+# times tens of configurations of each kernel. Such a product takes about as long to start as to compute: on compute
+# capability 9.0 and up a kernel starts while the one before it ends, and waits only where it reads what that one wrote.
+ONE_ROW = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
 MOST_VERSIONS = 64  # of a block's code: kinds of blocks times shapes; beyond that torch would stop compiling in silence
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import common, utilisation
 from experiments.measurement.process import CellFailedError
-from models import cost
+from models import compiled, cost
 
 
 def gives(value: int) -> dict[str, Any]:
@@ -105,6 +105,30 @@ def test_utilisation_tells_of_every_arm(monkeypatch: pytest.MonkeyPatch, capsys:
     assert one["tokens_per_s"]["value"] == pytest.approx(6400)
     assert one["share"]["value"] == pytest.approx(read * 6400 / 4e12)
     assert told(stderr)["decode, transformer"] == one
+
+
+def test_a_serial_decode_is_compiled_without_overlap(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And is only measured where it is asked for."""
+    compiled_with: list[dict[str, Any]] = []
+
+    def measured(function: Any, *arguments: Any) -> dict[str, Any]:
+        monkeypatch.setattr(compiled, "ONE_ROW", dict(compiled.ONE_ROW))  # as a process of its own has it
+        monkeypatch.setattr(utilisation, "_work", lambda *_: compiled_with.append(dict(compiled.ONE_ROW)))
+        function(print, *arguments)
+        return TURNS
+
+    monkeypatch.setattr(utilisation, "run_fresh", measured)
+    usual = dict(compiled.ONE_ROW)
+    options = ("--phases", "decode,decode-serial", "--arms", "mamba", "--decode-size", "1b")
+    assert on_a_gpu(monkeypatch, utilisation, *options) == 0
+    assert compiled_with == [usual, usual | {"triton.enable_pdl": False}] != [usual, usual]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], row[-1]) for row in rows] == [("| decode", "75% |"), ("| decode-serial", "- |")]
+    compiled_with.clear()
+    assert on_a_gpu(monkeypatch, utilisation, "--arms", "mamba") == 0
+    assert "serial" not in capsys.readouterr().out
 
 
 def test_what_decodes_has_no_size_where_nothing_decodes(

@@ -120,7 +120,7 @@ def test_where_torch_would_stop_compiling_there_is_an_error(frames, monkeypatch)
 @pytest.mark.parametrize("method", ["forward", "step"])
 def test_only_a_step_is_compiled_with_its_products_as_sums(method, frames):
     compile_blocks(model(MIXERS["mamba"], layers=2), method)
-    expected = {"forward": [None] * 2, "step": [{"coordinate_descent_tuning": True}] * 3}
+    expected = {"forward": [None] * 2, "step": [{"coordinate_descent_tuning": True, "triton.enable_pdl": True}] * 3}
     assert frames.options == expected[method]
     known = torch._inductor.list_options()
     assert all(name in known for options in frames.options if options for name in options)
