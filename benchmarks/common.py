@@ -25,7 +25,8 @@ from experiments.measurement.memory import keep_freed_memory
 from experiments.measurement.process import CellFailedError
 from experiments.statistics import paired_ratio
 
-Turn = Callable[[], tuple[int, Any]]  # does some work; the tokens it processed, and what they gave
+# does some work; the tokens it processed, what they gave, and how many of its seconds do not count, if any
+Turn = Callable[[], tuple[int, Any] | tuple[int, Any, float]]
 Side = Callable[[], Turn]  # builds the model; picklable
 
 
@@ -98,8 +99,8 @@ def _serve(pipe: Connection, side: Side, threads: int) -> None:
     while True:
         pipe.recv()
         start = time.perf_counter()
-        tokens, gave = turn()
-        pipe.send((tokens / (time.perf_counter() - start), gave))
+        tokens, gave, *aside = turn()
+        pipe.send((tokens / (time.perf_counter() - start - sum(aside)), gave))
 
 
 def rates_over_sittings(sides: Mapping[str, Side], rounds: int, sittings: int) -> dict[str, list[float]]:
@@ -116,30 +117,36 @@ def rates_over_sittings(sides: Mapping[str, Side], rounds: int, sittings: int) -
 
 
 def rates(
-    sides: Mapping[str, Side], rounds: int, slow: frozenset[str] = frozenset(), warm_ups: int = 1
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    sides: Mapping[str, Side], rounds: int, slow: frozenset[str] = frozenset(), warm_ups: int = 1,
+    failures: dict[str, str] | None = None,
+) -> tuple[dict[str, list[float]], dict[str, Any]]:  # fmt: skip
     """Tokens per second of each side in each round, after unmeasured turns; and what each side's last turn gave. One
     makes ready after the other: what a kernel's configurations are timed for then, nobody disturbs.
 
     Sides in `slow` take minutes a turn: they run in the first two rounds only, unwarmed, which flatters the others by
-    far less than a percent. Raises PartFailedError where a side's process ends before it is done.
+    far less than a percent. Raises PartFailedError where a side's process ends before it is done; but given `failures`,
+    says it there, and the other sides go on.
     """
     context = multiprocessing.get_context("spawn")
     pipes, workers = {}, []
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    gave: dict[str, Any] = {}
 
     def answer(name: str) -> Any:
         try:
             return pipes[name].recv()
         except (EOFError, OSError):
-            raise PartFailedError(f"the process of {name} ended, for the reason that it gave above") from None
+            reason = f"the process of {name} ended, for the reason that it gave above"
+            if failures is None:
+                raise PartFailedError(reason) from None
+            failures[name] = reason
+            del found[name]
 
-    def take_turn(name: str) -> tuple[float, Any]:
+    def take_turn(name: str) -> tuple[float, Any] | None:
         with suppress(OSError):  # of an end that `answer` tells of
             pipes[name].send(True)
         return answer(name)
 
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    gave: dict[str, Any] = {}
     try:
         for name, side in sides.items():
             pipes[name], theirs = context.Pipe()
@@ -147,13 +154,14 @@ def rates(
             workers[-1].start()
             theirs.close()
             answer(name)
-        for name in sides.keys() - slow:
+        for name in [name for name in found if name not in slow]:
             for _ in range(warm_ups):
-                take_turn(name)
+                if name in found:
+                    take_turn(name)
         for turn in range(rounds):
-            for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
-                if name not in slow or turn < 2:
-                    rate, gave[name] = take_turn(name)
+            for name in list(found) if turn % 2 == 0 else list(found)[::-1]:
+                if (name not in slow or turn < 2) and (taken := take_turn(name)) is not None:
+                    rate, gave[name] = taken
                     found[name].append(rate)
     finally:
         for worker in workers:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -62,6 +63,18 @@ def dying() -> common.Turn:
     return lambda: os._exit(3)
 
 
+def unmade() -> common.Turn:
+    raise SystemExit("no model")
+
+
+def slow() -> common.Turn:
+    return lambda: (5, time.sleep(0.4))
+
+
+def mostly_aside() -> common.Turn:
+    return lambda: (5, time.sleep(0.4), 0.3)
+
+
 def test_a_side_that_dies_is_named_and_no_process_stays() -> None:
     samples, gave = common.rates({"steady": steady}, 2)
     assert gave == {"steady": "well"}
@@ -69,6 +82,22 @@ def test_a_side_that_dies_is_named_and_no_process_stays() -> None:
     with pytest.raises(common.PartFailedError, match="the process of dying ended"):
         common.rates({"steady": steady, "dying": dying}, 2)
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("other", [dying, unmade])
+def test_the_other_sides_go_on_where_that_is_asked(other: common.Side) -> None:
+    failures: dict[str, str] = {}
+    samples, gave = common.rates({"other": other, "steady": steady}, 2, warm_ups=2, failures=failures)
+    assert (list(samples), len(samples["steady"]), gave) == (["steady"], 2, {"steady": "well"})
+    assert list(failures) == ["other"]
+    assert "the process of other ended" in failures["other"]
+    assert multiprocessing.active_children() == []
+
+
+def test_what_a_turn_puts_aside_is_not_in_its_rate() -> None:
+    ((whole,), (part,)) = (common.rates({"side": side}, 1)[0]["side"] for side in (slow, mostly_aside))
+    assert 5 / 0.4 > whole > 5 / 1
+    assert 5 / 0.1 > part > 5 / 0.2
 
 
 TURNS = {
@@ -138,28 +167,57 @@ def test_what_decodes_has_no_size_where_nothing_decodes(
     assert "--phases leaves out" in capsys.readouterr().err
 
 
-def test_official_compares_where_the_logits_agree(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+FORMS = ("our Mamba", "our Mamba compiled", "mamba_ssm's Mamba")
+
+
+def official_with(monkeypatch: pytest.MonkeyPatch, opinions: dict[str, list[float]], dead: set[str]) -> Any:
+    """The benchmark, with rates of 20 of our sides and 10 of theirs in place of what it measures. opinions: of a side,
+    where it is not 3 and -4; dead: sides whose process ended."""
     pytest.importorskip("transformers", reason="transformers is not installed: pip install 'transformers>=5'")
     from benchmarks import official
 
-    def rates(sides: Any, rounds: int, warm_ups: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-        """Ours twice as fast, theirs of other logits in prefill."""
-        found = {name: [10.0 if name.startswith("mamba_ssm") else 20.0] * rounds for name in sides}
-        opinions = {name: [3.0, -3.9 if name.startswith("our") else -4.0] for name in sides}
-        return found, opinions | {"mamba_ssm's Mamba, prefill": [3.0, 4.0]}
+    def rates(sides: Any, rounds: int, warm_ups: int, failures: dict[str, str]) -> tuple[dict, dict]:
+        failures |= {name: "it ended" for name in sides if name in dead}
+        alive = [name for name in sides if name not in dead]
+        found = {name: [10.0 if name.startswith("mamba_ssm") else 20.0] * rounds for name in alive}
+        return found, {name: opinions.get(name, [3.0, -4.0]) for name in alive}
 
     monkeypatch.setattr(common, "rates", rates)
     monkeypatch.setattr(common, "describe", lambda device, threads: {"device": device})
+    return official
+
+
+def test_official_compares_where_the_logits_agree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A side that thinks otherwise, or whose process ended, takes no other along; theirs takes its phase along."""
+    ours, compiled_, theirs = FORMS
+    opinions = {
+        f"{ours}, training": [3.0, -3.9],
+        f"{compiled_}, training": [2.0, -3.0],
+        f"{theirs}, prefill": [3.0, 4.0],
+    }
+    official = official_with(monkeypatch, opinions, {f"{compiled_}, decode"})
     assert on_a_gpu(monkeypatch, official, "--arms", "mamba", "--json") == 1
     result = json.loads(capsys.readouterr().out)
-    pairs = [f"our Mamba{side}, {phase} / mamba_ssm's Mamba, {phase}"
-             for phase in ("training", "decode") for side in ("", " compiled")]  # fmt: skip
+    pairs = [f"{ours}, {phase} / {theirs}, {phase}" for phase in ("training", "decode")]
     assert list(result["ratios"]) == pairs
-    assert [one["ratio"] for one in result["ratios"].values()] == pytest.approx([2.0] * 4)
-    assert list(result["failures"]) == ["prefill, mamba"]
-    assert (
-        "logits of our Mamba, prefill and mamba_ssm's Mamba, prefill are 1.58 of"
-        in result["failures"]["prefill, mamba"]
-    )
+    assert [one["ratio"] for one in result["ratios"].values()] == pytest.approx([2.0] * 2)
+    assert result["samples"].keys() == {
+        f"{side}, {phase}" for side in (ours, theirs) for phase in ("training", "decode")
+    }
+    told = result["failures"]
+    assert told.keys() == {f"{compiled_}, training", f"{compiled_}, decode", "prefill, mamba"}
+    assert "logits are 0.283 of their spread from those of mamba_ssm's Mamba" in told[f"{compiled_}, training"]
+    assert told[f"{compiled_}, decode"] == "it ended"
+    assert "its logits are 1.6 of" in told["prefill, mamba"]
+
+
+def test_official_has_nothing_to_compare_without_theirs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    official = official_with(monkeypatch, {}, {f"{FORMS[2]}, decode"})
+    assert on_a_gpu(monkeypatch, official, "--arms", "mamba", "--phases", "decode", "--json") == 1
+    result = json.loads(capsys.readouterr().out)
+    assert (result["ratios"], result["samples"]) == ({}, {})
+    assert result["failures"] == {"decode, mamba": f"{FORMS[2]}, decode: it ended"}
