@@ -208,8 +208,9 @@ def _choice(token: int, p: Tensor, tokenizer: Tokenizer) -> Choice:
 
 
 def _rehearse(model: LanguageModel, prompt: Tensor, tokens: int, folder: Path) -> None:
-    """Read the weights and compile the kernels, neither of which is part of a speed."""
-    for step in steps(model, prompt[:, :2], min(2, tokens), Sampling()):
+    """Read the weights and compile the kernels, neither of which is part of a speed. The whole prompt: a GPU's kernels
+    are compiled, and chosen, for its length."""
+    for step in steps(model, prompt, min(2, tokens), Sampling()):
         if not step.logits.isfinite().all():
             raise SpecError(f"{folder}: the model's scores are not finite numbers; its weights are of no use")
 

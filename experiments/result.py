@@ -19,6 +19,10 @@ UNTOUCHED = {  # metrics that do not depend on the form that ran
 }  # fmt: skip
 MATCHED = 0.02  # by which arms may differ in active parameters and count as of one size
 LITTLE_TEXT = 10_000  # bytes
+TIMINGS = {  # what a cell may say of its samples
+    "noisy": "noisy timing (95th percentile over 1.5 times the median)",
+    "host_bound": "the GPU waited for its host, whose speed it then is,",
+}
 Results = dict[Cell, dict[str, Any]]
 
 
@@ -148,11 +152,11 @@ def _warnings(
     for arm, backend in environment["backends"].items():
         if backend["fallback"]:
             warnings.append(f"{arm}: speed and memory are not comparable, {backend['fallback']}")
-    timed = {cell.name: result["noisy"] for cell in cells if (result := run.result(cell)) and "noisy" in result}
-    noisy = [name for name, moved in timed.items() if moved]
-    if noisy:
-        share = f"{len(noisy)} of {len(timed)} timed cells"
-        warnings.append(f"noisy timing (95th percentile over 1.5 times the median) in {share}: {', '.join(noisy)}")
+    timed = {cell: result for cell in cells if (result := run.result(cell)) and "noisy" in result}
+    for key, what in TIMINGS.items():
+        such = [cell.name for cell, result in timed.items() if result.get(key)]  # absent in older runs
+        if such:
+            warnings.append(f"{what} in {len(such)} of {len(timed)} timed cells: {', '.join(such)}")
     warnings += [
         f"{cell.group}: gate '{gate['name']}' failed: {gate['value']:.3g} > {gate['limit']:g}"
         for cell, result in made.items()

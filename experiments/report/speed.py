@@ -58,6 +58,9 @@ def verdict(record: Record) -> Section:
         if not one.get("comparable", True):  # absent in older records
             blocks.append(Verdict("blocked", one["sentence"], "not comparable", ""))
             continue
+        if one.get("host_bound"):  # likewise
+            blocks.append(Verdict("open", one["sentence"], "as much of the host as of the GPU", ""))
+            continue
         if one["kind"] == "growth":
             sure = not one["ci_low"] <= 1 <= one["ci_high"]
             blocks.append(Verdict("resolved" if sure else "open", one["sentence"], "measured" if sure else UNCLEAR, ""))

@@ -2,7 +2,7 @@
 itself, beside the machine's ceilings; and the lengths from which on one arm is faster than another."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from typing import Any
 
@@ -149,8 +149,10 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """Per phase, batch, mode and type: from which length on the other arms are faster than the first, and how decode
-    grows with the length; then how far the machine moved meanwhile."""
+    grows with the length; then how far the machine moved meanwhile. host_bound: a GPU waited for its host at a length
+    that decides it, so that the host's speed is in it."""
     measured: dict[tuple, dict[int, dict[str, np.ndarray]]] = {}
+    waited: set[tuple] = set()  # the arms and lengths at which a GPU waited for its host
     operations = {arm: _operations(config) for arm, config in cells.model_configs(experiment).items()}
     for cell in plan(experiment):
         result = run.result(cell)
@@ -159,11 +161,17 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
         batch = None if cell.kind == "step" else cell.batch  # of training, a matter of the context
         key = (cell.kind, batch, cell.mode, cell.dtype)
         measured.setdefault(key, {}).setdefault(cell.context or 0, {})[cell.arm] = speeds_of_turns(result)
+        if result.get("host_bound"):  # absent in older runs
+            waited.add((*key, cell.arm, cell.context or 0))
     first, *others = experiment.arms
     found = []
     for (kind, batch, mode, dtype), by_context in measured.items():
         head = {"phase": kind, "batch": batch, "mode": mode, "dtype": dtype}
         asked = [row for row in rows if (row["phase"], row["mode"], row["dtype"]) == (PHASES[kind], mode, dtype)]
+
+        def waits(*arms: str, at: Iterable[int], of: tuple = (kind, batch, mode, dtype)) -> bool:
+            return any((*of, arm, length) in waited for arm in arms for length in at)
+
         for other in others:
             both = {at: (arms[first], arms[other]) for at, arms in by_context.items() if {first, other} <= arms.keys()}
             if len(both) < 2 or kind == "backward":
@@ -177,12 +185,14 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
                 one["operations"] = dict(zip((first, other), times, strict=True))
                 both = {at: (a / times[0], b / times[1]) for at, (a, b) in both.items()}
             one |= crossover(both)
+            one["host_bound"] = waits(first, other, at=deciding(one["tokens"], sorted(both)))
             found.append(one | {"sentence": _crossing_sentence(one, sorted(both))})
         for arm in experiment.arms if kind == "decode" else ():
             speeds = {at: arms[arm] for at, arms in by_context.items() if arm in arms}
             if len(speeds) > 1:
                 one = head | {"kind": "growth", "arm": arm} | comparability([r for r in asked if r["arm"] == arm])
                 one |= growth(speeds)
+                one["host_bound"] = waits(arm, at=(one["from"], one["to"]))
                 found.append(one | {"sentence": _growth_sentence(one)})
     return found + _drift(rows, experiment)
 
@@ -235,6 +245,14 @@ def crossover(speeds: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any
     return {"tokens": _finite(estimate), "ci_low": _finite(low), "ci_high": _finite(high)}
 
 
+def deciding(tokens: float | None, contexts: list[int]) -> list[int]:
+    """The measured lengths, ascending, on which a crossing rests: those on both sides of it; where there is none, all
+    that were measured, or the longest."""
+    if tokens is None or tokens == 0:
+        return contexts[-1:] if tokens is None else contexts
+    return [max(at for at in contexts if at <= tokens), min(at for at in contexts if at >= tokens)]
+
+
 def growth(speeds: dict[int, np.ndarray]) -> dict[str, Any]:
     """How many times as long a token takes at the longest of the lengths as at the shortest, from tokens/s of each turn
     by length: the median of the ratios turn by turn, with a 95% interval that resamples the turns; and `widest`, the
@@ -284,7 +302,7 @@ def _growth_sentence(one: dict[str, Any]) -> str:
     return (
         f"{one['arm']} decodes a token{batch}, {one['mode']}, in {one['dtype']}, after {one['to']:,} tokens in "
         f"{one['ratio']:.3g} times (95% interval {one['ci_low']:.3g} to {one['ci_high']:.3g}) what it takes after "
-        f"{one['from']:,}{unclear}; its slowest and fastest length differ by {one['widest']:.3g} times."
+        f"{one['from']:,}{unclear}; its slowest and fastest length differ by {one['widest']:.3g} times.{_waiting(one)}"
     )
 
 
@@ -300,10 +318,16 @@ def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
     low, high = (_length(one[key], contexts) for key in ("ci_low", "ci_high"))
     spread = "" if low == high else f" (95% interval over the turns: {low} to {high})"
     if one["tokens"] is None:
-        return f"{what} from none of the lengths on: not at {contexts[-1]:,} tokens, the longest{spread}."
-    if one["tokens"] == 0:
-        return f"{what} at every length from {contexts[0]:,} to {contexts[-1]:,} tokens{spread}."
-    return f"{what} from about {one['tokens']:,.0f} tokens on{spread}."
+        where = f"from none of the lengths on: not at {contexts[-1]:,} tokens, the longest"
+    elif one["tokens"] == 0:
+        where = f"at every length from {contexts[0]:,} to {contexts[-1]:,} tokens"
+    else:
+        where = f"from about {one['tokens']:,.0f} tokens on"
+    return f"{what} {where}{spread}.{_waiting(one)}"
+
+
+def _waiting(one: dict[str, Any]) -> str:
+    return " At a length that decides this the GPU waited for its host." if one["host_bound"] else ""
 
 
 def _length(value: float | None, contexts: list[int]) -> str:

@@ -11,6 +11,8 @@ from conftest import InProcess, Lab, with_a_stand_in
 from experiments.report import content
 from experiments.report.document import Verdict
 from experiments.report.record import read
+from experiments.result import build_result
+from experiments.store import Cell, RunDirectory, write_json
 from models import cost
 from models.config import ModelConfig
 
@@ -131,6 +133,31 @@ def test_what_a_stand_in_does_decides_nothing(run: Path, tmp_path: Path) -> None
             assert "no kernels here" in told
             assert "times" not in told
             assert "tokens on" not in told
+
+
+def test_where_a_gpu_waited_for_its_host_no_length_is_said_to_be_measured(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / run.name)
+    directory = RunDirectory(copy)
+    waiting = [Cell("mamba", 0, kind, 32, 1, "eager", "float32") for kind in ("prefill", "decode")]
+    for cell in waiting:
+        told = directory.result(cell)
+        assert told is not None
+        assert told["host_bound"] is False
+        directory.finish(cell, told | {"host_bound": True})
+    result = build_result(directory, directory.experiment(), directory.environment()["data"])
+    write_json(copy / "result.json", result)
+    timed = len(list(copy.rglob("*-eager-*.json")))
+    assert f"it then is, in 2 of {timed} timed cells: {waiting[0].name}" in " ".join(result["warnings"])
+    verdict = content.document(read(copy)).sections[0]
+    tones = {block.sentence: block.tone for block in verdict.blocks if isinstance(block, Verdict)}
+    of_host = {(one["kind"], one["phase"]) for one in result["findings"] if one.get("host_bound")}
+    assert of_host == {("crossover", "prefill"), ("crossover", "decode"), ("growth", "decode")}
+    for one in result["findings"]:
+        if one.get("host_bound"):
+            assert (one["arm"], one["dtype"], tones[one["sentence"]]) == ("mamba", "float32", "open")
+            assert one["sentence"].endswith("the GPU waited for its host.")
+        else:
+            assert "host" not in one["sentence"]
 
 
 @pytest.mark.parametrize(("low", "tone"), [(0.9, "open"), (1.1, "resolved")])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from experiments.measurement.ceilings import CeilingsMeter
 from experiments.measurement.speed import OPERATIONS, OPERATORS, Subject
 from experiments.spec import Speed
-from experiments.studies.speed import _crossing_sentence, _growth_sentence, crossover, growth
+from experiments.studies.speed import _crossing_sentence, _growth_sentence, crossover, deciding, growth
 from models import cost
 from models.language_model import LanguageModel
 from models.mixers import MIXERS
@@ -42,12 +42,21 @@ def test_faster_or_slower_everywhere():
     # ahead at first only: not faster from any length on
     assert crossover(speeds(one, {64: 20.0, 128: 9.0}))["tokens"] is None
     told = {"arm": "b", "against": "a", "phase": "decode", "mode": "eager", "dtype": "float32", "batch": 1}
-    told |= {"comparable": True}
+    told |= {"comparable": True, "host_bound": False}
     sentence = _crossing_sentence(told | crossover(speeds(one, {64: 20.0, 128: 9.0})), [64, 128])  # faster at 64
     assert sentence.endswith("from none of the lengths on: not at 128 tokens, the longest.")
     # of two crossings the last one counts
     found = crossover(speeds({64: 10.0, 128: 10.0, 256: 10.0}, {64: 20.0, 128: 5.0, 256: 20.0}))
     assert found["tokens"] == pytest.approx(128 + 128 * 0.5 / (0.5 + 1), rel=1e-9)
+
+
+def test_a_crossing_rests_on_the_lengths_around_it():
+    lengths = [64, 128, 256]
+    assert deciding(100.0, lengths) == [64, 128]
+    assert deciding(200.0, lengths) == [128, 256]
+    assert deciding(128.0, lengths) == [128, 128]
+    assert deciding(0, lengths) == lengths  # at every length
+    assert deciding(None, lengths) == [256]  # not at the longest
 
 
 def test_noise_widens_the_interval_around_the_truth():
@@ -77,7 +86,7 @@ def test_growth_is_of_the_time_from_the_shortest_to_the_longest():
     noise = np.exp(0.1 * np.random.default_rng(5).standard_normal((2, 15)))
     spread = growth({64: 100 * noise[0], 128: 50 * noise[1]})
     assert 1.7 < spread["ci_low"] < spread["ratio"] < spread["ci_high"] < 2.3
-    told = {"arm": "b", "mode": "eager", "dtype": "float32", "batch": 1, "comparable": True}
+    told = {"arm": "b", "mode": "eager", "dtype": "float32", "batch": 1, "comparable": True, "host_bound": False}
     assert "not resolved" not in _growth_sentence(told | spread)
     unclear = growth({64: 100 * noise[0], 128: 100 * noise[1]})
     assert unclear["ci_low"] < 1 < unclear["ci_high"]

@@ -86,10 +86,11 @@ def test_probabilities_are_of_the_distribution_drawn_from(folders, name, rule):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_text_comes_while_it_is_made(folders, name, monkeypatch):
-    events = []
+    events, read = [], []
 
-    def watched(*arguments, **keywords):
-        for step in steps(*arguments, **keywords):
+    def watched(model, prompt, *arguments, **keywords):
+        read.append(prompt.tolist())
+        for step in steps(model, prompt, *arguments, **keywords):
             events.append("step")
             yield step
 
@@ -99,6 +100,7 @@ def test_text_comes_while_it_is_made(folders, name, monkeypatch):
     monkeypatch.setattr(inference, "steps", watched)
     made = write(writer, 5, Sampling(), seed=0, device="cpu", heard=events.append)
     assert events[:3] == ["step", "step", PROMPT]  # the rehearsal before
+    assert read == [[list(writer.ids)]] * 2
     assert events[3::2] == [*["step"] * 5, events[-1]][: len(events[3::2])]
     assert "".join(event for event in events if event != "step") == PROMPT + made.text
     assert made.choices is None

@@ -224,6 +224,46 @@ def test_noisy() -> None:
     assert not Samples([1.0, 1.1, 1.2]).noisy
 
 
+@pytest.mark.parametrize(
+    ("ms", "asked_ms", "expected"),
+    [
+        ([10.0, 10.0, 10.0], [9.5, 9.9, 2.0], True),  # half a millisecond was left in the middle one
+        ([10.0] * 3, [8.9] * 3, False),  # a tenth and more
+        ([1000.0] * 3, [997.0] * 3, False),  # a full queue of a long operation
+        ([1000.0] * 3, [999.0] * 3, True),
+        ([10.0] * 3, [], False),  # a CPU is its own host
+    ],
+)
+def test_a_gpu_that_had_nothing_left_to_do_waited_for_its_host(
+    ms: list[float], asked_ms: list[float], expected: bool
+) -> None:
+    assert Samples(ms, asked_ms).host_bound is expected
+
+
+def test_what_a_host_takes_to_ask_is_told_from_what_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operation sleeps while it asks, and is done when the wait for the device is over."""
+    gpu, queued = torch.device("cuda"), []
+    wait = lambda device: queued and time.sleep(queued.pop())  # noqa: E731
+    monkeypatch.setattr("experiments.measurement.timing._synchronise", wait)
+
+    def told(asks: float, works: float) -> dict[str, Any]:
+        def operation() -> None:
+            time.sleep(asks)
+            queued.append(works)
+
+        return all_turns(timed_in_turns(operation, repeats=3, seconds=0, device=gpu))
+
+    waiting, working = told(0.02, 0.0001), told(0.002, 0.02)
+    assert (waiting["host_bound"], working["host_bound"]) == (True, False)
+    for one, asked, works in ((waiting, 20, 0), (working, 2, 20)):
+        samples = one["samples"]
+        assert len(samples["asked_ms"]) == len(samples["ms"]) == sum(one["turns"])
+        assert all(asked <= a <= ms - works for a, ms in zip(samples["asked_ms"], samples["ms"], strict=True))
+    of_a_cpu = all_turns(timed_in_turns(lambda: None, repeats=3, seconds=0, device=CPU))
+    assert of_a_cpu["host_bound"] is False
+    assert list(of_a_cpu["samples"]) == ["ms"]
+
+
 def _together(send, names, log, fails):
     return side_by_side([_turns(send, name, log, count) if name != fails else _stumbles() for name, count in names])
 
