@@ -199,7 +199,8 @@ def _phase_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> I
         metrics += ["state_bytes", "state_bytes_analytic"]
     for metric in metrics:
         direction = "none" if metric.endswith("analytic") else "lower"
-        yield row(cell, cell.kind, metric, result[metric], "bytes", direction, **common)
+        reason = UNCOUNTED if result[metric] is None else None
+        yield row(cell, cell.kind, metric, result[metric], "bytes", direction, reason=reason, **common)
     yield from on_card(cell, cell.kind, result, **common)
 
 
@@ -215,6 +216,7 @@ _QUESTIONS = (
     ("decode", "state_bytes", "ratio", "longest"),
 )
 
+UNCOUNTED = "the steps of a recording work in memory that it has set aside, which no count of allocations shows"
 PAGE = 4096  # bytes: what a process holds is read in whole ones
 _READ_IN_PAGES = {"resident_bytes", "peak_bytes"}
 _QUALIFIED = {"peak_bytes", "state_bytes", "test_masked_token_loss"}  # a second question about their phase

@@ -184,15 +184,15 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
                     continue  # more than one kind of operation, of which one was measured
                 one["operations"] = dict(zip((first, other), times, strict=True))
                 both = {at: (a / times[0], b / times[1]) for at, (a, b) in both.items()}
-            one |= crossover(both)
-            one["host_bound"] = waits(first, other, at=deciding(one["tokens"], sorted(both)))
+            crossing = crossover(both)
+            one |= crossing | {"host_bound": waits(first, other, at=deciding(crossing["tokens"], sorted(both)))}
             found.append(one | {"sentence": _crossing_sentence(one, sorted(both))})
         for arm in experiment.arms if kind == "decode" else ():
             speeds = {at: arms[arm] for at, arms in by_context.items() if arm in arms}
             if len(speeds) > 1:
                 one = head | {"kind": "growth", "arm": arm} | comparability([r for r in asked if r["arm"] == arm])
-                one |= growth(speeds)
-                one["host_bound"] = waits(arm, at=(one["from"], one["to"]))
+                grown = growth(speeds)
+                one |= grown | {"host_bound": waits(arm, at=(grown["from"], grown["to"]))}
                 found.append(one | {"sentence": _growth_sentence(one)})
     return found + _drift(rows, experiment)
 

@@ -14,7 +14,7 @@ from experiments.result import build_result
 from experiments.runner import run_hash
 from experiments.spec import Experiment, load
 from experiments.store import RunDirectory, write_json
-from experiments.studies.comparison import plan
+from experiments.studies.comparison import UNCOUNTED, plan
 from models import cost
 
 VOCABULARY = 512
@@ -213,6 +213,18 @@ def test_a_fallback_taints_speed_and_memory_but_not_quality(run: RunDirectory) -
     assert comparable["quality"]
     assert not comparable["train"]
     assert any(FALLBACK in warning for warning in result["warnings"])
+
+
+def test_what_a_recording_works_in_is_not_said_to_be_nothing(run: RunDirectory) -> None:
+    for cell in plan(EXPERIMENT):
+        if (cell.arm, cell.kind) == ("mamba", "decode"):
+            run.finish(cell, measured("decode", "mamba") | {"working_bytes": None})
+    result = build_result(run, EXPERIMENT, FACTS)
+    for arm, value in (("transformer", 5), ("mamba", None)):
+        for seed in (0, 1, None):
+            one = row(result, arm, seed, "decode", "working_bytes")
+            assert (one["value"], one["comparable"]) == (value, True)
+            assert one["reason"] == (UNCOUNTED if value is None else None)
 
 
 @pytest.mark.parametrize("checked", [None, "failed", "passed"])
