@@ -31,7 +31,7 @@ class Comparison:
     """b against a over paired seeds.
 
     p: two-sided paired t test of no difference. None where there is nothing to test: one seed, or no spread at all.
-    exact: every pair gives the same non-zero difference of what was counted (bytes of state, say).
+    exact: every pair gives the same non-zero difference of what was counted (bytes of state, say), or would.
     differences: one per pair, in the scale of the test (of logarithms for a ratio); deviation: what is taken for their
     standard deviation, 0 for one.
     """

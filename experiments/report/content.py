@@ -358,7 +358,7 @@ def memory(record: Record) -> Section:
         blocks.append(Figure("state", _state_alt(record), caption))
     written = record.spec.get("measurement", {}).get("decode_tokens")
     room = f" A cache or state has room for the {written} tokens that are decoded, too." if written else ""
-    table = Table(f"Memory, mean over n seeds with {WITHIN}. {ARROWS}{room}", context_columns(record))
+    table = Table(f"Memory, mean over n seeds with {WITHIN}.{room} {ARROWS}", context_columns(record))
     present = [one for one in LOADING if one.metric.endswith("_bytes") and record.has(one.phase, one.metric)]
     if present:
         table.group("Loading")

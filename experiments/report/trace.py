@@ -175,7 +175,7 @@ def _stages(traced: Sequence[Traced]) -> Section:
                 _share(stage.ms), _bytes(stage.output_bytes), _bytes(stage.weight_bytes), *numbers,
             )  # fmt: skip
     explained = Text(
-        "Shapes are batch x tokens x width, or x vocabulary. ms: this call on this machine, the median of three; not a "
+        "Shapes are batch x tokens x width, or x vocabulary. ms: the fastest of three calls on this machine, not a "
         "benchmark. Weights: bytes of all parameters of the stage. Size: root mean square of the residual stream after "
         "it. Change: the size of the difference that the stage made beside the size of what came in. Cos: the cosine "
         "between what came in and what went out, the mean over tokens; 1 is the same direction."

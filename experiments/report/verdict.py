@@ -20,6 +20,8 @@ def notices(record: Record) -> list[Notice]:
         points += [f"{cell}: missing" for cell in record.missing if cell not in failed]
         lost = len({*record.missing, *(one["cell"] for one in record.failures)})
         title = f"This run is partial: {plural(lost, 'planned cell')} gave no result. What follows rests on the rest."
+        if record.verdicts:
+            title += " It is corrected for the comparisons that are there; of all of them fewer may be resolved."
         found.append(Notice("failure", title, _first(points)))
     elif record.failures:
         points = [f"{one['cell'] or 'the run'}: {one['message']}" for one in record.failures]

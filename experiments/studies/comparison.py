@@ -1,6 +1,7 @@
 """The comparison: arms are trained and evaluated, paired by seed, and the trained models measured."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from experiments import cells
@@ -8,7 +9,7 @@ from experiments.objectives import SELECTED
 from experiments.report.numbers import SLIGHT
 from experiments.rows import on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
-from experiments.statistics import Comparison, holm, more_seeds, paired_difference, paired_ratio
+from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
 from experiments.store import Cell, RunDirectory, read_json
 from models import cost
 from models.config import ModelConfig
@@ -267,16 +268,21 @@ def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu") -
         if one.kind == "ratio" and any(v <= 0 for side in values for v in side):
             continue
         pairs = [side[seed] for side in (a, b) for seed in seeds]
+        by_shapes = _by_shapes(rows, one)
         head = {
             "id": one.phase if one.metric not in _QUALIFIED else f"{one.phase}-{one.metric}",
             "phase": one.phase, "metric": one.metric, "context": one.context, "batch": one.batch,
             "a": one.a, "b": one.b, "kind": one.kind, "unit": pairs[0]["unit"] if one.kind == "difference" else "x",
-            "direction": pairs[0]["direction"], **comparability(pairs), "by_shapes": _by_shapes(rows, one),
+            "direction": pairs[0]["direction"], **comparability(pairs), "by_shapes": by_shapes,
         }  # fmt: skip
         if one.kind == "difference":
             drafts.append((head, paired_difference(*values)))
-        else:
-            drafts.append((head, paired_ratio(*values, resolution=PAGE if one.metric in paged else 0)))
+            continue
+        ratio = paired_ratio(*values, resolution=PAGE if one.metric in paged else 0)
+        if one.metric == "state_bytes" and len(seeds) == 1 and values[1][0] / values[0][0] == by_shapes != 1:
+            same = Interval(by_shapes, by_shapes, by_shapes, 1)
+            ratio = replace(ratio, exact=True, interval=same)  # shapes say it of every seed
+        drafts.append((head, ratio))
     return [verdict | {"sentence": _sentence(verdict) + _against_shapes(verdict)} for verdict in settled(drafts)]
 
 
@@ -386,7 +392,7 @@ def _sentence(v: dict) -> str:
         interval = f"95% interval {v['ci_low']:.3g} to {v['ci_high']:.3g}, {seeds}" if v["n"] > 1 else seeds
     if not v["comparable"]:
         return f"{v['a']} and {v['b']} do not compare in {what}: {v['reason']}. For the record: {size} ({interval})."
-    if v["n"] < 2:
+    if v["n"] < 2 and not v["exact"]:
         return f"{size} ({interval}): not resolved, one seed says nothing about the spread over seeds."
     if v["exact"]:
         interval = "the same for every seed"

@@ -100,8 +100,11 @@ def test_text_comes_while_it_is_made(folders, name, monkeypatch):
     monkeypatch.setattr(inference, "steps", watched)
     made = write(writer, 5, Sampling(), seed=0, device="cpu", heard=events.append)
     assert events[:3] == ["step", "step", PROMPT]  # the rehearsal before
-    assert read == [[list(writer.ids)]] * 2
-    assert events[3::2] == [*["step"] * 5, events[-1]][: len(events[3::2])]
+    assert read == [[list(writer.ids)]] * len(read)
+    assert 2 <= len(read) <= 1 + inference.READINGS  # the rehearsal, the text, and readings for their time
+    told = 3 + 2 * 5 + 1  # each token's piece, and what is left of characters
+    assert events[3:told:2] == [*["step"] * 5, *events[told - 1 : told]][: len(events[3:told:2])]
+    assert events[told:] == ["step"] * (len(read) - 2)
     assert "".join(event for event in events if event != "step") == PROMPT + made.text
     assert made.choices is None
     assert made.token_ids == plain.token_ids
@@ -117,14 +120,28 @@ def test_the_state_is_as_large_as_the_formula_says(folders, name):
     assert made.prompt_tokens == len(writer.ids) == len(writer.tokenizer.encode(PROMPT).ids)
 
 
-def test_prefill_and_decode_are_timed_apart(folders, monkeypatch):
-    ticks = accumulate([0, 2.0, *[5.0, 0.25] * 4])  # two seconds, then a quarter each; five between, which do not count
+@pytest.mark.parametrize(
+    ("readings", "fastest"),
+    [
+        ([2.0], 2.0),  # long enough to be told at once
+        ([0.3, 0.1, 0.2], 0.1),  # after half a second
+        ([0.02, *[0.03] * 8, 0.01], 0.01),  # ten of them
+    ],
+)
+def test_prefill_and_decode_are_timed_apart(folders, monkeypatch, readings, fastest):
+    first, *again = readings
+    times = [first, *[0.25] * 4, *again]
+    ticks = accumulate([0, *(second for one in times for second in (one, 5.0))])  # five between, which do not count
     (writer,) = writers(folders["mamba-tiny"], PROMPT, 5)
     monkeypatch.setattr(inference.time, "perf_counter", lambda: next(ticks))
     made = write(writer, 5, Sampling(), seed=0, device="cpu")
-    assert made.prefill_tokens_per_s == len(writer.ids) / 2
-    assert made.decode_tokens_per_s == 4
-    ticks = accumulate([0, 1.0])
+    assert made.prefill_tokens_per_s == pytest.approx(len(writer.ids) / fastest)
+    assert made.decode_tokens_per_s == pytest.approx(4)
+    assert len(list(ticks)) == 1  # the last pause: every time was asked for
+
+
+def test_one_token_has_no_speed_of_decode(folders):
+    (writer,) = writers(folders["mamba-tiny"], PROMPT, 1)
     assert write(writer, 1, Sampling(), seed=0, device="cpu").decode_tokens_per_s is None
 
 

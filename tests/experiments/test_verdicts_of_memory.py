@@ -33,3 +33,17 @@ def test_what_a_gpu_counts_is_exact_and_what_a_process_holds_is_not():
     assert host["ci_low"] < 2 < host["ci_high"]
     assert card["resolved"]
     assert "the same for every seed" in card["sentence"]
+
+
+@pytest.mark.parametrize(("measured", "told"), [(164.0, True), (165.0, False), (8450.0, False)])
+def test_one_seed_tells_of_a_state_what_shapes_say_of_every_seed(measured: float, told: bool):
+    """Not where it is of another size than they say, nor where there is no difference."""
+    rows = per_seed("a", "decode", "state_bytes", [8450.0]) + per_seed("b", "decode", "state_bytes", [measured])
+    for arm, size in (("a", 8450.0), ("b", 164.0 if measured < 8450 else 8450.0)):
+        rows += per_seed(arm, "decode", "state_bytes_analytic", [size])
+    (one,) = compared(rows, [Question("a", "b", "decode", "state_bytes", "ratio")])
+    assert (one["exact"], one["resolved"], one["better"]) == (told, told, "b" if told else None)
+    assert one["n"] == 1
+    assert one["ci_low"] == one["ci_high"] == (one["estimate"] if told else None)
+    assert ("the same for every seed): b is better" in one["sentence"]) == told
+    assert ("one seed says nothing" in one["sentence"]) != told

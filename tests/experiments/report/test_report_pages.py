@@ -374,6 +374,7 @@ def test_one_seed_has_no_interval_and_says_so(runs: Runs) -> None:
 def test_partial_run_says_so_before_anything_else(runs: Runs) -> None:
     text = rendered(runs("partial"), "table")
     assert text.index("This run is partial: 3 planned cells gave no result") < text.index("VERDICT")
+    assert "It is corrected for the comparisons that are there" in " ".join(text.split())
     assert text.index("mamba/seed2/train: killed: out of memory") < text.index("VERDICT")
     html = rendered(runs("partial"), "html")
     assert html.index("This run is partial") < html.index("<nav")
