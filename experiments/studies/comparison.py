@@ -279,10 +279,9 @@ def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu") -
             drafts.append((head, paired_difference(*values)))
             continue
         ratio = paired_ratio(*values, resolution=PAGE if one.metric in paged else 0)
-        told = one.metric == "state_bytes" and len(seeds) == 1 and by_shapes is not None
-        if told and values[1][0] / values[0][0] == by_shapes != 1:
-            same = Interval(by_shapes, by_shapes, by_shapes, 1)
-            ratio = replace(ratio, exact=True, interval=same)  # shapes say it of every seed
+        told = values[1][0] / values[0][0]
+        if one.metric == "state_bytes" and len(seeds) == 1 and told == by_shapes != 1:
+            ratio = replace(ratio, exact=True, interval=Interval(told, told, told, 1))  # shapes say it of every seed
         drafts.append((head, ratio))
     return [verdict | {"sentence": _sentence(verdict) + _against_shapes(verdict)} for verdict in settled(drafts)]
 
