@@ -285,6 +285,8 @@ def inspect(
         module = f" ({part.module}{copies})" if part.module else ""
         shape = " x ".join(map(str, part.shape))
         typer.echo(f"{name + module:<46}{shape:>16}{part.parameters:>16,}{in_bytes(part.bytes):>12}")
+    if any(part.copies > 1 for part in parts):
+        typer.echo("\nOf blocks that are alike (x) a shape is of one, a number of all.")
     active = totals["active_parameters"]
     typer.echo(f"\nparameters         {totals['parameters']:,}" + (
         f" ({active:,} active per token)" if active != totals["parameters"] else ""))  # fmt: skip
