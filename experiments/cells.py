@@ -16,6 +16,7 @@ import torch
 from experiments import gates
 from experiments.data.batches import Batches, StreamHash
 from experiments.data.dataset import Dataset
+from experiments.errors import RunFailedError
 from experiments.evaluation import (
     MaskedQuality,
     Quality,
@@ -38,6 +39,7 @@ from experiments.measurement.process import side_by_side
 from experiments.measurement.speed import Subject, measure_speed
 from experiments.objectives import Objective
 from experiments.spec import Arm, Experiment, Measurement
+from experiments.store import AGAIN
 from experiments.training import DTYPES, token_loss, train
 from models import checkpoint, folders, replay
 from models.config import ModelConfig
@@ -78,6 +80,14 @@ def model_config(arm: Arm, vocabulary: int) -> ModelConfig:
 def model_configs(experiment: Experiment) -> dict[str, ModelConfig]:
     """Of each of `Experiment.cells`. Raises ConfigError."""
     return {name: model_config(arm, experiment.vocabulary_of(name)) for name, arm in experiment.cells().items()}
+
+
+def kept_config(folder: Path) -> ModelConfig:
+    """Of the model that was made in the folder of its cell. Raises RunFailedError."""
+    try:
+        return checkpoint.read_config(folder / "checkpoint")
+    except ConfigError as error:
+        raise RunFailedError(f"{error}; delete that folder {AGAIN}") from None
 
 
 def folder_hashes(experiment: Experiment) -> dict[str, str]:

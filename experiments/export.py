@@ -4,10 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.data import tokenizer
 from experiments.data.tokenizer import end_of_text_id
 from experiments.errors import EnvironmentLacksError, SpecError
-from experiments.inference import trained
+from experiments.inference import read_tokenizer, trained
 from experiments.store import RunDirectory
 from models import checkpoint, hf
 from models.errors import nearest
@@ -46,7 +45,7 @@ def export(
     if experiment.cells()[arm].objective == "masked":
         raise SpecError(f"arm '{arm}' fills in hidden tokens; the format holds models that predict the next one")
     own = directory.tokenizer_file(arm)
-    end = end_of_text_id(tokenizer.load(own))
+    end = end_of_text_id(read_tokenizer(own))
     settings = {
         "max_position_embeddings": directory.seen_by(arm).training.context,
         "bos_token_id": end,

@@ -20,6 +20,10 @@ from experiments.data.prepared import tokens_per_byte
 from experiments.errors import LabError, RunFailedError, SpecError
 from experiments.spec import Experiment, load
 
+AGAIN = "and lab resume: the cell is done again"
+LOG_AGAIN = f"delete evaluation.json beside it {AGAIN}"
+NO_STEPS = "it has no training step"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -78,14 +82,20 @@ class RunDirectory:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         file = self.result_file(cell)
-        try:
-            return read_json(file) if file.is_file() else None
-        except RunFailedError as error:
-            raise RunFailedError(f"{error}; delete that file and lab resume: the cell is done again") from None
+        return read_json(file, f"delete that file {AGAIN}") if file.is_file() else None
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
         file = self.failure_file(cell)
-        return read_json(file) if file.is_file() else None
+        return read_json(file, f"delete that file {AGAIN}") if file.is_file() else None
+
+    def losses(self, cell: Cell) -> list[float]:
+        """Of every step of its training."""
+        log = self.folder(cell) / "metrics.jsonl"
+        lines = [_object(line, log, LOG_AGAIN) for line in _text(log, LOG_AGAIN).splitlines()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        if not losses:
+            raise damaged(log, NO_STEPS, LOG_AGAIN)
+        return losses
 
     def forget(self, cell: Cell) -> None:
         """Its result, if it has one."""
@@ -102,7 +112,7 @@ class RunDirectory:
             lines = (self.path / "events.jsonl").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             return None
-        times = [event["time"] for line in lines if (event := _event(line)) and event["cell"]]
+        times = [event["time"] for line in lines if (event := _event(line)) and event.get("cell")]
         return times[-1] if times else None
 
     def experiment(self) -> Experiment:
@@ -134,7 +144,7 @@ def summary(run: RunDirectory) -> dict[str, Any]:
         experiment = run.experiment()
         file = run.path / "result.json"
         status = read_json(file)["status"] if file.is_file() else "unfinished"
-    except (LabError, KeyError, TypeError) as error:
+    except LabError as error:
         return {"run": run.path.name, "status": "damaged", "profile": "", "arms": [], "problem": str(error)}
     arms = list(experiment.cells())
     return {"run": run.path.name, "status": status, "profile": experiment.profile, "arms": arms, "problem": None}
@@ -168,9 +178,10 @@ def find(reference: str | None, folder: Path) -> RunDirectory:
 
 def _event(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
+        found = json.loads(line)
     except json.JSONDecodeError:  # cut off when its process was killed
         return None
+    return found if isinstance(found, dict) and "time" in found else None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -185,12 +196,43 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
-def read_json(path: Path) -> Any:
+class Table(dict[str, Any]):
+    """A JSON object in a file. One that lacks what is asked for is damaged."""
+
+    def __init__(self, values: dict[str, Any], path: Path, remedy: str) -> None:
+        super().__init__(values)
+        self._path, self._remedy = path, remedy
+
+    def __missing__(self, key: str) -> Any:
+        raise damaged(self._path, f"it has no '{key}'", self._remedy)
+
+
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The JSON object in a file; it and those within it are each a `Table`. remedy: where it is damaged. Raises
+    RunFailedError."""
+    return _object(_text(path, remedy), path, remedy)
+
+
+def _text(path: Path, remedy: str) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RunFailedError(f"{path} is missing: the run did not get that far") from None
     except OSError as error:
         raise RunFailedError(f"cannot read {path} ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunFailedError(f"{path} is damaged: {error}") from None
+    except UnicodeDecodeError as error:
+        raise damaged(path, error, remedy) from None
+
+
+def _object(text: str, path: Path, remedy: str) -> Table:
+    try:
+        found = json.loads(text, object_hook=lambda values: Table(values, path, remedy))
+    except json.JSONDecodeError as error:
+        raise damaged(path, error, remedy) from None
+    if not isinstance(found, Table):
+        raise damaged(path, "it must hold one JSON object", remedy)
+    return found
+
+
+def damaged(path: Path, what: object, remedy: str = "") -> RunFailedError:
+    return RunFailedError(f"{path} is damaged: {what}" + (f"; {remedy}" if remedy else ""))

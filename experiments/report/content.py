@@ -587,8 +587,9 @@ def troubles(record: Record) -> Section:
     warnings = list(record.result["warnings"])
     failures = [f"{one['cell'] or 'the run'}: {one['message']}" for one in record.failures]
     for event in record.events:
-        text = f"{event['cell']}: {event['message']}" if event.get("cell") else event.get("message", "")
-        if event.get("kind") == "warning" and event.get("message") not in warnings:
+        message = event.get("message", "")
+        text = f"{event['cell']}: {message}" if event.get("cell") else message
+        if event.get("kind") == "warning" and message not in warnings:
             warnings.append(text)
         elif event.get("kind") == "failure":
             failures.append(text)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import RunFailedError, SpecError
+from experiments.store import AGAIN, LOG_AGAIN, NO_STEPS, damaged
 
 SCHEMA_VERSION = 1
 MEASURED_PHASES = ("load", "prefill", "decode")
@@ -234,19 +235,24 @@ def read(run: Path) -> Record:
     evaluations: dict[str, dict[int, dict[str, Any]]] = {}
     for arm in result["arms"]:
         for cell, seed in _cells(run / "cells" / arm):
-            curve = _curve(cell / "metrics.jsonl", f"{arm}/seed{seed}", remarks)
+            log, path = cell / "metrics.jsonl", cell / "evaluation.json"
+            curve = _curve(log, f"{arm}/seed{seed}", remarks)
             if curve is not None:
                 curves.setdefault(clean(arm), {})[seed] = curve
-            if (cell / "evaluation.json").is_file():
-                path = cell / "evaluation.json"
-                evaluations.setdefault(clean(arm), {})[seed] = clean(_object(_text(path, ""), path))
+            elif log.is_file() and path.is_file():  # trained to the end
+                raise damaged(log, NO_STEPS, LOG_AGAIN)
+            if path.is_file():
+                evaluation = _object(_text(path, ""), path, f"delete that file {AGAIN}")
+                if not isinstance(evaluation.get("splits"), dict):
+                    raise damaged(path, "it has no 'splits'", f"delete that file {AGAIN}")
+                evaluations.setdefault(clean(arm), {})[seed] = clean(evaluation)
     return Record(
         result=clean(result),
         result_text=result_text,
         environment=clean(environment),
         spec=clean(spec),
         spec_text=clean(spec_text),
-        events=clean(_lines(run / "events.jsonl", remarks)),
+        events=clean(_lines(run / "events.jsonl", remarks, "delete that line")),
         rows=_rows(clean(result["rows"]), run / "result.json", remarks),
         curves=curves,
         evaluations=evaluations,
@@ -285,28 +291,31 @@ def _text(path: Path, remedy: str) -> str:
         raise RunFailedError(f"{path}: not UTF-8 text; the file is damaged") from None
 
 
-def _object(text: str, path: Path) -> dict[str, Any]:
+def _object(text: str, path: Path, remedy: str = "") -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RunFailedError(f"{path}: not valid JSON: {error}; the file is damaged") from None
+        raise damaged(path, f"not valid JSON: {error}", remedy) from None
     if not isinstance(found, dict):
-        raise RunFailedError(f"{path}: must hold one JSON object")
+        raise damaged(path, "it must hold one JSON object", remedy)
     return found
 
 
-def _lines(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
-    """JSON lines. A torn last line, left by an interruption, is dropped and remarked; others are errors."""
+def _lines(path: Path, remarks: list[str], remedy: str) -> list[dict[str, Any]]:
+    """One JSON object a line. A torn last line, left by an interruption, is dropped and remarked; others are errors."""
     if not path.is_file():
         return []
     lines = [(at, line) for at, line in enumerate(_text(path, "").split("\n"), 1) if line.strip()]
     found = []
     for position, (at, line) in enumerate(lines):
         try:
-            found.append(json.loads(line))
+            one = json.loads(line)
+            if not isinstance(one, dict):
+                raise damaged(path, f"line {at}: it must hold one JSON object", remedy)
+            found.append(one)
         except json.JSONDecodeError as error:
             if position + 1 < len(lines):
-                raise RunFailedError(f"{path} line {at}: not valid JSON: {error}; the file is damaged") from None
+                raise damaged(path, f"line {at}: not valid JSON: {error}", remedy) from None
             remarks.append(f"{path.parent.name}/{path.name}: the last line is torn and was left out")
     return found
 
@@ -324,11 +333,14 @@ def _cells(folder: Path) -> Iterable[tuple[Path, int]]:
 def _curve(path: Path, cell: str, remarks: list[str]) -> Curve | None:
     steps: dict[int, tuple[float, float]] = {}  # a resumed run may write a step twice: the last one counts
     points: dict[int, float] = {}
-    for line in _lines(path, remarks):
-        if "loss" in line:
-            steps[line["step"]] = (line["tokens"], _finite(line["loss"], math.nan))
-        if "validation_loss" in line:
-            points[line["step"]] = _finite(line["validation_loss"], math.nan)
+    for line in _lines(path, remarks, LOG_AGAIN):
+        try:
+            if "loss" in line:
+                steps[line["step"]] = (line["tokens"], _finite(line["loss"], math.nan))
+            if "validation_loss" in line:
+                points[line["step"]] = _finite(line["validation_loss"], math.nan)
+        except KeyError as error:
+            raise damaged(path, f"a line of it has no {error}", LOG_AGAIN) from None
     if not steps:
         return None
     at = np.array(sorted(steps))

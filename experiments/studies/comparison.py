@@ -10,9 +10,8 @@ from experiments.report.numbers import SLIGHT
 from experiments.rows import on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
-from experiments.store import Cell, RunDirectory, read_json
+from experiments.store import Cell, RunDirectory
 from models import cost
-from models.config import ModelConfig
 
 MAKES = "train"
 SEES = "the model saw the token that it was to predict"
@@ -139,9 +138,8 @@ def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, r
     )  # fmt: skip
     yield row(cell, "train", "peak_bytes", train["peak_bytes"], "bytes", "lower", **common)
     yield from on_card(cell, "train", train, **common)
-    config = read_json(run.folder(cell) / "checkpoint" / "config.json")
     predicted = SELECTED if experiment.cells()[cell.arm].objective == "masked" else 1.0
-    flops = cost.training_flops_per_token(ModelConfig.from_dict(config), settings.context, predicted)
+    flops = cost.training_flops_per_token(cells.kept_config(run.folder(cell)), settings.context, predicted)
     yield row(cell, "train", "flops_per_token", flops, "FLOP/token", "none", **common)
     loads = result.get("expert_load")
     if loads:

@@ -4,7 +4,6 @@ Arms are trained and evaluated as in a comparison. Then the causal model of each
 and tokens of validation text are hidden one at a time, for an encoder to guess from both sides and for the causal model
 to guess from the left."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -76,8 +75,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
 
 def _final_loss(run: RunDirectory, cell: Cell) -> tuple[float, int]:
     """Mean over the last tenth of the steps, and how many those are."""
-    log = (run.folder(cell) / "metrics.jsonl").read_text(encoding="utf-8")
-    losses = [line["loss"] for line in map(json.loads, log.splitlines()) if "loss" in line]
+    losses = run.losses(cell)
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last), len(last)
 

@@ -9,7 +9,7 @@ from experiments.measurement.loading import WAYS
 from experiments.report.numbers import size as shown
 from experiments.rows import on_card, percentiles, row
 from experiments.spec import Experiment
-from experiments.store import Cell, RunDirectory, read_json
+from experiments.store import Cell, RunDirectory
 from experiments.studies.comparison import comparability
 from experiments.training import DTYPES
 from models import cost
@@ -61,7 +61,7 @@ def work(cell: Cell, experiment: Experiment) -> tuple[Callable[..., Any], tuple]
 def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:
     if cell.kind == "build":
         return
-    config = ModelConfig.from_dict(read_json(run.folder(cell) / "checkpoint" / "config.json"))
+    config = cells.kept_config(run.folder(cell))
     if cell.kind == "load":
         yield from _load_rows(cell, result, experiment)
         return

@@ -10,7 +10,7 @@ from experiments import cells
 from experiments.report.numbers import number, size
 from experiments.rows import row
 from experiments.spec import Experiment
-from experiments.store import Cell, RunDirectory, read_json
+from experiments.store import Cell, RunDirectory
 from experiments.studies import comparison
 from experiments.studies.comparison import Question
 from experiments.training import DTYPES
@@ -35,7 +35,7 @@ def plan(experiment: Experiment) -> list[Cell]:
 def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDirectory) -> Iterator[dict]:
     yield from comparison.rows(cell, result, experiment, run)
     if cell.kind == "train":
-        config = ModelConfig.from_dict(read_json(run.folder(cell) / "checkpoint" / "config.json"))
+        config = cells.kept_config(run.folder(cell))
         for batch in experiment.experts.batches:
             touched = cost.touched_bytes(config, batch, _element(experiment))
             yield row(cell, "decode", "touched_bytes_analytic", touched, "bytes", "none", batch=batch)

@@ -13,7 +13,7 @@ from experiments.measurement.speed import OPERATORS
 from experiments.report.numbers import listed, plural
 from experiments.rows import percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
-from experiments.store import Cell, RunDirectory, read_json
+from experiments.store import Cell, RunDirectory
 from experiments.studies.comparison import comparability
 from experiments.training import DTYPES
 from models import cost
@@ -104,7 +104,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     latency = {key: value / steps if key != "n" else value for key, value in times.items()}
     yield row(cell, phase, LATENCY[phase], unit="ms", direction="lower", **latency, **common)
     yield row(cell, phase, "first_call_ms", result["first_call_ms"], "ms", "none", **common)
-    config = ModelConfig.from_dict(read_json(run.folder(cell) / "checkpoint" / "config.json"))
+    config = cells.kept_config(run.folder(cell))
     yield from _achieved(cell, phase, config, result, speed, common)
 
 

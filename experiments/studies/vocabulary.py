@@ -18,12 +18,11 @@ from experiments.data.prepared import tokens_per_byte
 from experiments.report.numbers import number, plural, scale
 from experiments.rows import row
 from experiments.spec import Arm, Experiment
-from experiments.store import Cell, RunDirectory, read_json
+from experiments.store import Cell, RunDirectory
 from experiments.studies import comparison
 from experiments.studies.comparison import Question
 from experiments.training import DTYPES
 from models import cost
-from models.config import ModelConfig
 
 MAKES = "train"
 turns, together = comparison.turns, comparison.together
@@ -94,7 +93,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     yield row(cell, "text", "tokens_per_byte", per_byte, "tokens/byte", "none")
     yield row(cell, "text", "unigram_bits_per_byte", unigram, "bits/byte", "none")
     yield row(cell, "text", "bytes_seen", result["text_bytes"], "bytes", "none", context=seen.training.context)
-    config = ModelConfig.from_dict(read_json(run.folder(cell) / "checkpoint" / "config.json"))
+    config = cells.kept_config(run.folder(cell))
     count = cost.parameters(config)
     embedding = count.total - count.non_embedding
     yield row(cell, "model", "parameters", count.total, "parameters", "none")

@@ -1,10 +1,11 @@
-"""A damaged run directory is listed as such, among the others."""
+"""A damaged run directory is listed as such, among the others, and what is damaged is named with its remedy."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import InProcess
+from conftest import Finished, InProcess
 
 from experiments.errors import RunFailedError
 from experiments.spec import load
@@ -39,3 +40,54 @@ def test_a_damaged_cell_names_the_remedy(tmp_path: Path) -> None:
         run.result(cell)
     file.unlink()
     assert run.result(cell) is None
+
+
+CELL, LOG = (
+    "delete that file and lab resume: the cell is done again",
+    "delete evaluation.json beside it and lab resume: ",
+)
+MAMBA = "cells/mamba/seed0"
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "text", "said"),
+    [
+        ("resume", "environment.json", "[]", "it must hold one JSON object"),
+        ("report", "environment.json", "[]", "it must hold one JSON object"),
+        ("resume", "environment.json", "{}", "it has no 'device'"),
+        ("resume", f"{MAMBA}/measure/load.json", '{"a": 1}', f"it has no 'file_bytes'; {CELL}"),
+        ("resume", f"{MAMBA}/measure/load.json", "[]", f"it must hold one JSON object; {CELL}"),
+        ("resume", f"{MAMBA}/measure/load.json", "null", f"it must hold one JSON object; {CELL}"),
+        ("resume", f"{MAMBA}/evaluation.json", '{"a": 1}', f"it has no 'backend'; {CELL}"),
+        ("report", f"{MAMBA}/evaluation.json", '{"a": 1}', f"it has no 'splits'; {CELL}"),
+        ("resume", f"{MAMBA}/failed/load.json", "3", f"it must hold one JSON object; {CELL}"),
+        ("resume", "events.jsonl", "[]", "line 1: it must hold one JSON object; delete that line"),
+        ("report", "events.jsonl", "[]", "line 1: it must hold one JSON object; delete that line"),
+        ("resume", f"{MAMBA}/metrics.jsonl", "", f"it has no training step; {LOG}"),
+        ("report", f"{MAMBA}/metrics.jsonl", "", f"it has no training step; {LOG}"),
+        ("report", f"{MAMBA}/metrics.jsonl", "[]", f"line 1: it must hold one JSON object; {LOG}"),
+        ("report", f"{MAMBA}/metrics.jsonl", '{"loss": 3, "tokens": 9}', f"a line of it has no 'step'; {LOG}"),
+    ],
+)
+def test_a_file_of_another_kind_is_damaged(
+    in_process: InProcess, smoke: Finished, tmp_path: Path, command: str, file: str, text: str, said: str
+) -> None:
+    run = tmp_path / smoke.directory.name
+    shutil.copytree(smoke.directory, run)
+    (run / file).parent.mkdir(exist_ok=True)
+    (run / file).write_text(text, encoding="utf-8")
+    code, stdout, stderr = in_process(command, "--out", tmp_path)
+    assert (code, stdout) == (1, "")
+    assert stderr.splitlines()[-1].startswith(f"lab: {run / file} is damaged: {said}")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"loss": '])
+def test_losses_of_a_log_without_steps(tmp_path: Path, text: str) -> None:
+    run, cell = RunDirectory(tmp_path), Cell("mamba", 0, "train")
+    log = run.folder(cell) / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"step": 0, "validation_loss": 3}\n{"step": 1, "loss": 2.5}\n', encoding="utf-8")
+    assert run.losses(cell) == [2.5]
+    log.write_text(text, encoding="utf-8")
+    with pytest.raises(RunFailedError, match=rf"metrics\.jsonl is damaged: .*; {LOG}"):
+        run.losses(cell)

@@ -1,6 +1,7 @@
 """`lab export` and `lab generate` with a folder: what was trained here runs elsewhere, and comes back."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def test_refused(in_process: InProcess, smoke: Finished, tmp_path: Path, argumen
     assert said in stderr
     assert len(stderr.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]
+
+
+def test_a_run_whose_tokenizer_is_damaged(in_process: InProcess, smoke: Finished, tmp_path: Path) -> None:
+    shutil.copytree(smoke.directory, tmp_path / smoke.directory.name)
+    (tmp_path / smoke.directory.name / "tokenizer.json").write_text("[]", encoding="utf-8")
+    code, _, stderr = in_process("export", "latest", tmp_path / "new", "--arm", "mamba", "--out", tmp_path)
+    assert code == 2
+    assert "tokenizer.json is no tokenizer" in stderr
+    assert len(stderr.strip().splitlines()) == 1
 
 
 def test_a_folder_has_no_arms(in_process: InProcess, smoke: Finished) -> None:
