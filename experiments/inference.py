@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments import reading, store
 from experiments.errors import SpecError
 from experiments.store import Cell, RunDirectory
-from models import folders
+from models import checkpoint, folders
 from models.errors import nearest
 from models.generation import Sampling, check_room, steps
 from models.language_model import LanguageModel
@@ -87,7 +87,7 @@ def source(name: str, out: Path) -> RunDirectory | Path:
 
 def trained(directory: RunDirectory, arms: Sequence[str] = (), seed: int | None = None) -> dict[str, Path]:
     """The folders of the trained models of a run by their arms: of `arms`, or of all; of `seed`, or of the first one.
-    Raises SpecError: no such arm or seed, or it was never trained to the end."""
+    Raises SpecError: no such arm or seed, it was never trained to the end, or it has lost a file."""
     experiment = directory.experiment()
     known = list(experiment.cells())
     for arm in arms:
@@ -96,12 +96,15 @@ def trained(directory: RunDirectory, arms: Sequence[str] = (), seed: int | None 
     seed = experiment.seeds[0] if seed is None else seed
     if seed not in experiment.seeds:
         raise SpecError(f"no seed {seed} in {directory.path.name}: it has {list(experiment.seeds)}")
-    places = {arm: directory.folder(Cell(arm, seed, "train")) / "checkpoint" for arm in known}
-    finished = [arm for arm, folder in places.items() if folder.is_dir()]
+    makers = {arm: Cell(arm, seed, "train") for arm in known}
+    places = {arm: directory.folder(cell) / "checkpoint" for arm, cell in makers.items()}
+    finished = [arm for arm in known if places[arm].is_dir() or directory.result_file(makers[arm]).is_file()]
     for arm in arms or known:
         if arm not in finished:
             remedy = f"trained are: {', '.join(finished)}" if finished else "no arm of it was; lab resume goes on"
             raise SpecError(f"arm '{arm}', seed {seed} of {directory.path.name} was never trained to the end; {remedy}")
+        if gone := checkpoint.missing(places[arm]):
+            raise SpecError(f"{gone[0]} is missing; lab resume {directory.path} makes the model again")
     return {arm: places[arm] for arm in arms or known}
 
 

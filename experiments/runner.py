@@ -29,6 +29,7 @@ from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, write_json
 from experiments.studies import STUDIES
 from experiments.training import DTYPES
+from models import checkpoint
 from models.config import ModelConfig
 from models.errors import ConfigError, nearest
 from models.feedforward import FEEDFORWARDS
@@ -141,6 +142,13 @@ def run(
         else:
             _check_same_machine(directory, experiment, dataset)
             listener(Event("note", f"continuing {directory.path}"))
+            for file in _keep_tokenizers(directory, experiment, dataset):
+                listener(Event("note", f"{file} was missing and is there again"))
+            for group, file in _without_model(directory, experiment).items():
+                listener(Event("note", f"{file} is missing: the model and its measurements are made again", group))
+                for cell in STUDIES[experiment.study].plan(experiment):
+                    if cell.group == group:
+                        directory.forget(cell)
         retry = into is not None
         todo = _todo(directory, experiment, retry)
         if not todo:
@@ -183,9 +191,8 @@ def _create(
     path = out / f"{stamp}-{experiment.name}-{run_hash(experiment, dataset)}"
     path.mkdir(parents=True)
     (path / "spec.toml").write_text(experiment.to_toml(), encoding="utf-8")
-    for cell in experiment.cells():
-        own = dataset.datasets[experiment.vocabulary_of(cell)]
-        shutil.copy(own.tokenizer_path, path / experiment.tokenizer_file(cell))
+    directory = RunDirectory(path)
+    _keep_tokenizers(directory, experiment, dataset)
     environment = {
         "created": store.now(),
         "command": command,
@@ -195,9 +202,32 @@ def _create(
     environment |= describe(experiment.device, experiment.threads)
     environment |= {"backends": backends, "kernels": kernels, "data": dataset.facts}
     write_json(path / "environment.json", environment)
-    directory = RunDirectory(path)
     directory.event("progress", f"started: {command}")
     return directory
+
+
+def _keep_tokenizers(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> list[Path]:
+    """Those that were not there yet."""
+    kept = []
+    for cell in experiment.cells():
+        file = directory.path / experiment.tokenizer_file(cell)
+        if not file.is_file():
+            shutil.copy(dataset.datasets[experiment.vocabulary_of(cell)].tokenizer_path, file)
+            kept.append(file)
+    return kept
+
+
+def _without_model(directory: RunDirectory, experiment: Experiment) -> dict[str, Path]:
+    """Groups of cells whose model was made and has lost a file, and that file."""
+    study, found = STUDIES[experiment.study], {}
+    for cell in study.plan(experiment):
+        if cell.kind == study.MAKES and directory.result(cell) is not None:
+            folder = directory.folder(cell)
+            folders = dict.fromkeys((folder / "checkpoint", cells.measured_folder(experiment, folder)))
+            gone = [file for one in folders for file in checkpoint.missing(one)]
+            if gone:
+                found[cell.group] = gone[0]
+    return found
 
 
 def _unfinished(experiment: Experiment, dataset: Prepared, out: Path) -> RunDirectory | None:

@@ -119,8 +119,11 @@ class RunDirectory:
         return load(str(self.path / "spec.toml"), device=self.environment()["device"])
 
     def tokenizer_file(self, arm: str) -> Path:
-        """The tokenizer that the arm reads with."""
-        return self.path / self.experiment().tokenizer_file(arm)
+        """The tokenizer that the arm reads with. Raises SpecError where it is gone."""
+        file = self.path / self.experiment().tokenizer_file(arm)
+        if not file.is_file():
+            raise SpecError(f"{file} is missing; lab resume {self.path} puts it there again")
+        return file
 
     def seen_by(self, arm: str) -> Experiment:
         """The experiment with the lengths in tokens that the arm's tokenizer makes of them."""

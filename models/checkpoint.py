@@ -25,6 +25,11 @@ def save(model: LanguageModel, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+def missing(folder: Path) -> list[Path]:
+    """What `load` needs of the folder and does not find there."""
+    return [folder / name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+
+
 def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """safetensors' own, which lets nobody but the owner read the file; here it has the mode of every other new file."""
     part = path.with_name(f"{path.name}.part")

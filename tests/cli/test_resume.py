@@ -1,4 +1,4 @@
-"""`lab resume` runs what is missing of a run, and nothing else."""
+"""`lab resume` runs what is missing of a run, and nothing else; what a finished cell has lost is made again."""
 
 import json
 import shutil
@@ -47,3 +47,28 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
     assert "train" not in stderr
     assert "mamba" in stdout
     assert in_process("report", "latest", "--out", out)[:2] == in_process("report", "--out", out)[:2] == (0, stdout)
+
+    if named:
+        return
+    folder = directory / "cells" / "mamba" / "seed0" / "checkpoint"
+    made = contents(folder)
+    generating = ("generate", directory, "the", "--tokens", 2)
+    for lost in (folder / "model.safetensors", folder / "config.json", folder):
+        shutil.rmtree(lost) if lost == folder else lost.unlink()
+        gone = folder / "config.json" if lost == folder else lost
+        code, stdout, stderr = in_process(*generating)
+        assert (code, stdout) == (2, "")
+        assert stderr == f"lab: {gone} is missing; lab resume {directory} makes the model again\n"
+        code, _, stderr = in_process("resume", "--out", out)
+        assert code == 0, stderr
+        assert f"mamba/seed0: {gone} is missing: the model and its measurements are made again\n" in stderr
+        assert "[1/1] mamba/seed0/train" in stderr
+        assert contents(folder) == made
+    file = directory / "tokenizer.json"
+    file.unlink()
+    code, _, stderr = in_process(*generating)
+    assert (code, stderr) == (2, f"lab: {file} is missing; lab resume {directory} puts it there again\n")
+    code, _, stderr = in_process("resume", "--out", out)
+    assert code == 0, stderr
+    assert f"{file} was missing and is there again\n" in stderr
+    assert in_process(*generating)[0] == 0
