@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from experiments import cells, report, store
+from experiments.data import corpora, tokenizer
 from experiments.data.batches import require_length
 from experiments.data.dataset import default_cache
 from experiments.data.prepared import Prepared, prepare_all, tokens_per_byte
@@ -72,11 +73,14 @@ def resolve_device(asked: str) -> Literal["cpu", "cuda"]:
 
 
 def check(experiment: Experiment) -> None:
-    """Everything that can be known to fail before any work: device, models, backends.
+    """Everything that can be known to fail before any work: device, where the text is, models, backends.
 
-    Raises EnvironmentLacksError, ConfigError, BackendUnavailableError.
+    Raises EnvironmentLacksError, SpecError, CorpusError, ConfigError, BackendUnavailableError.
     """
     resolve_device(experiment.device)
+    corpora.read(experiment.data)  # finds the files, and reads none
+    if experiment.data.tokenizer:
+        tokenizer.given(Path(experiment.data.tokenizer))
     if experiment.study == "speed":
         for mode in experiment.speed.modes:
             _check_mode(mode, experiment.speed.dtypes, experiment)

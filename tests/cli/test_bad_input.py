@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, InProcess, Lab
+from conftest import InProcess, Lab
 
 from experiments import runner
 
@@ -108,6 +108,27 @@ def test_unusable_corpus(in_process: InProcess, tmp_path: Path, content: bytes |
     code, _, stderr = in_process("run", "compare", "--profile", "smoke", *sets, "--out", tmp_path / "runs")
     assert code == USAGE
     assert said in one_line(stderr)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["corpus=text"], "data.path is empty; corpus 'text' needs a file, a folder or a glob there"),
+        (["corpus=txt"], "data.corpus: unknown corpus 'txt': did you mean 'text'?"),
+        (["corpus=text", "path=nowhere.txt"], "data.path: no such file or folder: nowhere.txt"),
+        (["corpus=text", "path=no*where"], "data.path: no file matches no*where"),
+        (["path=a.txt"], "data.path = 'a.txt' means nothing to corpus 'stdlib'; set data.corpus = text"),
+        (["tokenizer=nowhere.json"], "data.tokenizer: no such file: nowhere.json"),
+    ],
+)
+def test_data_that_is_not_there_is_refused_before_any_work(
+    in_process: InProcess, tmp_path: Path, settings: list[str], said: str, dry: list[str]
+) -> None:
+    sets = [word for setting in settings for word in ("--set", f"data.{setting}")]
+    code, stdout, stderr = in_process("run", "compare", *sets, "--device", "cpu", "--out", tmp_path / "runs", *dry)
+    assert (code, stdout, stderr) == (USAGE, "", f"lab: {said}\n")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_corpus_shorter_than_a_window(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
@@ -262,7 +283,6 @@ def test_no_runs(in_process: InProcess, tmp_path: Path) -> None:
     assert "make one with: lab run compare" in one_line(stderr)
 
 
-def test_the_small_settings_are_settings(in_process: InProcess, tmp_path: Path) -> None:
-    sets = [word for setting in SMALL for word in ("--set", setting)]
-    code, _, _ = in_process("run", "compare", "--profile", "smoke", *sets, "--dry-run", "--out", tmp_path / "runs")
+def test_the_small_settings_are_settings(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
+    code, _, _ = in_process("run", *small, "--dry-run", "--out", tmp_path / "runs")
     assert code == OK
