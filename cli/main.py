@@ -71,7 +71,7 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except LabError as error:
             fail(error, FAILED)
         except KeyboardInterrupt:
-            fail("interrupted before anything was measured", INTERRUPTED)
+            fail("interrupted", INTERRUPTED)
         except BrokenPipeError:
             sys.stderr.close()  # the reader of stdout went away: nothing left to say
             raise typer.Exit(OK) from None
@@ -168,6 +168,8 @@ def finish(start: Callable[[Any], Any], progress: Any, as_json: bool) -> None:
             f"interrupted; kept in {error.run.path}; missing: {missing}; the same command goes on",
             INTERRUPTED,
         )
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on", INTERRUPTED)
     result = store.read_json(directory.path / "result.json")
     if as_json:
         print_json(result)
@@ -388,7 +390,6 @@ def generate(
     The text appears as it is made; at the end come the speeds of this one call and the bytes of each state.
     """
     from experiments import inference, runner
-    from experiments.report.numbers import number
     from models.generation import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -396,17 +397,34 @@ def generate(
     chosen = inference.writers(
         inference.source(name, out), prompt, tokens, trained_seed=trained_seed, arms=names(arms)
     )  # fmt: skip
-    made = []
-    for writer in chosen:
-        heard = typed(f"[{writer.arm}] ") if not as_json else lambda piece: None
-        made.append(inference.write(
-            writer, tokens, sampling, seed=seed, device=on, choices=show_probabilities, heard=heard))  # fmt: skip
+    made, interrupted = [], False
+    try:
+        for writer in chosen:
+            heard = typed(f"[{writer.arm}] ") if not as_json else lambda piece: None
+            made.append(inference.write(
+                writer, tokens, sampling, seed=seed, device=on, choices=show_probabilities, heard=heard))  # fmt: skip
+            if not as_json:
+                typer.echo()
+                print_choices(made[-1].choices, inference.described(sampling))
+    except inference.InterruptedWritingError as error:
+        made.append(error.made)
+        interrupted = True
         if not as_json:
             typer.echo()
-            print_choices(made[-1].choices, inference.described(sampling))
+    except KeyboardInterrupt:
+        interrupted = True
+    if made and not as_json:
+        print_speeds(made)
+    if interrupted:
+        fail("interrupted", INTERRUPTED)
     if as_json:
         print_json([{"sampling": inference.described(sampling), **one.to_dict()} for one in made])
-        return
+
+
+def print_speeds(made: list[Any]) -> None:
+    """A line for each arm that wrote: tokens, speeds, bytes of its state."""
+    from experiments.report.numbers import number
+
     typer.echo(f"{'arm':<20}{'prompt':>8}{'prefill':>16}{'new':>8}{'decode':>16}{'state':>18}", err=True)
     for one in made:
         prefill, decode = (

@@ -64,6 +64,14 @@ class Continuation:
         return {key: value for key, value in values.items() if key != "choices" or value is not None}
 
 
+class InterruptedWritingError(KeyboardInterrupt):
+    """Ctrl-C, after some tokens: what was written by then."""
+
+    def __init__(self, made: Continuation) -> None:
+        self.made = made
+        super().__init__()
+
+
 @dataclass(frozen=True)
 class Writer:
     """A model in a folder, and the prompt in the ids (T,) of its tokenizer."""
@@ -155,7 +163,7 @@ def write(
 ) -> Continuation:  # fmt: skip
     """Load the model and continue the prompt by `tokens` >= 1 tokens. heard: is given the prompt once the model is
     ready, then the text in pieces of complete characters, as they come. choices: also what else was likely at every
-    token. Raises SpecError, ConfigError."""
+    token. Raises SpecError, ConfigError, and InterruptedWritingError."""
     model = folders.load(writer.folder, device)
     prompt = torch.tensor([writer.ids], device=device)
     _rehearse(model, prompt, tokens, writer.folder)
@@ -163,26 +171,36 @@ def write(
     reader, pieces, made, seconds, likely = reading.Reader(writer.tokenizer, writer.ids), [], [], [], []
     state_bytes = 0
     running = steps(model, prompt, tokens, sampling, seed=seed)
-    for _ in range(tokens):
-        start = time.perf_counter()
-        step = next(running)
-        made.append(int(step.token))  # waits for the device
-        seconds.append(time.perf_counter() - start)
-        pieces.append(reader.add(made[-1]))
-        heard(pieces[-1])
-        if choices:
-            likely.append(_choice(made[-1], distribution(step.logits, sampling)[0], writer.tokenizer))
-        state_bytes = step.state.nbytes
+    interrupted = False
+    try:
+        for _ in range(tokens):
+            start = time.perf_counter()
+            step = next(running)
+            made.append(int(step.token))  # waits for the device
+            seconds.append(time.perf_counter() - start)
+            state_bytes = step.state.nbytes
+            pieces.append(reader.add(made[-1]))
+            heard(pieces[-1])
+            if choices:
+                likely.append(_choice(made[-1], distribution(step.logits, sampling)[0], writer.tokenizer))
+    except KeyboardInterrupt:
+        if not seconds:
+            raise
+        interrupted = True
     pieces.append(reader.rest())
     heard(pieces[-1])
     prefill, *decode = seconds
-    prefill = _fastest_reading(model, prompt, prefill)
-    return Continuation(
+    if not interrupted:
+        prefill = _fastest_reading(model, prompt, prefill)
+    written = Continuation(
         arm=writer.arm, prompt=writer.prompt, prompt_tokens=len(writer.ids), text="".join(pieces),
         token_ids=tuple(made), prefill_tokens_per_s=len(writer.ids) / prefill,
         decode_tokens_per_s=len(decode) / sum(decode) if decode else None, state_bytes=state_bytes,
         choices=tuple(likely) if choices else None,
     )  # fmt: skip
+    if interrupted:
+        raise InterruptedWritingError(written)
+    return written
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ctrl-C keeps what is finished, and the same command goes on from there."""
+"""Ctrl-C keeps what is finished, and the same command goes on from there. What was written is told."""
 
 import json
 import os
@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import LAB
+from conftest import LAB, Finished, InProcess
+
+from experiments import inference, runner
 
 
 @pytest.fixture
@@ -58,3 +60,42 @@ def test_the_same_command_continues_an_interrupted_run(
     assert "transformer/seed0/train" not in again.stderr
     complete = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     assert (complete["status"], complete["missing"]) == ("complete", [])
+
+
+@pytest.mark.parametrize(("after", "told"), [(0, ""), (1, "transformer"), (3, "transformer"), (9, "transformer mamba")])
+def test_what_was_written_by_then_is_told(
+    in_process: InProcess, smoke: Finished, monkeypatch: pytest.MonkeyPatch, after: int, told: str
+) -> None:
+    """after: steps, of the 6 that each arm makes, before Ctrl-C; a rehearsal makes 2 of its own."""
+    arguments, taken, whole = ("generate", "latest", "import ", "--tokens", 6, "--out", smoke.out), 0, inference.steps
+
+    def steps(model, prompt, tokens, *rest, **settings):
+        nonlocal taken
+        for step in whole(model, prompt, tokens, *rest, **settings):
+            if tokens == 6:
+                if taken == after:
+                    raise KeyboardInterrupt
+                taken += 1
+            yield step
+
+    _, full, _ = in_process(*arguments)
+    monkeypatch.setattr(inference, "steps", steps)
+    code, stdout, stderr = in_process(*arguments)
+    assert code == 130
+    *table, last = stderr.splitlines()
+    assert last == "lab: interrupted"
+    assert [line.split()[0] for line in table] == (["arm", *told.split()] if told else [])
+    assert sum(int(line.split()[4]) for line in table[1:]) == after
+    assert full.startswith(stdout.rstrip("\n"))
+    taken = 0
+    code, stdout, stderr = in_process(*arguments, "--json")
+    assert (code, stdout, stderr) == (130, "", "lab: interrupted\n")
+
+
+def test_before_anything_was_made(in_process: InProcess, small: list[str], tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "prepare_all", interrupted)
+    code, _, stderr = in_process("run", *small, "--out", tmp_path / "runs")
+    assert (code, stderr) == (130, "lab: interrupted; the same command goes on\n")
