@@ -131,7 +131,7 @@ def run(
     neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
     """
     check(experiment)
-    _check_out(out)
+    _check_out(into.path if into else out, begun=into is not None)
     if experiment.study == "comparison" and len(experiment.arms) == 1 and not experiment.learning_rates:
         listener(Event("note", "one arm: it will be trained and measured, and compared with nothing"))
     dataset = prepare_all(
@@ -139,7 +139,7 @@ def run(
         lambda message: listener(Event("note", message)),
     )  # fmt: skip
     _check_lengths(experiment, dataset)
-    with _writable(out):
+    with _writable(out, begun=into is not None):
         directory = into or _unfinished(experiment, dataset, out)
         if directory is None:
             directory = _create(experiment, dataset, out, command, listener, cache or default_cache())
@@ -361,17 +361,18 @@ def _finish(directory: RunDirectory, experiment: Experiment, dataset: Prepared) 
     return result
 
 
-def _check_out(out: Path) -> None:
-    """Before minutes of preparation, whether runs can be kept there. Raises SpecError, EnvironmentLacksError."""
+def _check_out(out: Path, begun: bool) -> None:
+    """Before minutes of preparation, whether runs can be kept there, or one that was begun there can go on. Raises
+    SpecError, EnvironmentLacksError."""
     place = next(place for place in (out, *out.absolute().parents) if os.path.exists(place))
     if not os.path.isdir(place):
         raise SpecError(f"'{place}' is a file, runs need a folder; choose another with --out")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise EnvironmentLacksError(f"cannot write '{place}': permission denied; choose another folder with --out")
+        raise EnvironmentLacksError(f"cannot write '{place}': permission denied; {_remedy(errno.EACCES, begun)}")
 
 
 @contextmanager
-def _writable(out: Path) -> Iterator[None]:
+def _writable(out: Path, begun: bool) -> Iterator[None]:
     """Turn a folder that cannot be written, or a full disk, into one line; what is finished stays."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -385,7 +386,12 @@ def _writable(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
-        where = error.filename or out
-        raise EnvironmentLacksError(
-            f"cannot write '{where}': {error.strerror}; choose another folder with --out"
-        ) from None
+        where, remedy = error.filename or out, _remedy(error.errno, begun)
+        raise EnvironmentLacksError(f"cannot write '{where}': {error.strerror}; {remedy}") from None
+
+
+def _remedy(number: int, begun: bool) -> str:
+    """A run that was begun is nowhere else."""
+    if not begun:
+        return "choose another folder with --out"
+    return "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"

@@ -1,11 +1,44 @@
 """`lab resume` runs what is missing of a run, and nothing else; what a finished cell has lost is made again."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import InProcess
+from conftest import Finished, InProcess
+
+from experiments import runner
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "remedy"),
+    [
+        (None, "permission denied", "make the folder writable"),
+        (errno.EROFS, "Read-only file system", "make the folder writable"),
+        (errno.ENOSPC, "No space left on device", "make room there"),
+    ],
+)
+def test_a_run_that_cannot_be_written_is_nowhere_else(
+    in_process: InProcess, smoke: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    number: int | None, word: str, remedy: str,
+) -> None:  # fmt: skip
+    directory = tmp_path / smoke.directory.name
+    shutil.copytree(smoke.directory, directory)
+
+    def refuse(path: Path, value: object) -> None:
+        raise OSError(number, word, str(path))
+
+    if number is None:
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode, **rest: path != directory and access(path, mode, **rest))
+    else:
+        monkeypatch.setattr(runner, "write_json", refuse)
+    code, _, stderr = in_process("resume", "--out", tmp_path)
+    assert code == 3
+    written = directory if number is None else directory / "result.json"
+    assert stderr.splitlines()[-1] == f"lab: cannot write '{written}': {word}; {remedy}"
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
