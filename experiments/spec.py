@@ -413,7 +413,7 @@ def load(
     if profile is not None and profile not in PROFILES:
         raise SpecError(f"unknown profile '{profile}': {nearest(profile, PROFILES)}")
     if profile is not None and not profiles:
-        raise SpecError(f"{source} has no profiles (it is already resolved); leave --profile away")
+        raise SpecError(f"{source} has no profiles; leave --profile away")
     if profiles:
         profile = profile or ("cuda" if device == "cuda" else "cpu")
         if profile not in profiles:
