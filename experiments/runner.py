@@ -160,7 +160,7 @@ def run(
         try:
             _run_cells(directory, experiment, dataset, todo, listener)
         except KeyboardInterrupt:
-            directory.event("warning", "interrupted")
+            directory.event("warning", store.INTERRUPTED)
             result = _finish(directory, experiment, dataset)
             raise InterruptedRunError(directory, result["missing"]) from None
         result = _finish(directory, experiment, dataset)

@@ -23,6 +23,7 @@ from experiments.spec import Experiment, load
 AGAIN = "and lab resume: the cell is done again"
 LOG_AGAIN = f"delete evaluation.json beside it {AGAIN}"
 NO_STEPS = "it has no training step"
+INTERRUPTED = "interrupted"  # the event of a run that was
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from experiments.report.tables import (
     value_cell,
 )
 from experiments.report.verdict import machine, notices, verdict
+from experiments.store import INTERRUPTED
 
 SPEED = {"tokens_per_s", "time_to_first_token_ms", "ms_per_token"}
 
@@ -588,6 +589,8 @@ def troubles(record: Record) -> Section:
     failures = [f"{one['cell'] or 'the run'}: {one['message']}" for one in record.failures]
     for event in record.events:
         message = event.get("message", "")
+        if message == INTERRUPTED and not record.missing:
+            message = "interrupted, and resumed"
         text = f"{event['cell']}: {message}" if event.get("cell") else message
         if event.get("kind") == "warning" and message not in warnings:
             warnings.append(text)

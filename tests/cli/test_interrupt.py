@@ -51,6 +51,7 @@ def test_the_same_command_continues_an_interrupted_run(
     assert partial["status"] == "partial"
     assert "mamba/seed0/train" in partial["missing"]
     assert "transformer/seed0/train" not in partial["missing"]
+    assert "> - interrupted\n" in (directory / "report.md").read_text(encoding="utf-8")
     kept = finished.stat().st_mtime_ns, finished.read_bytes()
 
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -60,6 +61,7 @@ def test_the_same_command_continues_an_interrupted_run(
     assert "transformer/seed0/train" not in again.stderr
     complete = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     assert (complete["status"], complete["missing"]) == ("complete", [])
+    assert "> - interrupted, and resumed\n" in (directory / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("after", "told"), [(0, ""), (1, "transformer"), (3, "transformer"), (9, "transformer mamba")])
