@@ -532,24 +532,24 @@ def kernels_install(
 ) -> None:
     """Build mamba-ssm and causal-conv1d for this GPU alone, install them, and check them.
 
-    Says first what it will do. Wheels are kept in the cache for later environments; torch is left as it is.
+    Says first what stands in the way and what it will do. Wheels are kept in the cache for later environments; torch is
+    left as it is.
     """
     from experiments.data.dataset import default_cache
-    from experiments.errors import EnvironmentLacksError
     from experiments.kernels import build, recipe
 
     plan = recipe.plan(default_cache(), architectures=arch, source=source, jobs=jobs)
+    problems = recipe.problems(plan)
+    for problem in problems:
+        typer.echo(f"lab: {problem}", err=True)
     for sentence in plan.sentences():
         typer.echo(sentence)
-    problems = recipe.problems(plan)
-    for problem in problems[:-1]:
-        typer.echo(f"lab: {problem}", err=True)
     if problems:
-        raise EnvironmentLacksError(problems[-1])
+        raise typer.Exit(LACKING)
     if dry_run:
         return
     try:
-        checked = build.install(plan, default_cache(), lambda line: typer.echo(line, err=True), print_check)
+        checked = build.install(plan, default_cache(), lambda line: typer.echo(line, err=True), check_table())
     except KeyboardInterrupt:
         fail("interrupted; finished wheels are kept, the same command goes on", INTERRUPTED)
     if checked is None:
@@ -572,7 +572,7 @@ def kernels_check(
     from experiments.kernels.check import absent, check, of_this_gpu
     from experiments.runner import resolve_device
 
-    show = (lambda row: None) if as_json else print_check
+    show = (lambda row: None) if as_json else check_table()
     if resolve_device(device) == "cuda":
         checked = of_this_gpu(default_cache(), again=True, on_row=show)
     else:
@@ -583,14 +583,30 @@ def kernels_check(
     finish_check(checked, as_json)
 
 
-def print_check(row: dict[str, Any]) -> None:
-    """A line of the table of the check."""
-    outputs, gradients = (
-        "-" if not row[kind] else f"{max((math.inf if e is None else e) for e in row[kind].values()):.1e}"
-        for kind in ("outputs", "gradients")
-    )
-    typer.echo(f"{row['operation']:<23} {row['form']:<10}{row['dtype']:<9} {row['shape']:<36}{outputs:>8}{gradients:>9}"
-               f"  {row['tolerance']:.1e}  {row['problem'] or 'ok'}")  # fmt: skip
+def check_table() -> Callable[[dict[str, Any]], None]:
+    """Prints a line of the table of the check, the first with the heading."""
+
+    def line(operation: str, form: str, dtype: str, shape: str, *said: str) -> None:
+        outputs, gradients, allowed, came_out = said
+        typer.echo(
+            f"{operation:<23} {form:<10}{dtype:<9} {shape:<36}{outputs:>8}{gradients:>11}{allowed:>9}  {came_out}"
+        )
+
+    begun = False
+
+    def show(row: dict[str, Any]) -> None:
+        nonlocal begun
+        if not begun:
+            line("operation", "form", "type", "shape", "outputs", "gradients", "allowed", "result")
+        begun = True
+        errors = (
+            "-" if not row[kind] else f"{max((math.inf if e is None else e) for e in row[kind].values()):.1e}"
+            for kind in ("outputs", "gradients")
+        )
+        named = (row[name] for name in ("operation", "form", "dtype", "shape"))
+        line(*named, *errors, f"{row['tolerance']:.1e}", row["problem"] or "ok")
+
+    return show
 
 
 def finish_check(checked: dict[str, Any], as_json: bool = False) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import InProcess
+from typer.testing import CliRunner
 
+from cli.main import app
 from experiments.kernels import build, check, recipe
 
 
@@ -28,6 +30,8 @@ def test_a_dry_run_says_the_plan_and_what_stands_in_the_way(in_process: InProces
     assert code == 3
     assert "mamba-ssm==2.3.2.post1: built from PyPI (source archive)" in out
     assert [line for line in err.splitlines() if not line.startswith("lab: ")] == []
+    in_order = CliRunner().invoke(app, ["kernels", "install", "--dry-run", "--arch", "9.0"]).output
+    assert in_order == err + out
     assert "is built without CUDA: install a build of torch for CUDA first" in err
     assert "has no bin/nvcc with its headers: install the CUDA toolkit" in err
     assert in_process("kernels", "install", "--arch", "9.0") == (code, out, err)  # as far as it gets
@@ -83,7 +87,10 @@ def test_how_a_check_came_out_is_the_exit_code(in_process: InProcess, monkeypatc
     status, out, err = in_process("kernels", "install", "--arch", "9.0")
     assert status == code
     assert said in err
-    assert len([line for line in out.splitlines() if line.startswith("ssd ")]) == len(found["rows"])
+    heading, *lines = [line for line in out.splitlines() if line.startswith(("operation ", "ssd "))] or [""]
+    assert len(lines) == len(found["rows"])
+    names = ["operation", "form", "type", "shape", "outputs", "gradients", "allowed", "result"]
+    assert heading.split() == (names if found["rows"] else [])
     monkeypatch.setattr("experiments.runner.resolve_device", lambda asked: "cuda")
     monkeypatch.setattr(check, "of_this_gpu", lambda cache, again, on_row: found)
     status, out, err = in_process("kernels", "check", "--json")
@@ -106,6 +113,10 @@ def test_the_check_of_a_cpu_is_a_table_of_errors(in_process: InProcess) -> None:
     assert "cuda: not here, the mamba-ssm kernels need a CUDA GPU" in out
     lines = [line for line in out.splitlines() if line.endswith("  ok")]
     assert len(lines) == 3 * 32
+    heading = out.splitlines()[0]
+    for name, at in (("outputs", -4), ("gradients", -3), ("allowed", -2)):
+        end = heading.index(name) + len(name)
+        assert all(line[:end].split()[-1] == line.split()[at] for line in lines)
     assert all(float(line.split()[-4]) < 1e-4 for line in lines)
     if not torch.cuda.is_available():
         code, out, err = in_process("kernels", "check", "--device", "cuda")
