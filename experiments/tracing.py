@@ -15,7 +15,7 @@ from models import cost, folders
 from models.config import ModelConfig
 from models.errors import ConfigError, nearest
 from models.language_model import LanguageModel
-from models.presets import PRESETS, preset
+from models.presets import LISTS, PRESETS, preset
 from models.trace import AttentionTrace, MemoryTrace, Trace, trace
 
 BYTES = 256
@@ -134,12 +134,15 @@ def _meant(
     if name in PRESETS:
         return [_preset(name, arms, trained_seed, settings, seed)]
     if settings:
-        raise SpecError(f"--set changes a preset; '{name}' is none and is taken as it is: {nearest(name, PRESETS)}")
+        raise SpecError(
+            f"--set changes a preset; '{name}' is none and is taken as it is: {nearest(name, PRESETS, LISTS)}"
+        )
     if not folders.is_model(name) and not _is_run(name, out):
         if Path(name).exists():
             raise SpecError(f"{name} holds neither a model (config.json) nor a run (environment.json)")
         runs = [run.path.name for run in store.runs(out)]
-        raise SpecError(f"no preset, run or folder '{name}': {nearest(name, [*PRESETS, *runs])}")
+        hint = nearest(name, [*PRESETS, *runs], "lab models and lab runs list them")
+        raise SpecError(f"no preset, run or folder '{name}': {hint}")
     source = inference.source(name, out)
     if isinstance(source, Path):
         if arms or trained_seed is not None:

@@ -15,9 +15,12 @@ class BackendUnavailableError(RuntimeError):
 LISTED = 12  # names that fit in a line
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt `name`: the nearest known name, or where none is near what there is, a few of many."""
+def nearest(name: str, known: Iterable[str], rest: str = "") -> str:
+    """A hint for a misspelt `name`: the nearest known name, or where none is near what there is, a few of many. rest:
+    where the others are found."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    listed = ", ".join(known) if len(known) <= LISTED else f"{', '.join(known[:LISTED])} and {len(known) - LISTED} more"
+    listed = ", ".join(known[:LISTED])
+    if len(known) > LISTED:
+        listed += f" and {len(known) - LISTED} more" + (f" ({rest})" if rest else "")
     return f"did you mean '{close[0]}'?" if close else f"known: {listed}"

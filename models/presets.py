@@ -63,6 +63,7 @@ SIZES = {
     "370m": Size(vocabulary=50280, width=1024, layers=24, heads=16, hidden=2976, head=64, state2=128, state3=128,
                  hidden_gpt1=4460, hidden3=2160, hidden_lstm=1264, expert=1488, window=1024, hybrid="MMMMMMA" * 6),
 }  # fmt: skip
+LISTS = "lab models lists them"
 POSITIONS = 2048  # of the gpt1 family; GPT-1 had 512
 
 
@@ -122,5 +123,5 @@ PRESETS["phi3-mini"] = ModelConfig(
 def preset(name: str) -> ModelConfig:
     """Raises ConfigError with the nearest name."""
     if name not in PRESETS:
-        raise ConfigError(f"unknown model '{name}': {nearest(name, PRESETS)}")
+        raise ConfigError(f"unknown model '{name}': {nearest(name, PRESETS, LISTS)}")
     return PRESETS[name]
