@@ -22,6 +22,7 @@ from experiments.spec import Experiment, load
 
 AGAIN = "and lab resume: the cell is done again"
 LOG_AGAIN = f"delete evaluation.json beside it {AGAIN}"
+REBUILT = "lab resume builds it again"
 NO_STEPS = "it has no training step"
 INTERRUPTED = "interrupted"  # the event of a run that was
 
@@ -147,7 +148,7 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     try:
         experiment = run.experiment()
         file = run.path / "result.json"
-        status = read_json(file)["status"] if file.is_file() else "unfinished"
+        status = read_json(file, REBUILT)["status"] if file.is_file() else "unfinished"
     except LabError as error:
         return {"run": run.path.name, "status": "damaged", "profile": "", "arms": [], "problem": str(error)}
     arms = list(experiment.cells())

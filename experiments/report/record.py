@@ -17,9 +17,13 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import RunFailedError, SpecError
-from experiments.store import AGAIN, LOG_AGAIN, NO_STEPS, damaged
+from experiments.store import AGAIN, LOG_AGAIN, NO_STEPS, REBUILT, damaged
 
 SCHEMA_VERSION = 1
+REQUIRED = {
+    "schema_version": int, "run_id": str, "experiment": str, "title": str, "status": str, "missing": list,
+    "failures": list, "warnings": list, "arms": dict, "rows": list,
+}  # fmt: skip
 MEASURED_PHASES = ("load", "prefill", "decode")
 
 
@@ -201,34 +205,35 @@ def read(run: Path) -> Record:
     run = Path(run)
     if not run.is_dir():
         raise SpecError(f"no run directory at {run}; `lab runs` lists those there are")
-    result_text = _text(run / "result.json", "the run has not written its result; `lab resume` finishes it")
-    result = _object(result_text, run / "result.json")
-    version = result.get("schema_version")
+    result_text = _text(run / "result.json", REBUILT, "the run has not written its result; `lab resume` finishes it")
+    result = _object(result_text, run / "result.json", REBUILT)
+    for key, kind in REQUIRED.items():
+        if key not in result:
+            raise damaged(run / "result.json", f"the key '{key}' is missing", REBUILT)
+        if not isinstance(result[key], kind):
+            raise damaged(run / "result.json", f"'{key}' is of another kind", REBUILT)
+    version = result["schema_version"]
     if version != SCHEMA_VERSION:
         raise RunFailedError(
             f"{run / 'result.json'}: schema_version {version!r}; this version of the lab reads {SCHEMA_VERSION}"
         )
-    for key in ("run_id", "experiment", "title", "status", "missing", "failures", "warnings", "arms"):
-        if key not in result:
-            raise RunFailedError(f"{run / 'result.json'}: the key '{key}' is missing; the file is damaged")
     result = {
         "baselines": None,
         "verdicts": [],
         "findings": [],
-        "rows": [],
         "profile": "",
         "created": "",
         "finished": "",
     } | result
     remarks: list[str] = []
-    spec_text = _text(run / "spec.toml", "a run directory keeps its resolved specification there")
+    spec_text = _text(run / "spec.toml", missing="a run directory keeps its resolved specification there")
     try:
         spec = tomllib.loads(spec_text)
     except tomllib.TOMLDecodeError as error:
         raise RunFailedError(f"{run / 'spec.toml'}: not valid TOML: {error}") from None
     environment: dict[str, Any] = {}
     if (run / "environment.json").is_file():
-        environment = _object(_text(run / "environment.json", ""), run / "environment.json")
+        environment = _object(_text(run / "environment.json"), run / "environment.json")
     else:
         remarks.append("environment.json is missing: machine, versions and the repeat command are unknown")
     curves: dict[str, dict[int, Curve]] = {}
@@ -242,9 +247,10 @@ def read(run: Path) -> Record:
             elif log.is_file() and path.is_file():  # trained to the end
                 raise damaged(log, NO_STEPS, LOG_AGAIN)
             if path.is_file():
-                evaluation = _object(_text(path, ""), path, f"delete that file {AGAIN}")
+                remedy = f"delete that file {AGAIN}"
+                evaluation = _object(_text(path, remedy), path, remedy)
                 if not isinstance(evaluation.get("splits"), dict):
-                    raise damaged(path, "it has no 'splits'", f"delete that file {AGAIN}")
+                    raise damaged(path, "it has no 'splits'", remedy)
                 evaluations.setdefault(clean(arm), {})[seed] = clean(evaluation)
     return Record(
         result=clean(result),
@@ -282,13 +288,13 @@ def _visible(character: str) -> str:
     return character
 
 
-def _text(path: Path, remedy: str) -> str:
+def _text(path: Path, remedy: str = "", missing: str = "") -> str:
     if not path.is_file():
-        raise RunFailedError(f"no {path.name} in {path.parent}" + (f": {remedy}" if remedy else ""))
+        raise RunFailedError(f"no {path.name} in {path.parent}" + (f": {missing}" if missing else ""))
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise RunFailedError(f"{path}: not UTF-8 text; the file is damaged") from None
+        raise damaged(path, "not UTF-8 text", remedy) from None
 
 
 def _object(text: str, path: Path, remedy: str = "") -> dict[str, Any]:
@@ -305,7 +311,7 @@ def _lines(path: Path, remarks: list[str], remedy: str) -> list[dict[str, Any]]:
     """One JSON object a line. A torn last line, left by an interruption, is dropped and remarked; others are errors."""
     if not path.is_file():
         return []
-    lines = [(at, line) for at, line in enumerate(_text(path, "").split("\n"), 1) if line.strip()]
+    lines = [(at, line) for at, line in enumerate(_text(path, remedy).split("\n"), 1) if line.strip()]
     found = []
     for position, (at, line) in enumerate(lines):
         try:
@@ -363,8 +369,8 @@ def _rows(raw: list[dict[str, Any]], path: Path, remarks: list[str]) -> list[Row
     seen = set()
     for at, one in enumerate(raw):
         for key in ("arm", "phase", "metric"):
-            if key not in one:
-                raise RunFailedError(f"{path}: rows[{at}] has no '{key}'; the file is damaged")
+            if not isinstance(one, dict) or key not in one:
+                raise damaged(path, f"rows[{at}] has no '{key}'", REBUILT)
         values: dict[str, Any] = {name: one.get(name) for name in COLUMNS}
         for name in ("value", "ci_low", "ci_high", "p5", "p95"):
             values[name] = _finite(values[name], None)
@@ -379,7 +385,7 @@ def _rows(raw: list[dict[str, Any]], path: Path, remarks: list[str]) -> list[Row
         }
         row = Row(**values)
         if row.key in seen:
-            raise RunFailedError(f"{path}: two rows for {row.key}; the file is damaged")
+            raise damaged(path, f"two rows for {row.key}", REBUILT)
         seen.add(row.key)
         rows.append(row)
     return rows

@@ -638,7 +638,10 @@ def test_unknown_format_names_the_nearest(runs: Runs) -> None:
     [
         (lambda result: "{", "not valid JSON"),
         (lambda result: "[]", "must hold one JSON object"),
+        (lambda result: "{}", "'schema_version' is missing"),
         (lambda result: json.dumps(result | {"schema_version": 9}), "schema_version 9"),
+        (lambda result: json.dumps(result | {"arms": []}), "'arms' is of another kind"),
+        (lambda result: json.dumps(result | {"rows": [3]}), r"rows\[0\] has no 'arm'"),
         (lambda result: json.dumps({k: v for k, v in result.items() if k != "arms"}), "'arms' is missing"),
         (lambda result: json.dumps(result | {"rows": result["rows"] + result["rows"][:1]}), "two rows for"),
         (lambda result: json.dumps(result | {"rows": [{"arm": "mamba"}]}), r"rows\[0\] has no 'phase'"),
@@ -651,6 +654,7 @@ def test_a_damaged_result_is_one_line(make_run: Callable[..., Path], damage: Cal
     with pytest.raises(RunFailedError, match=message) as caught:
         render(run, "table")
     assert "\n" not in str(caught.value)
+    assert ("; lab resume builds it again" in str(caught.value)) is (message != "schema_version 9")
 
 
 def test_torn_line_and_loss_that_is_not_finite_are_remarked(make_run: Callable[..., Path]) -> None:
