@@ -233,13 +233,29 @@ def _unreadable(error: OSError) -> None:
 
 
 def _texts(files: dict[str, Path]) -> Iterator[Document]:
-    for name, path in files.items():
-        if path.suffix.lower() == ".jsonl":
-            yield from _records(name, path)
-        elif len(files) == 1:
-            yield from _blocks(name, path)
-        else:
-            yield Document(name, _read(path))
+    paths = list(files.values())
+    for at, (name, path) in enumerate(files.items()):
+        try:
+            if path.suffix.lower() == ".jsonl":
+                yield from _records(name, path)
+            elif len(files) == 1:
+                yield from _blocks(name, path)
+            else:
+                yield Document(name, _read(path))
+        except NotTextError as error:
+            if others := sum(map(_is_no_text, paths[at + 1 :])):
+                count = f"{1 + others} of the {len(files)} files are not UTF-8 text, this is the first"
+                raise NotTextError(f"{error}; {count}") from None
+            raise
+
+
+def _is_no_text(path: Path) -> bool:
+    try:
+        for _ in _lines(path):
+            pass
+    except CorpusError as error:
+        return isinstance(error, NotTextError)
+    return False
 
 
 def _records(name: str, path: Path) -> Iterator[Document]:

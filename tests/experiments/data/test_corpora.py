@@ -171,6 +171,16 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert f"{tmp_path / 'a.txt'}: cannot be read: Permission denied" in problem(tmp_path)
 
 
+def test_of_several_files_that_are_no_text_the_first_is_named_and_all_are_counted(tmp_path: Path):
+    for name, body in {"a": b"good", "b": b"bad \xff", "c": b"good", "d": b"a\nb\n\0", "e": b"\xfe"}.items():
+        (tmp_path / f"{name}.txt").write_bytes(body)
+    said = f"{tmp_path / 'b.txt'}: not UTF-8 (0xff at byte 4); convert it to UTF-8"
+    assert problem(tmp_path) == f"{said}; 3 of the 5 files are not UTF-8 text, this is the first"
+    for name in "de":
+        (tmp_path / f"{name}.txt").unlink()
+    assert problem(tmp_path) == said
+
+
 def test_documents_are_streamed(tmp_path: Path):
     file = tmp_path / "a.txt"
     file.write_bytes(b"good\n\n" + b"bad \xff")
