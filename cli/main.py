@@ -220,8 +220,12 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
         return
     if not listed:
         typer.echo(f"no runs in '{out}'; make one with: lab run compare", err=True)
+        return
+    width = max(len(one["run"]) for one in listed)
+    typer.echo(f"{'run':<{width}}  {'status':<10}  profile  arms")
     for one in listed:
-        typer.echo(f"{one['run']}  {one['status']:<10}  {one['profile'] or '-':<5}  {', '.join(one['arms'])}")
+        arms = ", ".join(one["arms"]) or "-"
+        typer.echo(f"{one['run']:<{width}}  {one['status']:<10}  {one['profile'] or '-':<7}  {arms}")
 
 
 @app.command()

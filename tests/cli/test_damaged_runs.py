@@ -23,7 +23,15 @@ def test_other_runs_are_listed_beside_a_damaged_one(
     (tmp_path / "b-broken" / file).write_text(text, encoding="utf-8")
     code, stdout, stderr = in_process("runs", "--out", tmp_path)
     assert code == 0
-    assert [line.split()[:2] for line in stdout.splitlines()] == [["a-whole", "complete"], ["b-broken", "damaged"]]
+    assert [line.split() for line in stdout.splitlines()] == [
+        ["run", "status", "profile", "arms"],
+        ["a-whole", "complete", "smoke", "transformer,", "mamba"],
+        ["b-broken", "damaged", "-", "-"],
+    ]
+    assert (
+        len({line.rindex(last) for line, last in zip(stdout.splitlines(), ("arms", "transformer", "-"), strict=True)})
+        == 1
+    )
     (note,) = stderr.splitlines()
     assert note.startswith("note: b-broken is damaged: ")
     code, stdout, _ = in_process("runs", "--out", tmp_path, "--json")
