@@ -1,0 +1,35 @@
+"""Verdicts of a comparison: what several questions at once may resolve, and which questions there are."""
+
+import math
+
+import pytest
+from study_rows import quality
+
+from experiments.studies.comparison import Question, compared
+
+
+def with_p(p: float) -> list[float]:
+    """Differences from 1 at three seeds whose paired t test gives p: 1 - t / sqrt(2 + t²) at two degrees of freedom."""
+    share = 1 - p
+    t = math.sqrt(2 * share**2 / (1 - share**2))
+    return [1 + 0.01 * (t / math.sqrt(3) + spread) for spread in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize(("raw", "corrected"), [
+    ((0.03, 0.04, 0.5), (0.09, 0.09, 0.5)), ((0.01, 0.04, 0.5), (0.03, 0.08, 0.5)),
+])  # fmt: skip
+def test_what_is_resolved_is_so_after_holms_correction(raw: tuple[float, ...], corrected: tuple[float, ...]):
+    """The least p times 3, the next times 2, none less than the one before."""
+    rows = quality("base", [1.0, 1.0, 1.0]) + [
+        one for arm, p in zip("abc", raw, strict=True) for one in quality(arm, with_p(p))
+    ]
+    verdicts = compared(rows, [Question("base", arm, "quality", "test_bits_per_byte", "difference") for arm in "abc"])
+    assert [one["p"] for one in verdicts] == pytest.approx(raw)
+    assert [one["p_holm"] for one in verdicts] == pytest.approx(corrected)
+    assert [one["resolved"] for one in verdicts] == [p < 0.05 for p in corrected]
+    assert [one["tested"] for one in verdicts] == [3, 3, 3]
+    for one, p, after in zip(verdicts, raw, corrected, strict=True):
+        said = one["sentence"]
+        assert ("base is better here." in said) == (after < 0.05)
+        assert ("not resolved" in said) == (after >= 0.05)
+        assert ("not resolved after correcting for 3 comparisons; " in said) == (p < 0.05 <= after)
