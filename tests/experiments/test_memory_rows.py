@@ -1,0 +1,116 @@
+"""The memory study from results made by hand: what shapes predict, and what its findings compare."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study_rows import per_seed
+
+from experiments import cells
+from experiments.spec import Arm, Experiment, Memory
+from experiments.store import Cell, RunDirectory, write_json
+from experiments.studies import memory
+from models import cost
+from models.presets import preset
+
+ATTENTION = preset("transformer-tiny")
+WEIGHTS = cost.parameters(ATTENTION).total
+WIDTH, HEAD, ENTRIES = 64, 32, 512
+NOWHERE = RunDirectory(Path("nowhere"))
+
+
+def experiment(device: str = "cpu", **settings: Any) -> Experiment:
+    arms = {"attention": Arm(model="transformer-tiny"), "scan": Arm(model="mamba-tiny")}
+    return Experiment.model_validate({
+        "name": "x", "title": "x", "study": "memory", "device": device, "arms": arms, "memory": Memory(**settings),
+        "data": {"vocabulary": ENTRIES},
+    })  # fmt: skip
+
+
+def rows(kind: str, folder: Path, **result: Any) -> dict[str, dict]:
+    """Of 3 sequences of 20 tokens, measured in bfloat16, with 8 more of decode."""
+    cell, run = Cell("attention", 0, kind, 20, 3), RunDirectory(folder)
+    write_json(run.folder(cell) / "checkpoint" / "config.json", ATTENTION.to_dict())
+    one = experiment(dtype="bfloat16", decode_tokens=8)
+    return {row["metric"]: row for row in memory.rows(cell, {"backend": "reference"} | result, one, run)}
+
+
+def test_a_training_step_holds_three_times_the_weights_in_float32_and_what_the_replay_counts(tmp_path: Path) -> None:
+    """Weights, and the optimizer's two numbers of each; gradients are in the replay. In whatever type it computes."""
+    parts = ("peak_bytes", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
+    measured = {part: 100 + at for at, part in enumerate(parts)}
+    found = rows("step", tmp_path, predicted={"peak": 50_000, "activations": 40_000}, **measured)
+    assert {metric: row["value"] for metric, row in found.items()} == measured | {
+        "activation_bytes_analytic": 40_000,
+        "peak_bytes_analytic": 3 * 4 * WEIGHTS + 4 * 20 * HEAD + 50_000,
+    }
+    assert {row["phase"] for row in found.values()} == {"train"}
+    unknown = rows("step", tmp_path, predicted=None, unpredicted="why not", **measured)
+    assert [unknown[f"{one}_bytes_analytic"]["value"] for one in ("peak", "activation")] == [None, None]
+    assert unknown["peak_bytes_analytic"]["reason"] == "why not"
+
+
+def test_prefill_holds_the_weights_rotary_tables_of_its_tokens_and_what_the_replay_counts(tmp_path: Path) -> None:
+    found = rows("prefill", tmp_path, peak_bytes=1, working_bytes=2, predicted={"peak": 50_000})
+    assert {metric: row["value"] for metric, row in found.items()} == {
+        "peak_bytes": 1, "working_bytes": 2, "peak_bytes_analytic": 2 * WEIGHTS + 4 * 20 * HEAD + 50_000,
+    }  # fmt: skip
+
+
+def test_decode_holds_the_weights_rotary_tables_the_cache_to_its_last_token_and_logits(tmp_path: Path) -> None:
+    found = rows("decode", tmp_path, peak_bytes=1, working_bytes=2, state_bytes=3)
+    cache = 3 * 2 * (20 + 8) * WIDTH * 2  # sequences x (keys, values) x tokens x width x bytes
+    assert {metric: row["value"] for metric, row in found.items()} == {
+        "peak_bytes": 1, "working_bytes": 2, "state_bytes": 3, "state_bytes_analytic": cache,
+        "peak_bytes_analytic": 2 * WEIGHTS + 4 * (20 + 8) * HEAD + cache + 3 * ENTRIES * 2,
+    }  # fmt: skip
+
+
+def test_a_cache_outweighs_the_weights_the_sooner_the_more_sequences_there_are() -> None:
+    found = memory.findings([], experiment(batches=(1, 4), dtype="bfloat16"), NOWHERE)
+    told = {one["batch"]: one["tokens"] for one in found if one["kind"] == "cache-outweighs-weights"}
+    assert told == {batch: 2 * WEIGHTS // (batch * 2 * WIDTH * 2) + 1 for batch in (1, 4)}
+
+
+def test_an_arm_that_sees_what_follows_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ATTENTION.with_overrides({"mixer.causal": False})
+    configs = {"attention": ATTENTION, "encoder": encoder, "scan": preset("mamba-tiny")}
+    monkeypatch.setattr(cells, "model_configs", lambda experiment: configs)
+    found = memory.findings([], experiment(), NOWHERE)
+    assert [(one["kind"], one["arm"], one.get("against")) for one in found] == [
+        ("cache-outweighs-state", "attention", "scan"), ("cache-outweighs-weights", "attention", None),
+    ]  # fmt: skip
+
+
+def over_seeds(*wanted: tuple[str, str, float], **rest: Any) -> list[dict]:
+    """Of attention at 128 tokens, one value a phase and metric."""
+    where = {"context": 128, "batch": 1}
+    return [
+        row | {"seed": None}
+        for phase, metric, value in wanted
+        for row in per_seed("attention", phase, metric, [value],
+                            **({"mode": "direct"} if phase == "load" else where), **rest)
+    ]  # fmt: skip
+
+
+INFERENCE = over_seeds(("prefill", "peak_bytes", 5e6), ("decode", "peak_bytes", 2e6))
+
+
+@pytest.mark.parametrize(("device", "metric", "exceeding"), [
+    ("cpu", "host_peak_bytes", []), ("cuda", "device_peak_bytes", [128]),
+])  # fmt: skip
+def test_loading_is_weighed_against_inference_in_the_memory_of_the_device(
+    device: str, metric: str, exceeding: list[int]
+) -> None:
+    """10 MB of the host's, 1 MB of the GPU's; what may not be compared is so only in the one that is read."""
+    loads = {"host_peak_bytes": 10e6, "device_peak_bytes": 1e6}
+    for refused in (None, *loads):
+        rows = INFERENCE + [
+            row for name, size in loads.items()
+            for row in over_seeds(("load", name, size), comparable=name != refused, reason="a gate failed")
+        ]  # fmt: skip
+        (one,) = (one for one in memory.findings(rows, experiment(device, contexts=(128,)), NOWHERE)
+                  if one["kind"] == "loading-against-inference")  # fmt: skip
+        assert one["inference_exceeds_load_at"] == {"direct": exceeding}
+        assert one["comparable"] == (refused != metric)
+        assert one["sentence"].endswith("They do not compare: a gate failed.") == (refused == metric)
