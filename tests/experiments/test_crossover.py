@@ -155,6 +155,7 @@ def test_bytes_of_a_decode_step():
     )
     moe = preset("moe-tiny")
     counted = cost.parameters(moe)
-    assert cost.decode_bytes(moe, 1, 10, 4) == 4 * counted.active + cost.state_bytes(moe, 1, 10, 4)
+    for size in (2, 4):
+        assert cost.decode_bytes(moe, 1, 10, size) == size * counted.active + cost.state_bytes(moe, 1, 10, size)
     many = cost.decode_bytes(moe, 1000, 10, 4) - cost.state_bytes(moe, 1000, 10, 4)
     assert many == pytest.approx(cost.weight_bytes(moe, 4), rel=1e-6)

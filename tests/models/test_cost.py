@@ -365,6 +365,14 @@ def test_a_model_of_several_kinds_is_the_sum_of_its_blocks():
     assert cost.forward_flops_per_token(config, 50) == pytest.approx(total + ends, rel=1e-12)
 
 
+def test_the_head_works_for_the_tokens_that_are_predicted():
+    """2 D V for each, and twice that for its gradients."""
+    config = OTHERS["bare-attention"]  # 64 wide, of 300 entries
+    unasked = 0.75 * 2 * 64 * 300
+    assert cost.forward_flops_per_token(config, 9, 0.25) == cost.forward_flops_per_token(config, 9) - unasked
+    assert cost.training_flops_per_token(config, 9, 0.25) == cost.training_flops_per_token(config, 9) - 3 * unasked
+
+
 def test_the_matrix_work_of_mamba_needs_no_formula_of_ours():
     """With the plain forms the counter sees matrix products only: all but the scan's and convolution's own share."""
     config = PRESETS["mamba-4m"]
@@ -449,11 +457,13 @@ def test_an_unrecognised_operation_fails():
         mystery(torch.zeros(3, 3, device="meta"))
 
 
-@pytest.mark.parametrize("name", ["transformer-tiny", "hybrid-tiny", "mamba-tiny", "mamba3-tiny", "sliding-tiny"])
+@pytest.mark.parametrize(
+    "name", ["transformer-tiny", "gpt1-tiny", "hybrid-tiny", "mamba-tiny", "mamba3-tiny", "sliding-tiny"]
+)
 def test_bytes_of_rotary_tables_are_those_that_a_state_brings(name: str):
     forget_tables()
     LanguageModel(preset(name), seed=0).make_state(1, 24)
     kept = sum(table.nbytes for tables in _tables.values() for table in tables)
     forget_tables()
     assert cost.rotary_bytes(preset(name), 24) == kept
-    assert (kept > 0) is not name.startswith("mamba")
+    assert (kept > 0) is not name.startswith(("mamba", "gpt1"))  # of which GPT learns its positions
