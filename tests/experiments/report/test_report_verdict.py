@@ -10,7 +10,7 @@ import pytest
 from experiments.report.document import Text, Verdict
 from experiments.report.record import Record, read
 from experiments.report.tables import standing
-from experiments.report.verdict import HEADLINES, verdict
+from experiments.report.verdict import HEADLINES, limits, notices, verdict
 
 
 @pytest.fixture
@@ -64,9 +64,39 @@ def test_many_arms_against_one_are_told_by_quantity(record: Record) -> None:
     assert not rest
 
 
+def test_a_difference_is_the_same_at_0_and_slight_at_no_size(record: Record) -> None:
+    """What makes a ratio slight, being near 1, is much of a difference in bits per byte."""
+    quality = {"phase": "quality", "metric": "test_bits_per_byte", "kind": "difference", "unit": "bits/byte"}
+    verdicts = [
+        one("large", 0.98, 0.97, 0.99, "base", **quality), one("little", -0.01, -0.011, -0.009, "little", **quality),
+        one("equal", 0.0, 0.0, 0.0, **quality), one("away", 1.0, 1.0, 1.0, **quality),
+        one("single", 0.0, 0.0, 0.0, n=1, **quality), *TRAINING,
+    ]  # fmt: skip
+    (told_of_quality, _), _ = told(record, verdicts)
+    assert told_of_quality.sentence == (
+        "Test bits per byte: little is better than base; large is worse than base; equal is the same as base; "
+        "not resolved for away and single."
+    )
+
+
+def test_refused_numbers_are_counted_once_for_all_seeds(make_run: Callable[..., Path]) -> None:
+    """Of 3 seeds: 4 numbers of training, 6 of loading, at each of 3 lengths 4 of prefill and 6 of decode."""
+    (notice,) = notices(read(make_run(incomparable="mamba")))
+    told_of = [point.partition(":")[0] for point in notice.points]
+    assert told_of == [f"mamba, {phase} ({lines} numbers)" for phase, lines in
+                       (("train", 4), ("load", 6), ("prefill", 12), ("decode", 18))]  # fmt: skip
+
+
+def test_limits_count_the_tokens_of_every_micro_batch(record: Record) -> None:
+    spec = record.spec | {"training": {"steps": 120, "batch": 8, "accumulate": 4, "context": 256}}
+    assert ", 983,040 training tokens at context 256" in limits(replace(record, spec=spec))
+
+
 def test_what_is_equal_at_every_seed_is_told_alike_in_sentence_and_table() -> None:
     assert standing(one("equal", 1.0, 1.0, 1.0)) == ("open", "the same at every seed")
     assert standing(one("near", 1.01, 0.9, 1.1)) == ("open", "not resolved")
+    assert standing(one("equal", 0.0, 0.0, 0.0, kind="difference")) == ("open", "the same at every seed")
+    assert standing(one("away", 1.0, 1.0, 1.0, kind="difference"))[1] != "the same at every seed"
 
 
 def test_how_a_quantity_stands_that_decides_nothing(record: Record) -> None:
