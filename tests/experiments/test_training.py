@@ -1,9 +1,13 @@
 """The recipe: every knob turns something, every arm sees the same tokens, and a seed repeats to the bit."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from experiments import training
 from experiments.data.batches import Batches, StreamHash
 from experiments.objectives import IGNORED, Objective
 from experiments.spec import Training
@@ -38,6 +42,61 @@ def test_schedule() -> None:
     assert at[:10] == sorted(at[:10])
     assert at[9:] == sorted(at[9:], reverse=True)
     assert learning_rate_at(1, 2.0, Training(steps=1, warmup_steps=0)) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_recipe_by_hand(accumulate: int) -> None:
+    """AdamW with betas 0.9 and 0.95 at the schedule's rate, on clipped gradients, each micro-batch hidden anew."""
+    settings = Training(context=12, batch=3, accumulate=accumulate, steps=2, warmup_steps=1, gradient_clip=0.3)
+    config = preset("transformer-tiny").with_overrides({"vocabulary": 65, "width": 32, "mixer.causal": False})
+    objective, batches = Objective("masked", 64, seed=4), Batches(TOKENS, context=12, batch=3, seed=0)
+    ours, hand = LanguageModel(config, seed=0), LanguageModel(config, seed=0)
+    steps = list(train(ours, batches, settings, 1e-2, StreamHash(), objective))
+    optimizer = torch.optim.AdamW(hand.parameter_groups(0.1), betas=(0.9, 0.95), fused=True)
+    for step, rate in enumerate((1e-2, 1e-3)):  # a warm-up of one step; a tenth of the rate at the last
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for index in range(accumulate * step, accumulate * (step + 1)):
+            inputs, targets = objective.batch(*batches.at(index), index)
+            (token_loss(hand, inputs, targets, some=True)[0] / accumulate).backward()
+        norm = torch.nn.utils.clip_grad_norm_(hand.parameters(), 0.3)
+        assert norm > 0.6
+        assert steps[step].gradient_norm == pytest.approx(norm.item(), rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for a, b in zip(ours.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+class OnTheHost:
+    """torch as training sees it, where a GPU is named that is not there."""
+
+    def __init__(self, synchronise: Any) -> None:
+        self.cuda = SimpleNamespace(synchronize=synchronise)
+
+    def zeros(self, *shape: Any, device: torch.device) -> torch.Tensor:
+        return torch.zeros(*shape)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def test_a_steps_time_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last update is waited for; a clock here moves while that is done, and at no other time."""
+    now = 0.0
+
+    def synchronise(device: torch.device) -> None:
+        nonlocal now
+        now += 0.5
+
+    made = model()
+    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+    monkeypatch.setattr(training, "torch", OnTheHost(synchronise))
+    monkeypatch.setattr(training, "on_device", lambda batch, device: batch)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now))
+    batches = Batches(TOKENS, context=12, batch=3, seed=0)
+    steps = list(train(made, batches, SETTINGS, 1e-2, StreamHash(), CAUSAL))
+    assert [step.step_ms for step in steps] == [500.0] * 3
 
 
 class Halves:
@@ -112,12 +171,22 @@ def test_non_finite_loss_says_where_and_keeps_the_weights() -> None:
     assert torch.equal(before, torch.nn.utils.parameters_to_vector(made.parameters()))
 
 
+def test_a_gradient_that_is_not_finite_ends_a_training_whose_loss_is() -> None:
+    made = model()
+    made.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = torch.nn.utils.parameters_to_vector(made.parameters()).clone()
+    batches = Batches(TOKENS, context=12, batch=3, seed=0)
+    with pytest.raises(NonFiniteLossError, match=r"^loss \d\.\d+, gradient norm (inf|nan) at step 1,"):
+        next(train(made, batches, SETTINGS, 1e-2, StreamHash(), CAUSAL))
+    assert torch.equal(before, torch.nn.utils.parameters_to_vector(made.parameters()))
+
+
 def test_dropout_has_a_stream_of_its_own() -> None:
     """It depends on the seed of the run, not on the model's or on what was drawn before; and it is on in training."""
     config = preset("gpt1").with_overrides({"vocabulary": 64, "width": 32, "layers": 1})
     losses = {}
     for name, seed, dropout in (("a", 0, 0.5), ("b", 1, 0.5), ("none", 0, 0.0), ("none again", 1, 0.0)):
-        made = LanguageModel(config.with_overrides({"dropout": dropout}), seed=5)
+        made = LanguageModel(config.with_overrides({"dropout": dropout}), seed=5).eval()  # however it comes
         batches = Batches(TOKENS, context=12, batch=3, seed=0)
         steps = train(made, batches, SETTINGS, 1e-2, StreamHash(), Objective("causal", 64, seed))
         losses[name] = [step.loss for step in steps]
