@@ -2,26 +2,50 @@
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from experiments.data.batches import Batches
 from experiments.errors import CorpusError
-from experiments.measurement import phases
+from experiments.measurement import memory, phases, timing
 from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
 from experiments.measurement.process import CellFailedError, all_turns, run_fresh, side_by_side, take_turns
 from experiments.measurement.timing import MOST_REPEATS, WARM_UP, Samples, timed, timed_in_turns
-from experiments.spec import Measurement
+from experiments.objectives import Objective
+from experiments.spec import Measurement, Training
 from models import checkpoint
 from models.language_model import LanguageModel
 from models.presets import preset
 
 CPU = torch.device("cpu")
 MB = 1 << 20
+
+
+def noting(order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the phases measure with, note when it is called."""
+
+    class Peak(PeakMemory):
+        def __enter__(self) -> PeakMemory:
+            order.append("peak")
+            return super().__enter__()
+
+    def noted(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **keywords: order.append(name) or inner(*args, **keywords)
+
+    monkeypatch.setattr(phases, "PeakMemory", Peak)
+    for name, inner in (
+        ("return_freed_memory", return_freed_memory), ("keep_freed_memory", keep_freed_memory),
+        ("timed", timed), ("timed_in_turns", timed_in_turns),
+    ):  # fmt: skip
+        monkeypatch.setattr(phases, name, noted(name, inner))
 
 
 def _add(send, a, b):
@@ -219,9 +243,29 @@ def test_timed_runs_for_its_seconds() -> None:
     assert len(timed(lambda: None, repeats=1, seconds=1e9, device=CPU).ms) == MOST_REPEATS
 
 
+def test_each_sample_begins_and_ends_with_a_device_that_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(timing, "_synchronise", lambda device: order.append(f"wait for {device}"))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: order.append("clock") or len(order)))
+    samples = timed(lambda: order.append("call"), repeats=2, seconds=0, device=CPU)
+    assert order == ["call"] * WARM_UP + ["clock"] + ["wait for cpu", "clock", "call", "wait for cpu", "clock"] * 2
+    assert samples.ms == [3000.0] * 2  # three entries after the first look at the clock
+
+
+def test_percentiles_by_hand() -> None:
+    """Of 21 values the 2nd, 11th and 20th."""
+    samples = Samples([float(value) for value in reversed(range(21))])
+    assert (samples.p5, samples.median, samples.p95) == (1.0, 10.0, 19.0)
+    assert Samples([8.0, 1.0, 2.0, 3.0]).median == 2.5
+
+
 def test_noisy() -> None:
+    """Where the 95th percentile is more than one and a half medians."""
     assert Samples([1.0] * 18 + [9.0] * 2).noisy
     assert not Samples([1.0, 1.1, 1.2]).noisy
+    assert not Samples([2.0] * 19 + [3.0] * 2).noisy
+    assert Samples([2.0] * 19 + [3.01] * 2).noisy
+    assert not Samples([2.0] * 20 + [9.0]).noisy
 
 
 @pytest.mark.parametrize(
@@ -296,20 +340,7 @@ def test_peaks_are_of_calls_that_are_not_timed(phase: str, tmp_path: Path, monke
     """Under an allocator that hands back what is freed; the timed ones come after, under one that keeps it."""
     order: list[str] = []
 
-    class Peak(PeakMemory):
-        def __enter__(self) -> PeakMemory:
-            order.append("peak")
-            return super().__enter__()
-
-    def noted(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **keywords: order.append(name) or inner(*args, **keywords)
-
-    monkeypatch.setattr(phases, "PeakMemory", Peak)
-    for name, inner in (
-        ("return_freed_memory", return_freed_memory), ("keep_freed_memory", keep_freed_memory),
-        ("timed", timed), ("timed_in_turns", timed_in_turns),
-    ):  # fmt: skip
-        monkeypatch.setattr(phases, name, noted(name, inner))
+    noting(order, monkeypatch)
     checkpoint.save(LanguageModel(preset("mamba-tiny"), seed=0), tmp_path)
     tokens, once = torch.zeros(1, 9).long(), Measurement(repeats=1, seconds=0, decode_tokens=1)
     measure = {
@@ -325,3 +356,101 @@ def test_peaks_are_of_calls_that_are_not_timed(phase: str, tmp_path: Path, monke
         order.clear()
         assert "samples" not in measure(times=False)
         assert order == ["return_freed_memory", "peak"]
+
+
+def test_the_peak_of_training_is_that_of_the_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one of another model, and the allocator is then left as timed cells want it."""
+    order: list[str] = []
+    noting(order, monkeypatch)
+
+    def train(model: str, batches: Batches, settings: Training, rate: float, *_: Any) -> Iterator[None]:
+        assert (settings.warmup_steps, settings.batch, rate) == (0, 3, 0.0)
+        for step in range(settings.steps):
+            order.append(f"step {step + 1} of {settings.steps} of {model}")
+            yield
+
+    monkeypatch.setattr(phases, "train", train)
+    made = iter(("the first model", "the second model"))
+    batches = Batches(np.arange(100), context=8, batch=3, seed=0)
+    settings, objective = Training(steps=9, warmup_steps=4, batch=3), Objective("causal", 64)
+    found = phases.measure_training(lambda: next(made), batches, settings, objective, CPU)  # type: ignore[arg-type]
+    assert order == [
+        "return_freed_memory", "step 1 of 2 of the first model", "step 1 of 2 of the second model", "peak",
+        "step 2 of 2 of the second model", "keep_freed_memory",
+    ]  # fmt: skip
+    assert set(found) == {"peak_bytes", "memory_method"}
+
+
+def test_a_measured_step_begins_without_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted of the step before it, where there are any: not of a weight that is not trained."""
+    checkpoint.save(LanguageModel(preset("transformer-tiny"), seed=0), tmp_path)
+    order: list[str] = []
+    models: list[LanguageModel] = []
+    noting(order, monkeypatch)
+    load, inner = phases.load, phases.PeakMemory
+
+    def loaded(folder: Path, device: torch.device, way: str) -> LanguageModel:
+        models.append(load(folder, device, way))
+        models[-1].norm.weight.requires_grad_(False)
+        return models[-1]
+
+    class Peak(inner):
+        def __enter__(self) -> PeakMemory:
+            order.append(f"{sum(p.grad is not None for p in models[-1].parameters())} gradients")
+            return super().__enter__()
+
+    monkeypatch.setattr(phases, "load", loaded)
+    monkeypatch.setattr(phases, "PeakMemory", Peak)
+    found = phases.measure_step(tmp_path, torch.zeros(1, 9).long(), CPU, "float32")
+    assert order == ["return_freed_memory", "0 gradients", "peak"]
+    assert found["weight_bytes"] == sum(p.nbytes for p in models[-1].parameters())
+    assert found["gradient_bytes"] == found["weight_bytes"] - models[-1].norm.weight.nbytes
+
+
+def test_every_load_is_of_the_way_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(LanguageModel(preset("mamba-tiny"), seed=0), tmp_path)
+    load, ways = phases.load, []
+
+    def noted(folder: Path, device: torch.device, way: str = "mapped") -> LanguageModel:
+        ways.append(way)
+        return load(folder, device, way)
+
+    monkeypatch.setattr(phases, "load", noted)
+    phases.measure_load(tmp_path, Measurement(repeats=3, seconds=0), CPU, "direct")
+    assert ways == ["direct"] * (2 + WARM_UP + 3)  # a rehearsal, and the peak's
+
+
+def test_a_gpus_peak_is_counted_from_the_beginning_of_a_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, order, most = torch.device("cuda"), [], [900]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: order.append("reset") or most.append(0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: order.append("read") or most[-1])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1000)
+    monkeypatch.setattr(memory.card, "held", lambda device: SimpleNamespace(bytes=2000, method="stand-in"))
+    with PeakMemory(gpu) as peak:
+        order.append("phase")
+        most.append(most[-1] + 70)
+    assert order == ["wait", "reset", "phase", "wait", "read"]
+    assert peak.device_bytes == 70
+    assert peak.on_card == {"reserved_peak_bytes": 1000, "process_bytes": 2000, "process_method": "stand-in"}
+
+
+def test_a_peak_is_sampled_where_the_kernels_mark_cannot_be_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the resident set is what the stand-in says: twice some terabytes, then less."""
+    sizes, sampled = [7 << 40, 9 << 40], threading.Event()
+
+    class Process:
+        def memory_info(self) -> SimpleNamespace:
+            if not sizes:
+                sampled.set()
+            return SimpleNamespace(rss=sizes.pop(0) if sizes else 1)
+
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "psutil", SimpleNamespace(Process=Process))
+    with PeakMemory(CPU) as peak:
+        assert sampled.wait(20)
+    assert (peak.host_bytes, peak.method) == (9 << 40, "sampled every 1 ms")
+    assert not any(thread is peak._sampler for thread in threading.enumerate())
