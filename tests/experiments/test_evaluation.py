@@ -134,6 +134,63 @@ def test_the_curve_is_the_mean_over_what_is_to_be_predicted() -> None:
         assert got == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("what", ["evaluate", "masked", "curve"])
+def test_precision_is_that_of_the_products(what: str) -> None:
+    model = LanguageModel(preset("transformer-tiny").with_overrides({"vocabulary": V + 1}), seed=0)
+    with torch.no_grad():
+        model.norm.weight *= 4
+    text = split(np.random.default_rng(1).integers(0, V, 500))
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        how = {"context": 20, "precision": precision}
+        losses[precision] = {
+            "evaluate": lambda how=how: evaluate(model, text, batch=4, **how).nats_per_token,
+            "masked": lambda how=how: evaluate_masked(model, text, MASKED, batch=4, **how).masked_token_loss,
+            "curve": lambda how=how: mean_loss(model, text, CAUSAL, sequences=4, **how),
+        }[what]()
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["float32"] == pytest.approx(losses["bfloat16"], rel=0.01)
+
+
+@pytest.mark.parametrize("what", ["evaluate", "masked", "curve", "experts"])
+def test_nothing_is_dropped_but_in_training(what: str) -> None:
+    config = preset("moe-tiny").with_overrides({"vocabulary": V + 1, "layers": 2})
+    text, how = split(np.random.default_rng(1).integers(0, V, 500)), {"context": 20, "precision": "float32"}
+    found = []
+    for dropout in (0.5, 0.5, 0.0):
+        model = LanguageModel(config.with_overrides({"dropout": dropout}), seed=0)
+        found.append({
+            "evaluate": lambda m: evaluate(m, text, batch=4, **how).nats_per_token,
+            "masked": lambda m: evaluate_masked(m, text, MASKED, batch=4, **how).masked_token_loss,
+            "curve": lambda m: mean_loss(m, text, CAUSAL, sequences=4, **how),
+            "experts": lambda m: expert_load(m, text, CAUSAL, context=20, sequences=4),
+        }[what](model))  # fmt: skip
+        assert model.training
+    assert found[0] == found[1] == found[2]
+
+
+def test_experts_are_counted_on_what_the_curve_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corrupted where tokens are hidden: as step 0 of seed 0 hides them, whatever the seed of the training."""
+    config = preset("moe-tiny").with_overrides({"vocabulary": V + 1, "layers": 2, "mixer.causal": False})
+    model, read = LanguageModel(config, seed=0), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens: read.append(tokens) or hidden(tokens))
+    text, objective = split(np.random.default_rng(1).integers(0, V, 500)), Objective("masked", V, seed=3)
+    mean_loss(model, text, objective, context=20, sequences=4, precision="float32")
+    expert_load(model, text, objective, context=20, sequences=4)
+    expected, _ = MASKED.batch(*Batches(text.tokens, context=20, batch=4, seed=0).at(0), 0)
+    assert (expected == V).any()
+    assert [torch.equal(tokens, expected) for tokens in read] == [True, True]
+
+
+@pytest.mark.parametrize(("nats", "finite"), [(699.0, True), (701.0, False)])
+def test_a_perplexity_beyond_floating_point_is_infinite(nats: float, finite: bool) -> None:
+    """Certain of the token that stands there, where another one follows."""
+    quality = run(Stub(nats), np.arange(17) % V)
+    assert quality.nats_per_token == pytest.approx(nats, rel=1e-6)
+    assert quality.token_perplexity == (pytest.approx(math.exp(nats), rel=1e-3) if finite else math.inf)
+
+
 def test_the_load_of_experts_sums_to_one_in_each_layer() -> None:
     config = preset("moe-tiny").with_overrides({"vocabulary": V, "layers": 3})
     model = LanguageModel(config, seed=0)
