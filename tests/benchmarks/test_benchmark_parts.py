@@ -1,10 +1,14 @@
 """A benchmark that does not come to its end keeps what is done: where a part fails, where a process dies, on Ctrl-C."""
 
 import json
+import math
 import multiprocessing
 import os
 import sys
 import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +102,49 @@ def test_what_a_turn_puts_aside_is_not_in_its_rate() -> None:
     ((whole,), (part,)) = (common.rates({"side": side}, 1)[0]["side"] for side in (slow, mostly_aside))
     assert 5 / 0.4 > whole > 5 / 1
     assert 5 / 0.1 > part > 5 / 0.2
+
+
+def thousand() -> common.Turn:
+    return lambda: (1000, time.sleep(0.05))
+
+
+def test_a_rate_is_tokens_per_second() -> None:
+    ((rate,),) = common.rates({"side": thousand}, 1)[0].values()
+    assert 1000 / 0.05 > rate > 1000 / 0.5
+
+
+def telling(name: str, log: Path) -> common.Turn:
+    def turn() -> tuple[int, str]:
+        with log.open("a") as file:
+            file.write(f"{name} ")
+        return 1, name
+
+    return turn
+
+
+def test_rounds_alternate_and_slow_sides_are_in_two(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    sides = {name: partial(telling, name, log) for name in ("a", "b", "slow")}
+    samples, _ = common.rates(sides, 3, slow=frozenset({"slow"}), warm_ups=2)
+    # what is not slow warms up, one after the other; then each round runs in the order opposite to the one before
+    assert log.read_text().split() == [*"aabb", "a", "b", "slow", "slow", "b", "a", "a", "b"]
+    assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3, "slow": 2}
+
+
+def test_a_sitting_is_the_geometric_mean_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    sittings = iter(([1.0, 100.0], [8.0, 2.0]))
+    monkeypatch.setattr(common, "rates", lambda sides, rounds: ({"a": next(sittings)}, {}))
+    assert common.rates_over_sittings({"a": steady}, 2, 2)["a"] == pytest.approx([10.0, 4.0])
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_is_published_is_the_median(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(common, "describe", lambda device, threads: {})
+    common.publish("x", {}, {"a": [100.0, 900.0, 200.0]}, {}, as_json)
+    said = capsys.readouterr().out
+    assert (json.loads(said)["tokens_per_s"] == {"a": 200.0}) if as_json else ("| a | 200 |" in said)
 
 
 TURNS = {
@@ -221,3 +268,69 @@ def test_official_has_nothing_to_compare_without_theirs(
     result = json.loads(capsys.readouterr().out)
     assert (result["ratios"], result["samples"]) == ({}, {})
     assert result["failures"] == {"decode, mamba": f"{FORMS[2]}, decode: it ended"}
+
+
+@pytest.mark.parametrize(
+    ("opinion", "apart"),
+    # 0.75 and 1.25 from theirs, which is 5 long: 0.15 and 0.25 of it
+    [([3.0, -3.25], None), ([3.0, -2.75], "0.25"), ([math.nan, -4.0], "nan"), ([3.0, math.inf], "inf")],
+)
+def test_official_compares_no_side_that_thinks_otherwise(
+    opinion: list[float], apart: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = f"{FORMS[0]}, decode", f"{FORMS[2]}, decode"
+    found = official_with(monkeypatch, {ours: opinion}, set()).compared("decode", "mamba", 2)
+    assert (f"{ours} / {theirs}" in found["ratios"]) == (ours in found["samples"]) == (apart is None)
+    assert list(found["failures"]) == ([] if apart is None else [ours])
+    assert apart is None or f"logits are {apart} of" in found["failures"][ours]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_official_counts_the_tokens_that_steps_write(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of NEW tokens the first comes of reading the prompt, which is timed by itself and put aside twice."""
+    official = official_with(monkeypatch, {}, set())
+    vocabulary, prompt, new, order = 32, 3, 5, []
+
+    class Model:
+        def make_state(self, rows: int, length: int) -> str:
+            assert (rows, length) == (1, prompt + new)
+            return "empty"
+
+        def prefill(self, tokens: torch.Tensor, state: str) -> tuple[torch.Tensor, str]:
+            assert tokens.shape == (1, prompt)
+            order.append("prompt")
+            return torch.eye(vocabulary)[None, 7], "read"
+
+        def eval(self) -> "Model":
+            return self
+
+    class Recorded:
+        def __init__(self, model: Model, state: str, limit: int) -> None:
+            assert limit == prompt + new
+            self.token = torch.tensor([0])
+
+        def load(self, state: str) -> None:
+            assert state == "read"
+
+        def step(self, token: torch.Tensor | None = None) -> torch.Tensor:
+            order.append("step" if token is None else token.item())
+            return torch.arange(float(vocabulary))[None]
+
+    monkeypatch.setattr(official, "PROMPT", prompt)
+    monkeypatch.setattr(official, "NEW", new)
+    monkeypatch.setattr(official, "TOLD", 2)
+    monkeypatch.setattr(official, "RecordedDecode", Recorded)
+    monkeypatch.setattr(official, "_model", lambda *which: Model())
+    monkeypatch.setattr(official, "_tokens", lambda rows, length: torch.arange(10, 10 + length)[None])
+    monkeypatch.setattr(official, "compile_blocks", lambda model, method: order.append(f"compiled {method}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    clock = iter((100.0, 103.0))
+    monkeypatch.setattr(official, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    turn = official.decode("mamba", official.COMPILED if compiles else official.OURS)
+    # what it thinks comes after the prompt and two tokens that are given
+    assert order == ["compiled step"] * compiles + ["prompt", "wait", 13, 14]
+    order.clear()
+    tokens, opinion, aside = turn()
+    assert order == ["prompt", "wait", "prompt", 7, "step", "step", "step", "wait"]
+    assert (tokens, aside) == (4, 6.0)  # the prompt's three seconds, twice
+    assert opinion == [-15.5, 0.5]
