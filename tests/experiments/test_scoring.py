@@ -125,7 +125,7 @@ def test_guesses_from_the_left_know_nothing_of_the_right(run: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("arm", ["causal", "unmasked"])
 def test_the_judge(run: Path, dataset: Dataset, experiment: Experiment, arm: str) -> None:
-    found = scoring.judge_cell(nothing, experiment, "causal", 0, dataset.folder, run / arm / "seed0")
+    found = scoring.judge_cell(nothing, experiment, "causal", 3, dataset.folder, run / arm / "seed0")
     json.dumps(found, allow_nan=False)
     assert list(found["written"]) == ["greedy", "sampled"] + ["true"] * (arm == "causal")
     text = spread(dataset.splits["validation"].tokens, PROMPTS, PROMPT + WRITTEN)
@@ -134,7 +134,7 @@ def test_the_judge(run: Path, dataset: Dataset, experiment: Experiment, arm: str
     for way, scored in found["written"].items():
         heat = {"greedy": 0.0, "sampled": experiment.evaluation.temperature}
         ids = text[:, PROMPT:] if way == "true" else torch.stack(
-            list(write(model, text[:, :PROMPT], WRITTEN, Sampling(temperature=heat[way]), seed=0)), 1
+            list(write(model, text[:, :PROMPT], WRITTEN, Sampling(temperature=heat[way]), seed=3)), 1
         )  # fmt: skip
         total, size = 0.0, 0
         for prompt, row, kept in zip(text[:, :PROMPT], ids, scored["texts"], strict=True):
@@ -167,7 +167,8 @@ def test_what_a_judge_needs(run: Path, dataset: Dataset, experiment: Experiment)
 
 @torch.no_grad()
 @pytest.mark.parametrize("arm", ["causal", "encoder"])
-def test_blanks(run: Path, dataset: Dataset, experiment: Experiment, arm: str) -> None:
+def test_blanks(run: Path, dataset: Dataset, experiment: Experiment, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "AROUND", 4)
     objective = ARMS[arm].objective
     found = scoring.blanks_cell(nothing, experiment, objective, dataset.folder, run / arm / "seed0")
     json.dumps(found, allow_nan=False)
@@ -184,8 +185,12 @@ def test_blanks(run: Path, dataset: Dataset, experiment: Experiment, arm: str) -
                 continue  # nothing to guess the first from
             right += at > 0 and int(scores.argmax()) == ids[at]
             if at == CONTEXT // 2:
-                assert example["token"] == dataset.tokenizer.decode([ids[at]])
-                best = scores.exp().sort(descending=True).values[:5]
+                read = dataset.tokenizer.decode
+                around = example["left"], example["token"], example["right"]
+                assert around == (read(ids[at - 4 : at]), read([ids[at]]), read(ids[at + 1 : at + 5]))
+                best, order = (one[:5] for one in scores.exp().sort(descending=True))
+                named = [read([i]) if i < 280 else "[MASK]" for i in order.tolist()]
+                assert [one["token"] for one in example["guesses"]] == named
                 told = torch.tensor([one["probability"] for one in example["guesses"]], dtype=torch.float64)
                 torch.testing.assert_close(told, best, rtol=1e-3, atol=1e-6)
     assert (found["guessed"], found["asked"]) == (right, WINDOWS * (CONTEXT - 1))

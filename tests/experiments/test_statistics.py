@@ -107,6 +107,24 @@ def test_equal_readings_are_no_closer_than_what_they_are_read_to() -> None:
     assert 0 < paired_ratio([3, 4], [5, 6], page).p < 1  # less than a page
 
 
+def test_what_pairs_are_read_to_is_added_to_their_spread() -> None:
+    """In squares; of pairs that are read to different shares of themselves, the mean of those squares."""
+    a, b, page = [1e5, 4e5], [9e4, 3.8e5], 4096
+    logs = [math.log(y / x) for x, y in zip(a, b, strict=True)]
+    read = np.mean([(page / x) ** 2 + (page / y) ** 2 for x, y in zip(a, b, strict=True)])
+    deviation = math.hypot(np.std(logs, ddof=1), math.sqrt(read))
+    middle, half = np.mean(logs), deviation / 2**0.5
+    expected = stats.ttest_1samp([middle - half, middle + half], 0)  # with that mean and standard deviation
+    found = paired_ratio(a, b, page)
+    assert found.deviation == pytest.approx(deviation, rel=1e-9)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-6)
+    low, high = expected.confidence_interval()
+    assert (found.interval.low, found.interval.high) == pytest.approx((math.exp(low), math.exp(high)), rel=1e-6)
+    apart = paired_difference([1.0, 2.0], [2.0, 5.0], resolution=0.5)  # 1 and 3: 2 = 1 + 1, and twice 0.25
+    assert apart.deviation == pytest.approx(math.sqrt(2.5))
+    assert apart.p == pytest.approx(stats.ttest_1samp([2 - 1.25**0.5, 2 + 1.25**0.5], 0).pvalue, rel=1e-6)
+
+
 def test_equal_differences_of_counts_are_no_law() -> None:
     """38 of 252 fewer at both seeds is a coincidence, to within what a count is read to."""
     counted = paired_difference([65 / 252, 70 / 252], [27 / 252, 32 / 252], resolution=1 / 252)
@@ -155,6 +173,13 @@ def test_more_seeds_resolves_and_one_fewer_does_not(effect: float, n: int, alike
         assert more >= 1
         assert p_of(effect, n + more) * alike < 0.05
         assert more == 1 or p_of(effect, n + more - 1) * alike >= 0.05
+
+
+@pytest.mark.parametrize("n", [2, 7])
+def test_more_seeds_are_not_asked_for_beyond_a_thousand(n: int) -> None:
+    edge = float(stats.t.ppf(0.975, 999)) / math.sqrt(1000)  # the least effect that a thousand resolve
+    assert more_seeds([with_effect(edge * 1.00001, n)], 0) == 1000 - n
+    assert more_seeds([with_effect(edge * 0.99999, n)], 0) is None
 
 
 def test_more_seeds_are_those_that_holm_asks_for() -> None:

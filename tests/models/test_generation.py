@@ -157,6 +157,13 @@ def test_by_hand():
     assert hot == pytest.approx([x / 0.355 for x in (0.25, 0.04, 0.0625, 0.0025)])
 
 
+def test_a_token_that_reaches_top_p_to_the_bit_is_the_last_one() -> None:
+    """Of tokens that are alike so many are kept as reach it, and none more."""
+    for alike, top_p, kept in ((2, 0.5, 1), (4, 0.5, 2), (4, 0.75, 3), (4, 0.51, 3), (4, 1.0, 4)):
+        p = Sampling(temperature=1.0, top_p=top_p).probabilities(torch.zeros(1, alike))[0]
+        assert sorted(p.tolist(), reverse=True) == pytest.approx([1 / kept] * kept + [0] * (alike - kept))
+
+
 def test_samples_follow_the_probabilities():
     scores = torch.tensor([0.5, 0.2, 0.25, 0.05]).log().expand(20_000, 4)
     drawn = Sampling(temperature=1.0, top_k=3).choose(scores, torch.Generator().manual_seed(0))
