@@ -114,3 +114,9 @@ def test_loading_is_weighed_against_inference_in_the_memory_of_the_device(
         assert one["inference_exceeds_load_at"] == {"direct": exceeding}
         assert one["comparable"] == (refused != metric)
         assert one["sentence"].endswith("They do not compare: a gate failed.") == (refused == metric)
+
+
+def test_the_longest_sequences_are_those_of_training_and_of_the_last_token_decoded() -> None:
+    one = experiment(contexts=(8, 64), decode_tokens=3, train_contexts=(16, 60))
+    assert memory.lengths(one, causal=True) == {"memory.train_contexts": 60, "memory.contexts and decode_tokens": 67}
+    assert memory.lengths(one, causal=False) == {"memory.train_contexts": 60}
