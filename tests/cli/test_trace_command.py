@@ -178,7 +178,7 @@ def test_mistakes_with_folders(in_process: InProcess, tmp_path: Path, smoke: Fin
 def test_a_run_that_never_finished(in_process: InProcess, smoke: Finished, tmp_path: Path) -> None:
     run = tmp_path / smoke.directory.name
     shutil.copytree(smoke.directory, run)
-    shutil.rmtree(run / "cells" / "mamba" / "seed0" / "checkpoint")
+    shutil.rmtree(run / "cells" / "mamba" / "seed0")
     code, _, stderr = in_process("trace", "latest", "x", "--out", tmp_path)
     assert code == USAGE
     assert "arm 'mamba', seed 0" in stderr
