@@ -140,7 +140,7 @@ def run(
 @app.command()
 @one_line_errors
 def resume(name: RunName = None, out: Out = Path("runs"), as_json: AsJson = False) -> None:
-    """Finish an interrupted run; cells that failed are tried again."""
+    """Finish an interrupted run; cells that failed are tried again, and models that lost a file are made again."""
     from cli.progress import Progress
     from experiments import runner, store
 
