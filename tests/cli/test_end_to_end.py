@@ -148,7 +148,7 @@ def test_report_formats(in_process: InProcess, smoke: Finished, result: dict[str
 def test_runs(in_process: InProcess, smoke: Finished, result: dict[str, Any]) -> None:
     expected = {"run": result["run_id"], "status": "complete", "profile": "smoke", "arms": list(ARMS), "problem": None}
     assert json.loads(in_process("runs", "--out", smoke.out, "--json")[1]) == [expected]
-    assert in_process("runs", "--out", smoke.out)[1].split()[:2] == [result["run_id"], "complete"]
+    assert in_process("runs", "--out", smoke.out)[1].splitlines()[1].split()[:2] == [result["run_id"], "complete"]
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
