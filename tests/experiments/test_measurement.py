@@ -297,7 +297,7 @@ def test_what_a_host_takes_to_ask_is_told_from_what_a_gpu_takes(monkeypatch: pyt
 
         return all_turns(timed_in_turns(operation, repeats=3, seconds=0, device=gpu))
 
-    waiting, working = told(0.02, 0.0001), told(0.002, 0.02)
+    waiting, working = told(0.02, 0), told(0.002, 0.02)
     assert (waiting["host_bound"], working["host_bound"]) == (True, False)
     for one, asked, works in ((waiting, 20, 0), (working, 2, 20)):
         samples = one["samples"]
