@@ -98,7 +98,10 @@ def measure_decode(
     before_phase = _baseline(device)
     peak = _peak(write, device)
     element = state_element_size(model)
-    return _phase(model, peak, before_load, before_phase) | ({"working_bytes": None} if how[1] == "graph" else {}) | {
+    found = _phase(model, peak, before_load, before_phase)
+    if settings.decode_mode == "graph":
+        found["working_bytes"] = None
+    return found | {
         "context": context, "batch": tokens.shape[0], "mode": settings.decode_mode,
         "tokens_per_sample": settings.decode_tokens,
         "state_bytes": state.nbytes,
