@@ -93,7 +93,7 @@ class RunDirectory:
     def losses(self, cell: Cell) -> list[float]:
         """Of every step of its training."""
         log = self.folder(cell) / "metrics.jsonl"
-        lines = [_object(line, log, LOG_AGAIN) for line in _text(log, LOG_AGAIN).splitlines()]
+        lines = [parsed(line, log, LOG_AGAIN) for line in read_text(log, LOG_AGAIN).splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
         if not losses:
             raise damaged(log, NO_STEPS, LOG_AGAIN)
@@ -215,25 +215,27 @@ class Table(dict[str, Any]):
 def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     """The JSON object in a file; it and those within it are each a `Table`. remedy: where it is damaged. Raises
     RunFailedError."""
-    return _object(_text(path, remedy), path, remedy)
+    return parsed(read_text(path, remedy), path, remedy)
 
 
-def _text(path: Path, remedy: str) -> str:
+def read_text(path: Path, remedy: str = "", missing: str = "the run did not get that far") -> str:
+    """remedy: where the file is damaged; missing: why it may not be there. Raises RunFailedError."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RunFailedError(f"{path} is missing: the run did not get that far") from None
+        raise RunFailedError(f"no {path.name} in {path.parent}: {missing}") from None
     except OSError as error:
         raise RunFailedError(f"cannot read {path} ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise damaged(path, error, remedy) from None
+    except UnicodeDecodeError:
+        raise damaged(path, "not UTF-8 text", remedy) from None
 
 
-def _object(text: str, path: Path, remedy: str) -> Table:
+def parsed(text: str, path: Path, remedy: str = "") -> Table:
+    """The JSON object that stands in text, of the file at path. Raises RunFailedError."""
     try:
         found = json.loads(text, object_hook=lambda values: Table(values, path, remedy))
     except json.JSONDecodeError as error:
-        raise damaged(path, error, remedy) from None
+        raise damaged(path, f"not valid JSON: {error}", remedy) from None
     if not isinstance(found, Table):
         raise damaged(path, "it must hold one JSON object", remedy)
     return found

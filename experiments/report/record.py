@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import RunFailedError, SpecError
-from experiments.store import AGAIN, LOG_AGAIN, NO_STEPS, REBUILT, damaged
+from experiments.store import AGAIN, LOG_AGAIN, NO_STEPS, REBUILT, damaged, parsed, read_json, read_text
 
 SCHEMA_VERSION = 1
 REQUIRED = {
@@ -205,8 +205,9 @@ def read(run: Path) -> Record:
     run = Path(run)
     if not run.is_dir():
         raise SpecError(f"no run directory at {run}; `lab runs` lists those there are")
-    result_text = _text(run / "result.json", REBUILT, "the run has not written its result; `lab resume` finishes it")
-    result = _object(result_text, run / "result.json", REBUILT)
+    unfinished = "the run has not written its result; `lab resume` finishes it"
+    result_text = read_text(run / "result.json", REBUILT, unfinished)
+    result = parsed(result_text, run / "result.json", REBUILT)
     for key, kind in REQUIRED.items():
         if key not in result:
             raise damaged(run / "result.json", f"the key '{key}' is missing", REBUILT)
@@ -226,14 +227,14 @@ def read(run: Path) -> Record:
         "finished": "",
     } | result
     remarks: list[str] = []
-    spec_text = _text(run / "spec.toml", missing="a run directory keeps its resolved specification there")
+    spec_text = read_text(run / "spec.toml", missing="a run directory keeps its resolved specification there")
     try:
         spec = tomllib.loads(spec_text)
     except tomllib.TOMLDecodeError as error:
         raise RunFailedError(f"{run / 'spec.toml'}: not valid TOML: {error}") from None
     environment: dict[str, Any] = {}
     if (run / "environment.json").is_file():
-        environment = _object(_text(run / "environment.json"), run / "environment.json")
+        environment = read_json(run / "environment.json")
     else:
         remarks.append("environment.json is missing: machine, versions and the repeat command are unknown")
     curves: dict[str, dict[int, Curve]] = {}
@@ -248,7 +249,7 @@ def read(run: Path) -> Record:
                 raise damaged(log, NO_STEPS, LOG_AGAIN)
             if path.is_file():
                 remedy = f"delete that file {AGAIN}"
-                evaluation = _object(_text(path, remedy), path, remedy)
+                evaluation = read_json(path, remedy)
                 if not isinstance(evaluation.get("splits"), dict):
                     raise damaged(path, "it has no 'splits'", remedy)
                 evaluations.setdefault(clean(arm), {})[seed] = clean(evaluation)
@@ -288,30 +289,11 @@ def _visible(character: str) -> str:
     return character
 
 
-def _text(path: Path, remedy: str = "", missing: str = "") -> str:
-    if not path.is_file():
-        raise RunFailedError(f"no {path.name} in {path.parent}" + (f": {missing}" if missing else ""))
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise damaged(path, "not UTF-8 text", remedy) from None
-
-
-def _object(text: str, path: Path, remedy: str = "") -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise damaged(path, f"not valid JSON: {error}", remedy) from None
-    if not isinstance(found, dict):
-        raise damaged(path, "it must hold one JSON object", remedy)
-    return found
-
-
 def _lines(path: Path, remarks: list[str], remedy: str) -> list[dict[str, Any]]:
     """One JSON object a line. A torn last line, left by an interruption, is dropped and remarked; others are errors."""
     if not path.is_file():
         return []
-    lines = [(at, line) for at, line in enumerate(_text(path, remedy).split("\n"), 1) if line.strip()]
+    lines = [(at, line) for at, line in enumerate(read_text(path, remedy).split("\n"), 1) if line.strip()]
     found = []
     for position, (at, line) in enumerate(lines):
         try:
