@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
-from experiments.report.numbers import SLIGHT
+from experiments.report.numbers import SLIGHT, number
 from experiments.rows import on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
@@ -295,7 +295,7 @@ def _against_shapes(v: dict) -> str:
     """Said where a measured difference lies on the other side than that of what is stored, so on what comes with it."""
     if v["by_shapes"] is None or not v["comparable"] or (v["by_shapes"] - 1) * (v["estimate"] - 1) >= 0:
         return ""
-    return f" By shapes alone it is {v['by_shapes']:.3g} times: what differs lies beside the weights."
+    return f" By shapes alone it is {number(v['by_shapes'])} times: what differs lies beside the weights."
 
 
 def comparability(rows: Sequence[dict]) -> dict[str, Any]:
@@ -341,12 +341,12 @@ def predicts(verdict: dict) -> str:
 
 def faster(verdict: dict) -> str:
     """A ratio of speeds within a sentence, e.g. "1.4 times (1.3 to 1.5) as fast"."""
-    size = f"{verdict['estimate']:.3g} times"
+    size = f"{number(verdict['estimate'])} times"
     if not verdict["comparable"]:
         return f"{size} as fast (not comparable: {verdict['reason']})"
     if verdict["n"] < 2:
         return f"{size} as fast (one seed, not resolved)"
-    spread = f"{verdict['ci_low']:.3g} to {verdict['ci_high']:.3g}"
+    spread = f"{number(verdict['ci_low'])} to {number(verdict['ci_high'])}"
     return f"{size} ({spread}{'' if verdict['resolved'] else ', not resolved'}) as fast"
 
 
@@ -386,8 +386,8 @@ def _sentence(v: dict) -> str:
         size = f"{v['b']} differs from {v['a']} in {what} by {v['estimate']:+.4f}"
         interval = f"95% interval {v['ci_low']:+.4f} to {v['ci_high']:+.4f}, {seeds}" if v["n"] > 1 else seeds
     else:
-        size = f"{v['b']} has {v['estimate']:.3g} times {v['a']}'s {what}"
-        interval = f"95% interval {v['ci_low']:.3g} to {v['ci_high']:.3g}, {seeds}" if v["n"] > 1 else seeds
+        size = f"{v['b']} has {number(v['estimate'])} times {v['a']}'s {what}"
+        interval = f"95% interval {number(v['ci_low'])} to {number(v['ci_high'])}, {seeds}" if v["n"] > 1 else seeds
     if not v["comparable"]:
         return f"{v['a']} and {v['b']} do not compare in {what}: {v['reason']}. For the record: {size} ({interval})."
     if v["n"] < 2 and not v["exact"]:

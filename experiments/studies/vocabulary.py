@@ -238,10 +238,11 @@ def _interval(one: dict, unit: str) -> str:
     """Estimate of a verdict with its interval."""
     estimate, low, high = one["estimate"], one["ci_low"], one["ci_high"]
     sign = one["kind"] == "difference"
-    size = f"{number(estimate, 3, sign=True)} {unit}" if sign else f"{estimate:.3g} times {unit}"
+    size = f"{number(estimate, 3, sign=True)} {unit}" if sign else f"{number(estimate)} times {unit}"
     if low is None:
         return f"{size} ({plural(one['n'], 'paired seed')})"
-    ends = f"{number(low, 3, sign=True)} to {number(high, 3, sign=True)}" if sign else f"{low:.3g} to {high:.3g}"
+    at, signed = (3, True) if sign else (None, False)
+    ends = f"{number(low, at, signed)} to {number(high, at, signed)}"
     return f"{size} (95% interval {ends}, {plural(one['n'], 'paired seed')})"
 
 
@@ -287,7 +288,7 @@ def _speed(arm: str, phase: str, values: dict[int, float], rows: list[dict], dec
         times = _interval(one, "the bytes of text per second")
         sentence = (
             f"At {last:,} entries {arm} {PHASES[phase]} {times} that it does at {first:,}, {_standing(one)}; of "
-            f"tokens, {ratio:.3g} times as many. It has its most bytes per second at {best:,} entries."
+            f"tokens, {number(ratio)} times as many. It has its most bytes per second at {best:,} entries."
         )
     return {"kind": "bytes-per-s", "arm": arm, "phase": phase, "ratio": one["estimate"], "resolved": one["resolved"],
             "fastest": best, "sentence": sentence}  # fmt: skip

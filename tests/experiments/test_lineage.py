@@ -73,10 +73,10 @@ def test_speed_and_bytes_of_the_longest_context_a_sequence() -> None:
     first, second, _ = said(rows, batch=4)
     assert first["train_speed_ratio"] == pytest.approx(2.5)
     assert first["decode_speed_ratio"] == pytest.approx(2.5)
-    assert "it trains 2.5 times (2.5 to 2.5) as fast; it decodes after 1,024 tokens 2.5 times" in first["sentence"]
+    assert "it trains 2.50 times (2.50 to 2.50) as fast; it decodes after 1,024 tokens 2.50 times" in first["sentence"]
     assert first["sentence"].endswith("it keeps 65.5 kB instead of 512 B as cache or state of a sequence.")
     assert second["sentence"].endswith("it keeps 65.5 kB as before as cache or state of a sequence.")
-    assert "decodes after 1,024 tokens 0.5 times" in second["sentence"]
+    assert "decodes after 1,024 tokens 0.500 times" in second["sentence"]
 
 
 def test_a_number_that_may_not_be_compared_decides_nothing() -> None:

@@ -264,10 +264,11 @@ def test_speed() -> None:
     text = rows_of(three([100.0, 101.0], [150.0, 151.0], [120.0, 121.201]), "train", "bytes_per_s", "higher")
     one = told(tokens, text)["bytes-per-s"]
     assert one["sentence"].startswith(
-        "At 1,024 entries mamba trains on 1.2 times the bytes of text per second (95% interval"
+        "At 1,024 entries mamba trains on 1.20 times the bytes of text per second (95% interval"
     )
     assert one["sentence"].endswith(
-        "that it does at 257, resolved; of tokens, 0.5 times as many. It has its most bytes per second at 512 entries."
+        "that it does at 257, resolved; of tokens, 0.500 times as many. "
+        "It has its most bytes per second at 512 entries."
     )
     text = rows_of(three([100.0, 101.0], [150.0, 151.0], [70.0, 131.0]), "train", "bytes_per_s", "higher")
     one = told(tokens, text)["bytes-per-s"]
