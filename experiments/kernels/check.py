@@ -52,6 +52,7 @@ class Operation:
     draw(draw, *sizes): its inputs, float64; those in `state` only where it continues a sequence.
     call(form, inputs): its outputs, y among them; only y is differentiated, as in training.
     narrow: inputs that come in the run's number format; the rest are float32 in every run.
+    forms: those that have it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Operation:
     narrow: tuple[str, ...]
     state: tuple[str, ...]
     decodes: bool = False
+    forms: tuple[str, ...] = BACKENDS
 
     @property
     def starts(self) -> tuple[bool, ...]:
@@ -154,6 +156,20 @@ def _ssd_step(form: ModuleType, given: Tensors) -> Tensors:
     return {"y": torch.stack(ys, 1), "last state": state}
 
 
+def _draw_inner(draw: Callable[..., Tensor], rows: int, T: int, H: int, P: int, G: int, N: int, D: int) -> Tensors:
+    """The bias of the convolution by group, which is how their number is told."""
+    E, C = H * P, H * P + 2 * G * N
+    return {
+        "projected": draw(rows, T, E + C + H), "conv weight": draw(C, 4), "conv bias": draw(G, C // G),
+        "dt_bias": draw(H) - 2, "A": -draw(H).exp(), "D": draw(H), "norm weight": draw(E), "out weight": draw(D, E),
+    }  # fmt: skip
+
+
+def _inner(form: ModuleType, given: Tensors) -> Tensors:
+    projected, weight, bias, *rest = given.values()
+    return {"y": form.mamba2_inner(projected, weight, bias.flatten(), *rest, bias.shape[0], EPS)}
+
+
 def _draw_norm(draw: Callable[..., Tensor], rows: int, T: int, G: int, E: int) -> Tensors:
     """The weight by group, which is how their number is told."""
     return {"x": draw(rows, T, G * E), "z": draw(rows, T, G * E), "weight": draw(G, E)}
@@ -236,6 +252,12 @@ OPERATIONS = (
         _draw_norm, _norm, ("x", "z"), (),
     ),
     Operation(
+        "mamba-2 behind its projection", "ssd",
+        {"one token": (2, 1, 8, 16, 2, 16, 32), "odd length": (2, 37, 8, 16, 1, 16, 32),
+         "past a chunk": (1, 260, 8, 16, 2, 16, 32)},
+        _draw_inner, _inner, ("projected", "out weight"), (), forms=("reference", "cuda"),
+    ),
+    Operation(
         "trapezoid", "trapezoid",
         {"one token": (2, 1, 2, 16, 1, 16, 4), "odd length": (2, 37, 2, 16, 2, 16, 8),
          "past a chunk": (1, 73, 4, 16, 2, 32, 8)},
@@ -307,7 +329,10 @@ def check(
     outcomes = []
     wanted = shares(device) if parts is None else list(parts)
     for operation in OPERATIONS:
-        here = [form for form in forms if unavailable(form, device, operation.kernel) is None]
+        here = [
+            form for form in forms
+            if form in operation.forms and unavailable(form, device, operation.kernel) is None
+        ]  # fmt: skip
         for shape, sizes in operation.shapes.items():
             if sizes[1] > LONG and device != "cuda":
                 continue

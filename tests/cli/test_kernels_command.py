@@ -112,7 +112,7 @@ def test_the_check_of_a_cpu_is_a_table_of_errors(in_process: InProcess) -> None:
     assert "numba: all 32 cases agree with the float64 reference" in out
     assert "cuda: not here, the mamba-ssm kernels need a CUDA GPU" in out
     lines = [line for line in out.splitlines() if line.endswith("  ok")]
-    assert len(lines) == 3 * 32
+    assert len(lines) == 3 * 32 + 3  # Mamba-2 as one operation, which only the reference has beside the kernels
     heading = out.splitlines()[0]
     for name, at in (("outputs", -4), ("gradients", -3), ("allowed", -2)):
         end = heading.index(name) + len(name)

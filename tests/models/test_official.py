@@ -32,7 +32,7 @@ from models.mixers import MIXERS
 from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
-from models.ops import causal_conv1d, kernels, selective_scan, ssd, trapezoid
+from models.ops import causal_conv1d, kernels, mamba2_inner, selective_scan, ssd, trapezoid
 from models.ops.kernels.tuning import run_smallest
 
 pytestmark = pytest.mark.oracle
@@ -430,6 +430,20 @@ def test_ssd_is_the_official_kernel(official, G, initial):
     expected = outcome(official.cuda.ssd, inputs)
     for form in (ssd.reference, ssd.chunked):
         agree(outcome(form, inputs), expected)
+
+
+@pytest.mark.parametrize(("T", "G"), [(2 * CHUNK + 5, 2), (2 * CHUNK + 5, 1), (1, 2)])
+def test_mamba2_behind_its_projection_is_the_official_operation(official, T, G):
+    """`mamba_split_conv1d_scan_combined` by way of our `cuda` form: outputs, and the gradients of every input."""
+    rows, H, P, N, D = 2, 8, 16, 16, 24
+    E, C = H * P, H * P + 2 * G * N
+    sizes = {
+        "projected": (rows, T, E + C + H), "conv_weight": (C, 4), "conv_bias": (C,), "dt_bias": (H,), "A": (H,),
+        "D": (H,), "norm_weight": (E,), "out_weight": (D, E),
+    }  # fmt: skip
+    inputs: dict[str, Any] = {name: normal(*size, seed=i) for i, (name, size) in enumerate(sizes.items())}
+    inputs |= {"A": -inputs["A"].exp(), "groups": G, "eps": 1e-5}
+    agree(outcome(mamba2_inner.reference, inputs), outcome(official.cuda.mamba2_inner, inputs))
 
 
 @pytest.mark.parametrize("T", [1, 19])

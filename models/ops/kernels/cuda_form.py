@@ -20,7 +20,7 @@ from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import linear as linear_step
@@ -45,8 +45,8 @@ from models.ops.trapezoid import step as trapezoid_definition
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "projections", "residual_step", "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step",
-    "ssd", "ssd_step", "suits_step", "swiglu", "trapezoid", "trapezoid_step",
+    "linear_step", "mamba2_inner", "projections", "residual_step", "rms_norm", "rotary_qkv", "selective_scan",
+    "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses
@@ -173,6 +173,20 @@ def ssd(
     return mamba_chunk_scan_combined(
         x, dt, A.float(), B, C, SSD_CHUNK, D=D.float(), dt_bias=dt_bias.float(), initial_states=initial_state,
         dt_softplus=True, return_final_states=True,
+    )  # fmt: skip
+
+
+@untraced
+def mamba2_inner(
+    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    norm_weight: Tensor, out_weight: Tensor, groups: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """One node of autograd: gradients of z, x, B, C and dt are written side by side as the first projection has them,
+    and what the convolution gave is computed again for them, not kept."""
+    return mamba_split_conv1d_scan_combined(
+        projected, conv_weight, conv_bias, dt_bias.float(), A.float(), D.float(), SSD_CHUNK,
+        rmsnorm_weight=norm_weight, rmsnorm_eps=eps, outproj_weight=out_weight,
+        headdim=norm_weight.shape[0] // D.shape[0], ngroups=groups, norm_before_gate=False,
     )  # fmt: skip
 
 

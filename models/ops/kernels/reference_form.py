@@ -8,6 +8,7 @@ from models.ops.causal_conv1d import step_reference as causal_conv1d_step
 from models.ops.cross_entropy import reference as linear_cross_entropy
 from models.ops.experts import reference as experts
 from models.ops.lstm import reference as lstm
+from models.ops.mamba2_inner import reference as mamba2_inner
 from models.ops.projections import added as residual_step
 from models.ops.projections import no_branches as suits_step
 from models.ops.projections import together as channel_projections
@@ -24,6 +25,6 @@ from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "lstm", "projections", "residual_step", "rms_norm", "rotary_qkv", "selective_scan",
+    "linear_step", "lstm", "mamba2_inner", "projections", "residual_step", "rms_norm", "rotary_qkv", "selective_scan",
     "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip

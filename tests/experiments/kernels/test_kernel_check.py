@@ -19,9 +19,12 @@ from experiments.measurement.process import CellFailedError
 from experiments.report import content
 from experiments.report.numbers import DASH
 from experiments.spec import load
+from experiments.training import autocast
+from models.mixers.mamba2 import Mamba2, Mamba2Config
 from models.ops import kernels
 
 CUDA_FORM = "models.ops.kernels.cuda_form"
+KNOWN: dict[Any, Any] = {}
 
 
 @pytest.fixture
@@ -33,6 +36,22 @@ def cuda(monkeypatch):
     monkeypatch.setattr(checking, "unavailable", lambda *of: None)
     yield kernels.load("cuda")
     del sys.modules[CUDA_FORM]
+
+
+@pytest.fixture(autouse=True)
+def definitions_once(monkeypatch):
+    """What the definitions give, loops over tokens in float64, is computed once for all tests."""
+    own, reference = checking.differentiate, kernels.load("reference")
+
+    def known(operation, form, inputs):
+        if form is not reference or {x.dtype for x in inputs.values()} != {torch.float64}:
+            return own(operation, form, inputs)
+        key = operation.name, tuple((name, x.shape, x.sum().item()) for name, x in inputs.items())
+        if key not in KNOWN:
+            KNOWN[key] = own(operation, form, inputs)
+        return KNOWN[key]
+
+    monkeypatch.setattr(checking, "differentiate", known)
 
 
 def worst(outcome) -> float:
@@ -60,11 +79,53 @@ def test_every_form_in_16_bits(cuda, operation):
                 continue
             inputs = checking._inputs(operation, sizes, continued, torch.bfloat16)
             expected = checking.differentiate(operation, kernels.load("reference"), inputs)
-            for form in ("cuda", "torch", "reference"):
+            for form in {"cuda", "torch", "reference"} & set(operation.forms):
                 outcome = checking._compare(operation, form, "cpu", "bfloat16", shape, inputs, expected)
                 assert outcome.problem is None
                 assert worst(outcome) < outcome.tolerance / 2  # or another card's rounding may pass it
                 assert worst(outcome) > 1e-5 or operation.name == "convolution, decode"  # there is rounding to be seen
+
+
+@pytest.mark.parametrize(("grouped", "heads", "whole"), [(True, 8, True), (False, 8, False), (True, 4, False)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_mamba2_behind_its_projection_is_one_operation_where_it_fits(
+    cuda, monkeypatch, grouped: bool, heads: int, whole: bool, precision: str
+) -> None:
+    """The same numbers and gradients either way, and those of the definition. One operation where no state is wanted,
+    the norm has the groups of the kernel, and the convolution can read what is projected where it lies."""
+    settings = {"head_width": 8, "state": 8, "groups": 2, "grouped_norm": grouped}
+    made, plain = (
+        Mamba2(Mamba2Config(**settings, backend="reference"), 4 * heads, torch.device("cpu")) for _ in range(2)
+    )  # fmt: skip
+    with torch.no_grad():
+        plain.reset_parameters(torch.Generator().manual_seed(0))
+        for weight in (plain.norm_weight, plain.D):  # all alike, they would hide who scales what
+            weight.copy_(torch.linspace(0.5, 2, len(weight)))
+    made.load_state_dict(plain.state_dict())
+    made.ops, made.backend = cuda, kernels.Selection("cuda", "cuda")
+    asked: list[str] = []
+    own = cuda.mamba2_inner
+    monkeypatch.setattr(cuda, "mamba2_inner", lambda *of: asked.append("whole") or own(*of))
+    x = torch.randn(2, 37, 4 * heads, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for name, mixer in (("cuda", made), ("reference", plain)):
+        given = x.clone().requires_grad_()
+        with autocast(precision if name == "cuda" else "float32", torch.device("cpu")):
+            y, none = mixer(given)
+        assert none is None
+        (y.float() * torch.linspace(-1, 1, y[0].numel()).view(y[0].shape)).sum().backward()
+        found[name] = {"y": y, "x": given.grad} | {key: p.grad for key, p in mixer.named_parameters()}
+    assert asked == (["whole"] if whole else [])
+    limit = 2e-5 if precision == "float32" else 0.04
+    for key, expected in found["reference"].items():
+        error = (found["cuda"][key] - expected).abs().max() / expected.abs().max()
+        assert error < limit, (key, error)
+    state = made.make_state(2, 37, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        y, left = made(x, state)
+    assert left is not None
+    assert asked == (["whole"] if whole else [])
+    torch.testing.assert_close(y, found["reference"]["y"], rtol=1e-4, atol=1e-5)
 
 
 def test_every_form_of_this_machine_agrees():
