@@ -38,6 +38,7 @@ def mamba2(model: LanguageModel) -> Mamba2ForCausalLM:
     return counterpart(model, bos_token_id=0)  # type: ignore[return-value]
 
 
-def optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The same for both sides, so that the ratio is the model's."""
-    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+def optimizer(parameters: list[torch.nn.Parameter], rate: float | torch.Tensor = 1e-3) -> torch.optim.Optimizer:
+    """The same for both sides, so that the ratio is the model's. rate: a tensor where it is to change
+    in a step that is recorded."""
+    return torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=isinstance(rate, torch.Tensor))

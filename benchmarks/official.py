@@ -1,13 +1,15 @@
 """Our Mamba and Mamba-2 against `mamba_ssm`'s own `MambaLMHeadModel`, which calls the same kernels, on one GPU.
 
-    python -m benchmarks.official [--phases training,prefill,decode] [--json]
+    python -m benchmarks.official [--phases training,recorded-training,prefill,decode] [--json]
 
 About 130M parameters. A training step of 8 x 2048 tokens: forward, loss, backward, clipping, AdamW under bfloat16
-autocast. In bfloat16, prefill of 8 x 8192 tokens, so many that the GPU does not wait for its host; and single-stream
-greedy decoding of 256 tokens after 512, the first of which comes of reading the prompt and is not timed, each side's
-steps replayed from a CUDA graph. Both sides have the same weights and must give the same logits in what is timed.
-Ours comes twice: as it is, and with its blocks compiled (models/compiled.py); theirs as its users run it, but for the
-loss, which is one function on both sides: theirs would otherwise hold the logits of all tokens in float32.
+autocast; asked for by the host, which may take longer than the GPU needs, and replayed from a CUDA graph, which it is
+not in: that is what the GPU has to do. In bfloat16, prefill of 8 x 8192 tokens, so many that the GPU does not wait for
+its host; and single-stream greedy decoding of 256 tokens after 512, the first of which comes of reading the prompt and
+is not timed, each side's steps replayed from a CUDA graph. Both sides have the same weights and must give the same
+logits in what is timed. Ours comes twice: as it is, and with its blocks compiled (models/compiled.py); theirs as its
+users run it, but for the loss, which is one function on both sides: theirs would otherwise hold the logits of all
+tokens in float32.
 """
 
 import math
@@ -26,7 +28,7 @@ from models.language_model import LanguageModel
 from models.mixers.mamba2 import Mamba2Config
 from models.ops.kernels.tuning import keep_choices
 from models.presets import preset
-from models.recorded import RecordedDecode
+from models.recorded import RecordedDecode, record
 
 keep_choices()
 
@@ -34,6 +36,8 @@ ARMS = {"mamba": "Mamba", "mamba2": "Mamba-2"}
 OURS, COMPILED, THEIRS = "our {}, {}", "our {} compiled, {}", "mamba_ssm's {}, {}"
 DEVICE = "cuda"
 BATCH, CONTEXT, READ, PROMPT, NEW = 8, 2048, 8192, 512, 256
+STEPS = 4  # of training in a turn
+LEARNING_RATE = 1e-3
 TOLD = 16  # given tokens that decode reads before its logits are compared
 ALIKE = 0.2  # what logits may differ by in bfloat16, over their own spread
 
@@ -84,15 +88,16 @@ def _opinion(logits: Tensor) -> list[float]:
     return (logits - logits.mean())[::16].tolist()
 
 
-def training(arm: str, side: str) -> common.Turn:
-    """A turn is a step, which ends when the GPU has done it."""
+def training(arm: str, side: str, recorded: bool = False) -> common.Turn:
+    """A turn is some steps, each of which ends when the GPU has done it and the loss is known."""
     from models.ops.kernels.cuda_form import linear_cross_entropy
 
     model = _model(arm, side, torch.float32).train()
     if side == COMPILED:
         compile_blocks(model, "forward")
     parameters = list(model.parameters())
-    optimizer = hugging_face.optimizer(parameters)
+    rate = torch.zeros((), device=DEVICE)  # until the logits are known
+    optimizer = hugging_face.optimizer(parameters, rate)
     tokens = _tokens(BATCH, CONTEXT + 1)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -101,18 +106,29 @@ def training(arm: str, side: str) -> common.Turn:
         return model.backbone(inputs) if side == THEIRS else model.hidden(inputs).x
 
     head = (model.lm_head if side == THEIRS else model.head).weight
-    with autocast("bfloat16", torch.device(DEVICE)):  # of the shapes and for the gradients that are timed
-        opinion = _opinion(hidden()[0, -1] @ head.t())
+    loss, last = torch.zeros((), device=DEVICE), torch.zeros_like(head[0])  # last: what the head reads of one token
 
-    def turn() -> tuple[int, list[float]]:
+    def step() -> None:
         with autocast("bfloat16", torch.device(DEVICE)):
-            loss = linear_cross_entropy(hidden().flatten(0, 1), head, targets.flatten())
-        loss.backward()
+            x = hidden()
+            mean = linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
+        mean.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss.item()
-        return inputs.numel(), opinion
+        loss.copy_(mean.detach())
+        last.copy_(x[0, -1].detach())
+
+    take = record(step, torch.device(DEVICE)) if recorded else step
+    take()
+    opinion = _opinion(last @ head.t())
+    rate.fill_(LEARNING_RATE)
+
+    def turn() -> tuple[int, list[float]]:
+        for _ in range(STEPS):
+            take()
+            loss.item()
+        return STEPS * inputs.numel(), opinion
 
     return turn
 
@@ -185,7 +201,9 @@ def decode(arm: str, side: str) -> common.Turn:
     return turn
 
 
-PHASES = {"training": training, "prefill": prefill, "decode": decode}
+PHASES = {
+    "training": training, "recorded-training": partial(training, recorded=True), "prefill": prefill, "decode": decode,
+}  # fmt: skip
 
 
 def unlike(ours: list[float], theirs: list[float]) -> float:
@@ -228,9 +246,9 @@ def main() -> None:
                             for kind in ("samples", "ratios", "failures"))  # fmt: skip
     failures |= sides
     settings = {
-        "training_and_prefill_batch": BATCH, "training_context": CONTEXT, "prefill_context": READ,
-        "decode_prompt": PROMPT, "new_tokens": NEW, "vocabulary": preset("mamba-130m").vocabulary,
-        "threads": torch.get_num_threads(), "rounds": options.rounds,
+        "training_and_prefill_batch": BATCH, "training_context": CONTEXT, "training_steps_a_turn": STEPS,
+        "prefill_context": READ, "decode_prompt": PROMPT, "new_tokens": NEW,
+        "vocabulary": preset("mamba-130m").vocabulary, "threads": torch.get_num_threads(), "rounds": options.rounds,
     }  # fmt: skip
     common.publish("official", settings, found, ratios, options.json, DEVICE, failures=failures)
     common.leave(failures)

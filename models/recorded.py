@@ -1,13 +1,16 @@
-"""Decode as one recorded step that a GPU repeats without its host: CUDA graphs, the same way for every architecture.
+"""Work that is recorded once and that a GPU repeats without its host: CUDA graphs, the same way for every architecture.
 
-A step of a small model is a hundred launches of a few microseconds each, and the host takes longer to ask for them than
-the GPU to do them. A recording repeats the same operations on the same memory, so nothing in it may depend on a number
-that the host knows: the position stands on the device (`models.state.Place`), a recurrent state is written back where
-it was, and attention learns on the device how many slots of its cache are filled (`models.ops.attention.of_slots`).
+A decode step of a small model is a hundred launches of a few microseconds each, and the host takes longer to ask for
+them than the GPU to do them. A recording repeats the same operations on the same memory, so nothing in it may depend on
+a number that the host knows. In decode therefore the position stands on the device (`models.state.Place`), a recurrent
+state is written back where it was, and attention learns on the device how many slots of its cache are filled
+(`models.ops.attention.of_slots`).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +20,29 @@ from models.errors import ConfigError
 from models.language_model import LanguageModel
 from models.state import KVCache, ModelState, Place, RecurrentState, State
 
-WARM_UP = 3  # steps before recording, in which kernels are loaded and choose their configurations
+WARM_UP = 3  # runs before recording, in which kernels are loaded and choose their configurations
+
+
+def record(
+    operation: Callable[[], object], device: torch.device, *, before: Callable[[], object] = lambda: None,
+    pool: Any = None,
+) -> Callable[[], None]:  # fmt: skip
+    """What repeats `operation` from a CUDA graph, on the tensors that it reads and writes now: they have to stay where
+    they are. It runs WARM_UP times first, each time after `before`, which is not recorded; the recording computes
+    nothing yet. pool: a `torch.cuda.graph_pool_handle()` of which all recordings take what they make in between; none
+    may need what is left there by itself, while another runs in its place. Raises ConfigError without a GPU."""
+    if device.type != "cuda":
+        raise ConfigError("a CUDA graph is recorded, which needs a GPU")
+    graph, aside = torch.cuda.CUDAGraph(), _stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):
+            before()
+            operation()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    with torch.cuda.graph(graph, pool=pool, stream=aside):
+        operation()
+    return graph.replay
 
 
 class RepeatableStep:
@@ -88,19 +113,11 @@ class RecordedDecode(RepeatableStep):
     """The same, replayed from a CUDA graph. Raises ConfigError also without a GPU."""
 
     def __init__(self, model: LanguageModel, state: ModelState, limit: int) -> None:
-        if model.device.type != "cuda":
-            raise ConfigError("a decode step is recorded as a CUDA graph, which needs a GPU")
         super().__init__(model, state, limit)
-        graph, before, aside = torch.cuda.CUDAGraph(), state.clone(), _stream(model.device)
-        aside.wait_stream(torch.cuda.current_stream(model.device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                self.rewind()  # a cache may have no room for more than one
-                self.repeat()
-        torch.cuda.current_stream(model.device).wait_stream(aside)
-        with torch.cuda.graph(graph, stream=aside):
-            self.repeat()
-        self.repeat = graph.replay
+        before = state.clone()
+        self.repeat = record(
+            self.repeat, model.device, before=self.rewind
+        )  # a cache may have room for no more than one
         self.load(before)
 
 

@@ -15,11 +15,12 @@ PIECE = 2048  # tokens, of a prompt that is read to be decoded from
 
 
 def training_step(
-    model: LanguageModel, inputs: Tensor, targets: Tensor, precision: str
+    model: LanguageModel, inputs: Tensor, targets: Tensor, precision: str, *, to_record: bool = False
 ) -> tuple[Operation, torch.optim.Optimizer]:
     """Forward, loss, backward, clipping, AdamW: what `experiments.training.train` does between two batches, and the
-    optimizer, by whose `zero_grad` the caller ends the step. inputs, targets (B, T)."""
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-4, fused=True)
+    optimizer, by whose `zero_grad` the caller ends the step. inputs, targets (B, T). to_record: the step is to be one
+    that `models.recorded.record` takes; the arithmetic is the same."""
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-4, fused=True, capturable=to_record)
 
     def step() -> None:
         with autocast(precision, model.device):

@@ -17,6 +17,9 @@ from experiments.spec import Speed
 from experiments.training import DTYPES
 from models.compiled import compile_blocks
 from models.language_model import LanguageModel
+from models.recorded import record
+
+RECORDED = ("graph", "compiled-graph")
 
 
 class Subject:
@@ -26,7 +29,8 @@ class Subject:
     def __init__(self, model: LanguageModel, settings: Speed, mode: str, dtype: str) -> None:
         self.settings, self.device, self.mode, self.dtype = settings, model.device, mode, dtype
         self.model = model.cast(DTYPES[dtype])
-        self.compiled = False
+        self.compiled, self.recorded = False, mode in RECORDED
+        self.pool = torch.cuda.graph_pool_handle() if self.recorded and self.device.type == "cuda" else None
         self.meter = CeilingsMeter(self.device, DTYPES[dtype])
 
     def prepare(self, phase: str) -> None:
@@ -34,6 +38,10 @@ class Subject:
         if self.mode.startswith("compiled") and not self.compiled:
             compile_blocks(self.model, "step" if phase == "decode" else "forward")
             self.compiled = True
+
+    def repeated(self, operation: Operation) -> Operation:
+        """Recorded, where the mode says so; the cells of a process do so one after the other, and leave nothing."""
+        return record(operation, self.device, pool=self.pool) if self.recorded else operation
 
 
 def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[None, None, dict[str, Any]]:
@@ -60,18 +68,18 @@ def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[Non
 def _step(subject: Subject, tokens: Tensor) -> tuple[Operation, int]:
     model = subject.model.float().train()
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    update, optimizer = operations.training_step(model, inputs, targets, subject.dtype)
+    update, optimizer = operations.training_step(model, inputs, targets, subject.dtype, to_record=subject.recorded)
 
     def step() -> None:
         update()
         optimizer.zero_grad()
 
-    return step, inputs.numel()
+    return subject.repeated(step), inputs.numel()
 
 
 def _prefill(subject: Subject, tokens: Tensor) -> tuple[Operation, int]:
     prompt = tokens[:, :-1].contiguous()
-    return operations.prefill(subject.model, prompt), prompt.numel()
+    return subject.repeated(operations.prefill(subject.model, prompt)), prompt.numel()
 
 
 def _decode(subject: Subject, tokens: Tensor) -> tuple[Operation, int]:

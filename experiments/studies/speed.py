@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import cells
 from experiments.measurement.speed import OPERATORS
-from experiments.report.numbers import listed, plural
+from experiments.report.numbers import listed, number, plural
 from experiments.rows import percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory
@@ -22,7 +22,6 @@ from models.config import ModelConfig
 MAKES = "build"
 PHASES = {"step": "train", "prefill": "prefill", "decode": "decode", "forward": "operator", "backward": "operator"}
 LATENCY = {"train": "step_ms", "prefill": "time_to_first_token_ms", "decode": "ms_per_token"}
-RECORDED = ("graph", "compiled-graph")  # modes of decode alone
 RESAMPLES = 2000  # of the turns, for intervals
 
 
@@ -32,11 +31,11 @@ def plan(experiment: Experiment) -> list[Cell]:
     planned = [Cell(arm, seed, "build") for seed in experiment.seeds for arm in configs]
     for seed in experiment.seeds:
         for mode, dtype in product(settings.modes, settings.dtypes):
-            for context in settings.train_contexts if mode not in RECORDED else ():
+            for context in settings.train_contexts:
                 batch = max(1, settings.train_tokens // context)
                 planned += [Cell(arm, seed, "step", context, batch, mode, dtype) for arm in configs]
             for batch in settings.batches:
-                for phase in ("prefill", "decode") if mode not in RECORDED else ("decode",):
+                for phase in ("prefill", "decode"):
                     for context in settings.contexts:
                         causal = [arm for arm, config in configs.items() if config.causal]
                         planned += [Cell(arm, seed, phase, context, batch, mode, dtype) for arm in causal]
@@ -216,7 +215,8 @@ def _drift(rows: list[dict], experiment: Experiment) -> list[dict]:
         for dtype, values in of_type.items():
             if len(values) > 1:
                 low, high = min(values), max(values)
-                told.append(f"{what}{f' in {dtype}' if len(of_type) > 1 else ''} from {low:.3g} to {high:.3g} {unit}")
+                of = f" in {dtype}" if len(of_type) > 1 else ""
+                told.append(f"{what}{of} from {number(low)} to {number(high)} {unit}")
                 moved.setdefault(metric, {})[dtype] = high / low
     if not told:
         return []
@@ -299,10 +299,11 @@ def _growth_sentence(one: dict[str, Any]) -> str:
         return f"{one['arm']}: how its decode grows, {one['mode']}, in {one['dtype']}, is not said: {one['reason']}."
     batch = f" at batch {one['batch']}" if one["batch"] and one["batch"] > 1 else ""
     unclear = ": which is longer is not resolved" if one["ci_low"] <= 1 <= one["ci_high"] else ""
+    ratio, low, high, widest = (number(one[key]) for key in ("ratio", "ci_low", "ci_high", "widest"))
     return (
         f"{one['arm']} decodes a token{batch}, {one['mode']}, in {one['dtype']}, after {one['to']:,} tokens in "
-        f"{one['ratio']:.3g} times (95% interval {one['ci_low']:.3g} to {one['ci_high']:.3g}) what it takes after "
-        f"{one['from']:,}{unclear}; its slowest and fastest length differ by {one['widest']:.3g} times.{_waiting(one)}"
+        f"{ratio} times (95% interval {low} to {high}) what it takes after {one['from']:,}{unclear}; its slowest and "
+        f"fastest length differ by {widest} times.{_waiting(one)}"
     )
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +17,9 @@ import torch
 from benchmarks import common, utilisation
 from experiments.measurement.process import CellFailedError
 from models import compiled, cost
+from models.language_model import LanguageModel
+from models.ops.cross_entropy import linear_cross_entropy
+from models.presets import preset
 
 
 def gives(value: int) -> dict[str, Any]:
@@ -245,7 +248,7 @@ def test_official_compares_where_the_logits_agree(
         f"{theirs}, prefill": [3.0, 4.0],
     }
     official = official_with(monkeypatch, opinions, {f"{compiled_}, decode"})
-    assert on_a_gpu(monkeypatch, official, "--arms", "mamba", "--json") == 1
+    assert on_a_gpu(monkeypatch, official, "--arms", "mamba", "--phases", "training,prefill,decode", "--json") == 1
     result = json.loads(capsys.readouterr().out)
     pairs = [f"{ours}, {phase} / {theirs}, {phase}" for phase in ("training", "decode")]
     assert list(result["ratios"]) == pairs
@@ -334,3 +337,42 @@ def test_official_counts_the_tokens_that_steps_write(compiles: bool, monkeypatch
     assert order == ["prompt", "wait", "prompt", 7, "step", "step", "step", "wait"]
     assert (tokens, aside) == (4, 6.0)  # the prompt's three seconds, twice
     assert opinion == [-15.5, 0.5]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_official_trains_with_the_weights_whose_logits_it_compares(
+    recorded: bool, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded or not: nothing moves until the logits are known, and then every step of a turn does."""
+    official = official_with(monkeypatch, {}, set())
+    model, order = LanguageModel(preset("mamba-tiny").with_overrides({"vocabulary": 64}), seed=0), []
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    form = ModuleType("models.ops.kernels.cuda_form")
+    form.linear_cross_entropy = linear_cross_entropy  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, form.__name__, form)
+    monkeypatch.setattr(official, "DEVICE", "cpu")
+    monkeypatch.setattr(official, "_model", lambda *which: model)
+    monkeypatch.setattr(official, "_tokens", lambda *size: tokens)
+    monkeypatch.setattr(official, "compile_blocks", lambda model, method: order.append(f"compiled {method}"))
+
+    def record(step: Any, device: torch.device) -> Any:
+        for _ in range(3):
+            step()
+        order.append("recorded")
+        return step
+
+    monkeypatch.setattr(official, "record", record)
+    side = official.COMPILED if compiles else official.OURS
+    turn = (official.PHASES["recorded-training"] if recorded else official.training)("mamba", side)
+    assert order == ["compiled forward"] * compiles + ["recorded"] * recorded
+    assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before)
+    taken, opinion = turn()
+    assert taken == official.STEPS * 2 * 8
+    moved = (torch.nn.utils.parameters_to_vector(model.parameters()) - before).abs().max().item()
+    assert official.STEPS / 2 * official.LEARNING_RATE < moved < 1.5 * official.STEPS * official.LEARNING_RATE
+    torch.nn.utils.vector_to_parameters(before, model.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model.head(model.hidden(tokens[:, :-1]).x)[0, -1]
+    assert official.unlike(opinion, official._opinion(logits)) < 0.02

@@ -35,7 +35,7 @@ from models.language_model import LanguageModel
 from models.ops.attention import forget_tables
 from models.ops.kernels import without_data
 from models.presets import preset
-from models.recorded import RecordedDecode, RepeatableStep
+from models.recorded import WARM_UP, RecordedDecode, RepeatableStep, record
 
 pytestmark = on_gpu
 ONCE = Measurement(repeats=1, seconds=0, decode_tokens=4)
@@ -125,11 +125,12 @@ def test_the_scan_without_data_makes_what_the_kernels_make() -> None:
     assert [(x.shape, x.dtype, x.stride()) for x in made] == [(x.shape, x.dtype, x.stride()) for x in shapes]
 
 
-@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny", "mamba2-tiny"])
 def test_speed_of_the_phases(name: str, tmp_path: Path) -> None:
     written(name, tmp_path, "bfloat16")
     cells = {}
-    for mode, phases in {"eager": ("decode", "prefill", "forward", "backward", "step"), "graph": ("decode",)}.items():
+    whole = ("decode", "prefill", "step")  # training last: it makes the weights float32
+    for mode, phases in {"eager": ("forward", "backward", *whole), "graph": whole}.items():
         subject = Subject(load(tmp_path, GPU, "direct"), SPEED, mode, "bfloat16")
         for phase in phases:
             cells[mode, phase] = all_turns(measure_speed(subject, phase, text(ROWS, TOKENS + 1)))
@@ -143,8 +144,54 @@ def test_speed_of_the_phases(name: str, tmp_path: Path) -> None:
         for ceiling in cell["ceilings"]:  # of the smallest card that runs the kernels, by far
             assert ceiling["flops_per_s"] > 1e12
             assert ceiling["bytes_per_s"] > 1e11
-    eager, recorded = (median(cells[mode, "decode"]["samples"]["ms"]) for mode in ("eager", "graph"))
-    assert recorded < eager
+    for phase in whole:
+        eager, recorded = (median(cells[mode, phase]["samples"]["ms"]) for mode in ("eager", "graph"))
+        assert recorded < eager, phase
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("name", TINY)
+def test_a_recorded_training_step_trains_the_same(
+    name: str,
+    precision: str,
+    one_configuration: None,  # noqa: F811 (the fixture)
+) -> None:
+    """As many steps of one batch either way: those before a recording count, the recording itself does not."""
+    if (name, precision) == ("moe-tiny", "float32"):
+        pytest.skip("experts in float32 need the host")
+    tokens, weights = text(ROWS, TOKENS + 1).to(GPU), on_the_cpu(name)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    found = {}
+    for to_record in (False, True):
+        model = on_the_gpu(name, weights).train()
+        update, optimizer = operations.training_step(model, inputs, targets, precision, to_record=to_record)
+
+        def step(update: Any = update, optimizer: Any = optimizer) -> None:
+            update()
+            optimizer.zero_grad()
+
+        take = record(step, GPU) if to_record else step
+        for _ in range(3 if to_record else 3 + WARM_UP):
+            take()
+        found[to_record] = {key: p.detach() - weights.state_dict()[key].to(GPU) for key, p in model.named_parameters()}
+    assert optimizer.state[next(model.parameters())]["step"] == 3 + WARM_UP
+    # a step of AdamW is of the same size however small the gradient, whose rounding may turn its sign
+    for key, moved in found[False].items():
+        assert (found[True][key] - moved).abs().mean() <= 0.1 * moved.abs().mean(), key
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_recorded_prefill_names_the_same_token(name: str, tmp_path: Path) -> None:
+    written(name, tmp_path, "bfloat16")
+    model, prompt = load(tmp_path, GPU, "direct"), text().to(GPU)
+    read, named = operations.prefill(model, prompt), []
+    repeat = record(lambda: named.append(read()), GPU)
+    expected = read()
+    for given in (prompt.clone(), prompt.roll(1, 0)):
+        prompt.copy_(given)
+        repeat()
+        assert torch.equal(named[-1], read())
+    assert expected.shape == (ROWS,)
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])

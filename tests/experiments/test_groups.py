@@ -134,13 +134,19 @@ def test_what_is_trained_again_with_an_arm_that_is_missing(tmp_path: Path, measu
     assert all(directory.result(cell) == {} for cell in rest)
 
 
-def test_mode_graph_is_decode_of_every_arm_and_refused_where_a_step_needs_the_host(monkeypatch):
-    recorded = load("speed", profile="smoke", assignments=['speed.modes=["graph"]'])
-    planned = [cell for cell in STUDY.plan(recorded) if cell.mode == "graph"]
-    assert {cell.kind for cell in planned} == {"decode"}
-    assert {(c.arm, c.context) for c in planned} == {
-        (arm, context) for arm in recorded.arms for context in recorded.speed.contexts
-    }
+def test_every_mode_has_every_phase_of_every_arm_and_graph_is_refused_where_a_step_needs_the_host(monkeypatch):
+    modes = "eager", "graph"
+    recorded = load("speed", profile="smoke", assignments=[f"speed.modes={list(modes)}".replace("'", '"')])
+    planned = [cell for cell in STUDY.plan(recorded) if cell.kind in ("step", "prefill", "decode")]
+    settings = recorded.speed
+    assert [(c.mode, c.kind, c.context, c.arm) for c in planned] == [
+        (mode, phase, context, arm)
+        for mode in modes
+        for phase, contexts in (
+            ("step", settings.train_contexts), ("prefill", settings.contexts), ("decode", settings.contexts),
+        )
+        for context in contexts for arm in recorded.arms
+    ]  # fmt: skip
     on_a_gpu = recorded.model_copy(update={"device": "cuda"})
     monkeypatch.setitem(sys.modules, "triton", None)  # cannot be imported
     with pytest.raises(ConfigError, match="'graph' is refused for every arm: it needs Triton"):

@@ -118,6 +118,41 @@ def test_a_timed_step_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> No
     assert not torch.equal(before, torch.nn.utils.parameters_to_vector(subject.model.parameters()))
 
 
+@pytest.mark.parametrize("mode", ["eager", "compiled", "graph", "compiled-graph"])
+def test_training_and_prefill_are_recorded_where_the_mode_says_so(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one pool, since each leaves nothing; a decode step records itself."""
+    recorded: list[tuple[Any, torch.device, Any]] = []
+
+    def record(operation: Any, device: torch.device, pool: Any) -> Any:
+        recorded.append((operation, device, pool))
+        return lambda: "replayed"
+
+    monkeypatch.setattr(speed, "CeilingsMeter", Meter)
+    monkeypatch.setattr(speed, "record", record)
+    subject = Subject(model(), SETTINGS, mode, "float32")
+    subject.pool = (7, 0)
+    operations_ = [speed._step(subject, text(2, 9))[0], speed._prefill(subject, text(2, 9))[0]]
+    if mode in ("eager", "compiled"):
+        assert not recorded
+    else:
+        assert [one() for one in operations_] == ["replayed"] * 2
+        assert [rest for _, *rest in recorded] == [[CPU, (7, 0)]] * 2
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba2-tiny"])
+def test_a_step_that_is_to_be_recorded_is_the_same_step(name: str) -> None:
+    ours, plain = model(name), model(name)
+    for made, to_record in ((ours, True), (plain, False)):
+        step, optimizer = operations.training_step(made, text(2, 8), text(2, 8), "float32", to_record=to_record)
+        assert optimizer.param_groups[0]["capturable"] == to_record
+        for _ in range(3):
+            step()
+            optimizer.zero_grad()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(ours.norm.weight, model(name).norm.weight)
+
+
 def test_the_first_call_is_timed_by_itself_and_in_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     now, calls = 0.0, 0
 

@@ -17,7 +17,7 @@ from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
 from models.ops.attention import forget_tables
 from models.ops.kernels import load
-from models.recorded import RecordedDecode, RepeatableStep
+from models.recorded import RecordedDecode, RepeatableStep, record
 
 CASES = {
     "attention": AttentionConfig(heads=4, backend="sdpa"),
@@ -216,6 +216,8 @@ def test_what_cannot_be_recorded_says_why():
         plain = model(CASES["mamba"])
         with pytest.raises(ConfigError, match="needs a GPU"):
             RecordedDecode(plain, after_prompt(plain)[0], LIMIT)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        record(lambda: pytest.fail("it ran"), torch.device("cpu"))
 
 
 def test_learned_positions_bound_the_limit():
