@@ -151,11 +151,7 @@ def test_speed_of_the_phases(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("name", TINY)
-def test_a_recorded_training_step_trains_the_same(
-    name: str,
-    precision: str,
-    one_configuration: None,  # noqa: F811 (the fixture)
-) -> None:
+def test_a_recorded_training_step_trains_the_same(name: str, precision: str) -> None:
     """As many steps of one batch either way: those before a recording count, the recording itself does not."""
     if (name, precision) == ("moe-tiny", "float32"):
         pytest.skip("experts in float32 need the host")
