@@ -33,12 +33,18 @@ def encoded(size: int) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
     return np.array(ids), token_bytes(trained), pieces
 
 
-def _spelled(token: str) -> bytes:
-    """GPT-2's alphabet undone: printable bytes stand for themselves, the others for 256 and on."""
+def _alphabet() -> dict[str, int]:
+    """GPT-2's: printable bytes stand for themselves, the others for 256 and on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-    return bytes(table[character] for character in token)
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+ALPHABET = _alphabet()
+
+
+def _spelled(token: str) -> bytes:
+    return bytes(ALPHABET[character] for character in token)
 
 
 @pytest.mark.parametrize("size", [257, 300, 400])
