@@ -45,10 +45,10 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("named", [False, True])
 def test_what_is_missing_is_run_and_what_is_there_is_kept(
-    in_process: InProcess, small: list[str], tmp_path: Path, named: bool
+    in_process: InProcess, small: list[str], tmp_path: Path
 ) -> None:
+    """Of the run that is named, and further below of the latest."""
     out = tmp_path / "runs"
     code, _, stderr = in_process(
         "run", *small, "--seeds", 1, "--set", "measurement.enabled=false", "--out", out, "--json"
@@ -59,8 +59,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
     kept = contents(directory / "cells" / "transformer")
     shutil.rmtree(directory / "cells" / "mamba")
 
-    name = [directory.name[-8:]] if named else []
-    code, stdout, stderr = in_process("resume", *name, "--out", out, "--json")
+    code, stdout, stderr = in_process("resume", directory.name[-8:], "--out", out, "--json")
     assert code == 0, stderr
     assert "[1/1] mamba/seed0/train" in stderr
     assert contents(directory / "cells" / "transformer") == kept
@@ -81,8 +80,6 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
     assert "mamba" in stdout
     assert in_process("report", "latest", "--out", out)[:2] == in_process("report", "--out", out)[:2] == (0, stdout)
 
-    if named:
-        return
     folder = directory / "cells" / "mamba" / "seed0" / "checkpoint"
     made = contents(folder)
     generating = ("generate", directory, "the", "--tokens", 2)
