@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ SMALL = (
     "data.corpus=text", "data.vocabulary=300", "data.test_fraction=0.1", "data.validation_fraction=0.1",
     "training.context=16", "training.batch=4", "training.steps=4", "training.warmup_steps=1",
     "training.validate_every=2", "evaluation.sample_tokens=4", "evaluation.curve_sequences=4",
+    "measurement.repeats=2", "measurement.seconds=0",
 )  # fmt: skip
 
 
@@ -70,10 +71,9 @@ def lab(environment: dict[str, str]) -> Lab:
     return run
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> InProcess:
-    """Runs `lab` here, which is quick and can be patched: exit code, stdout, stderr."""
-    monkeypatch.setenv("LAB_CACHE", environment["LAB_CACHE"])
+@pytest.fixture(scope="package")
+def in_process(environment: dict[str, str]) -> Iterator[InProcess]:
+    """Runs `lab` here, which is quick and can be patched: exit code, stdout, stderr. All share one server of cells."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -81,7 +81,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> 
             raise result.exception
         return result.exit_code, result.stdout, result.stderr
 
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAB_CACHE", environment["LAB_CACHE"])
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import InProcess, Lab
+from conftest import InProcess
 
 from experiments.cells import folder_hashes
 from experiments.spec import load
@@ -29,13 +29,14 @@ def rows(result: dict[str, Any], arm: str, metric: str, seed: int | None = 0) ->
 
 
 @pytest.fixture(scope="module")
-def everything(lab: Lab, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def everything(
+    in_process: InProcess, small: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("architectures") / "runs"
-    settings = ("measurement.contexts=[8]", "measurement.seconds=0", "measurement.repeats=1")
-    words = [word for setting in settings for word in ("--set", setting)]
-    done = lab("run", *small, "--arms", ",".join(ARMS), "--seeds", 1, *words, "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), out
+    arms = ("--arms", ",".join(ARMS), "--seeds", 1)
+    code, stdout, stderr = in_process("run", *small, *arms, "--set", "measurement.contexts=[8]", "--out", out, "--json")
+    assert code == 0, stderr
+    return json.loads(stdout), out
 
 
 def test_all_run_in_one_record(everything: tuple[dict[str, Any], Path]) -> None:
@@ -68,7 +69,7 @@ def test_the_load_of_experts_is_recorded(everything: tuple[dict[str, Any], Path]
 def test_a_masked_encoder_has_its_own_rows(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
     arm = ("objective=masked", "overrides.mixer.causal=false")
     words = [word for setting in arm for word in ("--set", f"arms.transformer.{setting}")]
-    quick = ["--seeds", 1, "--set", "measurement.contexts=[8]", "--set", "measurement.repeats=1"]
+    quick = ["--seeds", 1, "--set", "measurement.contexts=[8]"]
     code, stdout, stderr = in_process(
         "run", *small, "--arms", "transformer", *quick, *words, "--out", tmp_path / "runs", "--json"
     )
@@ -122,7 +123,7 @@ def test_a_folder_may_also_give_its_shape_alone(in_process: InProcess, everythin
 def test_a_hybrid_of_several_rounds_is_measured(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
     settings = ("overrides.layers=4", "overrides.hybrid.pattern=MMT")
     words = [word for setting in settings for word in ("--set", f"arms.hybrid.{setting}")]
-    quick = ["--seeds", 1, "--set", "measurement.contexts=[8]", "--set", "measurement.repeats=1"]
+    quick = ["--seeds", 1, "--set", "measurement.contexts=[8]"]
     code, stdout, stderr = in_process(
         "run", *small, "--arms", "hybrid", *quick, *words, "--out", tmp_path / "runs", "--json"
     )

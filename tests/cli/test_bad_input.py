@@ -4,12 +4,11 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import InProcess, Lab
+from conftest import InProcess
 
 from experiments import runner
 
@@ -208,19 +207,18 @@ def test_full_or_read_only_disk(
 
 @pytest.fixture(scope="module")
 def diverged(
-    lab: Lab, small: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess]:
+    in_process: InProcess, small: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, tuple[int, str, str]]:
     out = tmp_path_factory.mktemp("diverged") / "runs"
     settings = ("arms.mamba.learning_rate=1e30", "measurement.contexts=[8]", "training.steps=8")
-    return out, lab(
-        "run", *small, "--seeds", 1, "--out", out, *[word for setting in settings for word in ("--set", setting)]
-    )
+    words = [word for setting in settings for word in ("--set", setting)]
+    return out, in_process("run", *small, "--seeds", 1, "--out", out, *words)
 
 
-def test_an_arm_that_diverges_stops_alone(diverged: tuple[Path, subprocess.CompletedProcess]) -> None:
-    out, process = diverged
-    assert process.returncode == SOME_FAILED, process.stderr
-    one_line(process.stderr)
+def test_an_arm_that_diverges_stops_alone(diverged: tuple[Path, tuple[int, str, str]]) -> None:
+    out, (code, _, stderr) = diverged
+    assert code == SOME_FAILED, stderr
+    one_line(stderr)
     (directory,) = out.iterdir()
     result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     assert result["status"] == "partial"
@@ -257,7 +255,7 @@ def test_an_arm_that_diverges_stops_alone(diverged: tuple[Path, subprocess.Compl
     ],
 )
 def test_generate(
-    diverged: tuple[Path, subprocess.CompletedProcess],
+    diverged: tuple[Path, tuple[int, str, str]],
     in_process: InProcess,
     arguments: list[str],
     said: str,
@@ -268,7 +266,7 @@ def test_generate(
 
 
 def test_generate_from_a_run_that_trained_nothing(
-    diverged: tuple[Path, subprocess.CompletedProcess], in_process: InProcess, tmp_path: Path
+    diverged: tuple[Path, tuple[int, str, str]], in_process: InProcess, tmp_path: Path
 ) -> None:
     (directory,) = diverged[0].iterdir()
     shutil.copytree(directory, tmp_path / directory.name, ignore=shutil.ignore_patterns("cells", "result.json"))

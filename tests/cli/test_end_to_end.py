@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Finished, InProcess, Lab
+from conftest import Finished, InProcess
 
 from experiments.report.record import clean
 from models import cost
@@ -211,41 +211,43 @@ def test_models(in_process: InProcess) -> None:
         assert ratio == pytest.approx(1, abs=0.01)
 
 
-def test_doctor(lab: Lab) -> None:
-    process = lab("doctor", "--json")
-    assert process.returncode == 0, process.stderr
-    forms = {(one["form"], one["device"]): one["problem"] for one in json.loads(process.stdout)["forms"]}
+def test_doctor(in_process: InProcess) -> None:
+    code, stdout, stderr = in_process("doctor", "--json")
+    assert code == 0, stderr
+    found = json.loads(stdout)
+    forms = {(one["form"], one["device"]): one["problem"] for one in found["forms"]}
     assert forms["reference", "cpu"] is None
     assert forms["torch", "cpu"] is None
     assert forms["numba", "cpu"] is None
     assert "CUDA" in forms["cuda", "cpu"]
-    checked = {row["operation"] for row in json.loads(process.stdout)["checks"]}
+    checked = {row["operation"] for row in found["checks"]}
     assert {"selective scan", "convolution, decode", "ssd", "trapezoid"} <= checked
 
 
-def test_the_kept_specification_repeats_the_run_bit_for_bit(lab: Lab, small: list[str], tmp_path: Path) -> None:
+def test_the_kept_specification_repeats_the_run_bit_for_bit(
+    in_process: InProcess, small: list[str], tmp_path: Path
+) -> None:
     arguments = ("--set", "measurement.enabled=false", "--seeds", 1, "--out", tmp_path / "first", "--json")
-    first = lab("run", *small, *arguments)
-    assert first.returncode == 0, first.stderr
+    code, first, stderr = in_process("run", *small, *arguments)
+    assert code == 0, stderr
     (spec,) = (tmp_path / "first").glob("*/spec.toml")
-    second = lab("run", spec, "--out", tmp_path / "second", "--json")
-    assert second.returncode == 0, second.stderr
+    code, second, stderr = in_process("run", spec, "--out", tmp_path / "second", "--json")
+    assert code == 0, stderr
     quality = [
-        [{**row, "reason": None} for row in rows(json.loads(process.stdout), phase="quality")]
-        for process in (first, second)
+        [{**row, "reason": None} for row in rows(json.loads(stdout), phase="quality")] for stdout in (first, second)
     ]
     assert len(quality[0]) > 20
     assert quality[0] == quality[1]
 
 
-def test_a_model_measured_in_bfloat16(lab: Lab, small: list[str], tmp_path: Path) -> None:
+def test_a_model_measured_in_bfloat16(in_process: InProcess, small: list[str], tmp_path: Path) -> None:
     """Trained in float32; file, weights and state of what is measured are of the other type."""
     settings = ("measurement.dtype=bfloat16", "measurement.contexts=[16, 32]", "measurement.decode_tokens=4")
     assignments = [word for one in settings for word in ("--set", one)]
     arms = ("--arms", ",".join(ARMS), "--seeds", 1)
-    process = lab("run", *small, *assignments, *arms, "--out", tmp_path, "--json")
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout)
+    code, stdout, stderr = in_process("run", *small, *assignments, *arms, "--out", tmp_path, "--json")
+    assert code == 0, stderr
+    result = json.loads(stdout)
     assert {(row["phase"], row["dtype"]) for row in result["rows"] if row["phase"] != "quality"} == {
         ("train", "float32"), ("load", "bfloat16"), ("prefill", "bfloat16"), ("decode", "bfloat16")
     }  # fmt: skip

@@ -24,13 +24,18 @@ def heeds_interrupts() -> Iterator[None]:
 
 @pytest.mark.usefixtures("heeds_interrupts")
 def test_the_same_command_continues_an_interrupted_run(
-    small: list[str], environment: dict[str, str], tmp_path: Path
+    in_process: InProcess, small: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "runs"
-    command = [str(LAB), "run", *small, "--set", "measurement.enabled=false", "--seeds", "1", "--out", str(out)]
+    command = ["run", *small, "--set", "measurement.enabled=false", "--seeds", "1", "--out", str(out)]
     command += ["--set", "training.steps=60"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        [str(LAB), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 300
     while not list(out.glob("*/cells/mamba/seed0/metrics.jsonl")):
@@ -54,11 +59,11 @@ def test_the_same_command_continues_an_interrupted_run(
     assert "> - interrupted\n" in (directory / "report.md").read_text(encoding="utf-8")
     kept = finished.stat().st_mtime_ns, finished.read_bytes()
 
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert again.returncode == 0, again.stderr
+    code, _, stderr = in_process(*command)
+    assert code == 0, stderr
     assert list(out.iterdir()) == [directory]
     assert (finished.stat().st_mtime_ns, finished.read_bytes()) == kept
-    assert "transformer/seed0/train" not in again.stderr
+    assert "transformer/seed0/train" not in stderr
     complete = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     assert (complete["status"], complete["missing"]) == ("complete", [])
     assert "> - interrupted, and resumed\n" in (directory / "report.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, InProcess, Lab
+from conftest import SMALL, InProcess
 
 from experiments import report
 
@@ -14,13 +14,15 @@ MORE = ("masking.prompts=3", "masking.windows=2", "training.steps=20")
 
 
 @pytest.fixture(scope="module")
-def run(lab: Lab, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("masking")
     settings = [word for one in (f"data.path={corpus}", *SMALL, *MORE) for word in ("--set", one)]
-    process = lab("run", "masking", "--profile", "smoke", "--seeds", 1, "--out", out, "--json", *settings)
-    assert process.returncode == 0, process.stderr
+    code, stdout, stderr = in_process(
+        "run", "masking", "--profile", "smoke", "--seeds", 1, "--out", out, "--json", *settings
+    )
+    assert code == 0, stderr
     (directory,) = out.iterdir()
-    assert json.loads(process.stdout) == json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    assert json.loads(stdout) == json.loads((directory / "result.json").read_text(encoding="utf-8"))
     return directory
 
 
@@ -112,10 +114,10 @@ def test_a_run_that_came_nowhere_has_a_report(run: Path, result: dict[str, Any],
 
 
 @pytest.mark.slow
-def test_the_smoke_profile_shows_the_collapse(lab: Lab, tmp_path: Path) -> None:
-    process = lab("run", "masking", "--profile", "smoke", "--out", tmp_path, "--json")
-    assert process.returncode == 0, process.stderr
-    found = {one["kind"]: one for one in json.loads(process.stdout)["findings"]}
+def test_the_smoke_profile_shows_the_collapse(in_process: InProcess, tmp_path: Path) -> None:
+    code, stdout, stderr = in_process("run", "masking", "--profile", "smoke", "--out", tmp_path, "--json")
+    assert code == 0, stderr
+    found = {one["kind"]: one for one in json.loads(stdout)["findings"]}
     assert found["training-loss"]["outcome"] == "far below"
     assert found["last-place"]["outcome"] == "worse"
     assert found["written"]["outcome"] == "worse than both"  # of the two, the sampled

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import InProcess, Lab, with_a_stand_in
+from conftest import InProcess, with_a_stand_in
 
 from experiments.report import content
 from experiments.report.document import Table
@@ -31,13 +31,13 @@ def settings(corpus: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(lab: Lab, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("memory")
     arms = ["--arms", ",".join(ARMS), "--profile", "smoke", "--out", out, "--json"]
-    process = lab("run", "memory", *arms, *settings(corpus))
-    assert process.returncode == 0, process.stderr
+    code, stdout, stderr = in_process("run", "memory", *arms, *settings(corpus))
+    assert code == 0, stderr
     (directory,) = out.iterdir()
-    assert json.loads(process.stdout) == json.loads((directory / "result.json").read_text())
+    assert json.loads(stdout) == json.loads((directory / "result.json").read_text())
     return directory
 
 

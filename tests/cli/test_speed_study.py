@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import InProcess, Lab, with_a_stand_in
+from conftest import InProcess, with_a_stand_in
 
 from experiments.report import content
 from experiments.report.document import Verdict
@@ -26,11 +26,12 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def run(lab: Lab, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("speed")
     assignments = [word for one in (f"data.path={corpus}", *SETTINGS) for word in ("--set", one)]
-    process = lab("run", "speed", "--arms", ",".join(ARMS), "--profile", "smoke", "--out", out, "--json", *assignments)
-    assert process.returncode == 0, process.stderr
+    given = ("--arms", ",".join(ARMS), "--profile", "smoke", "--out", out, *assignments)
+    code, _, stderr = in_process("run", "speed", *given)
+    assert code == 0, stderr
     (directory,) = out.iterdir()
     return directory
 

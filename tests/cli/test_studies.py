@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, InProcess, Lab
+from conftest import SMALL, InProcess
 
-TINY = (*SMALL, "evaluation.samples=0", "measurement.repeats=2", "measurement.seconds=0", "measurement.decode_tokens=2")
+TINY = (*SMALL, "evaluation.samples=0", "measurement.decode_tokens=2")
 
 
-def finished(lab: Lab, corpus: Path, out: Path, study: str, *more: str) -> tuple[Path, dict[str, Any]]:
+def finished(in_process: InProcess, corpus: Path, out: Path, study: str, *more: str) -> tuple[Path, dict[str, Any]]:
     settings = [word for one in (*TINY, f"data.path={corpus}", *more) for word in ("--set", one)]
-    process = lab("run", study, "--profile", "smoke", "--seeds", 2, "--out", out, "--json", *settings)
-    assert process.returncode == 0, process.stderr
+    code, stdout, stderr = in_process(
+        "run", study, "--profile", "smoke", "--seeds", 2, "--out", out, "--json", *settings
+    )
+    assert code == 0, stderr
     (directory,) = out.iterdir()
-    return directory, json.loads(process.stdout)
+    return directory, json.loads(stdout)
 
 
 def shown(directory: Path, result: dict[str, Any], figure: str) -> None:
@@ -28,9 +30,9 @@ def shown(directory: Path, result: dict[str, Any], figure: str) -> None:
     assert markdown.index(f"{figure}.svg") < markdown.index("Verdict")
 
 
-def test_moe(lab: Lab, corpus: Path, tmp_path: Path) -> None:
+def test_moe(in_process: InProcess, corpus: Path, tmp_path: Path) -> None:
     arms = ("measurement.contexts=[8]", "experts.batches=[1, 3]")
-    directory, result = finished(lab, corpus, tmp_path / "runs", "moe", *arms)
+    directory, result = finished(in_process, corpus, tmp_path / "runs", "moe", *arms)
     shown(directory, result, "moe")
     assert (result["status"], result["failures"]) == ("complete", [])
     decodes = {
@@ -52,8 +54,8 @@ def test_moe(lab: Lab, corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lineage(lab: Lab, corpus: Path, tmp_path: Path) -> None:
-    directory, result = finished(lab, corpus, tmp_path / "runs", "lineage", "measurement.contexts=[8]")
+def test_lineage(in_process: InProcess, corpus: Path, tmp_path: Path) -> None:
+    directory, result = finished(in_process, corpus, tmp_path / "runs", "lineage", "measurement.contexts=[8]")
     shown(directory, result, "lineage")
     assert (result["status"], result["failures"]) == ("complete", [])
     assert [one["kind"] for one in result["findings"]] == ["step"] * 7 + ["overall"]
@@ -61,8 +63,8 @@ def test_lineage(lab: Lab, corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sparse(lab: Lab, corpus: Path, tmp_path: Path) -> None:
-    directory, result = finished(lab, corpus, tmp_path / "runs", "sparse", "measurement.contexts=[8, 64, 128]")
+def test_sparse(in_process: InProcess, corpus: Path, tmp_path: Path) -> None:
+    directory, result = finished(in_process, corpus, tmp_path / "runs", "sparse", "measurement.contexts=[8, 64, 128]")
     shown(directory, result, "sparse")
     assert (result["status"], result["failures"]) == ("complete", [])
     kinds = [one["kind"] for one in result["findings"]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import InProcess, Lab
+from conftest import InProcess
 from tokenizers import Tokenizer
 
 from models import checkpoint, cost
@@ -22,11 +22,11 @@ CELLS = [f"{arm}-v{size}" for size in SIZES for arm in ("transformer", "mamba")]
 
 
 @pytest.fixture(scope="module")
-def run(lab: Lab, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("vocabulary")
     assignments = [word for one in (*SETTINGS, f"data.path={corpus}") for word in ("--set", one)]
-    process = lab("run", "vocabulary", "--profile", "smoke", "--out", out, "--json", *assignments)
-    assert process.returncode == 0, process.stderr
+    code, _, stderr = in_process("run", "vocabulary", "--profile", "smoke", "--out", out, *assignments)
+    assert code == 0, stderr
     (directory,) = out.iterdir()
     return directory
 
