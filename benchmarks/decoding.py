@@ -6,7 +6,7 @@ About 1.2M parameters (the size of the cpu profile), float32, batch 1, a prompt 
 are timed over the whole call, prefill included, and must produce the same tokens.
 """
 
-from experiments.measurement.process import quiet_thread_pools
+from experiments.threads import quiet_thread_pools
 
 quiet_thread_pools()
 

@@ -6,7 +6,8 @@ About 39M parameters in float32, from a file that the system has in memory; ever
 one, so the rates are loads per second. Memory is the peak over the process before it, in a fresh process.
 """
 
-from experiments.measurement.process import quiet_thread_pools, run_fresh
+from experiments.measurement.process import run_fresh
+from experiments.threads import quiet_thread_pools
 
 quiet_thread_pools()
 

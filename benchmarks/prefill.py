@@ -6,7 +6,7 @@ About 4.5M parameters, vocabulary 4096, float32, one prompt of 2048 tokens, the 
 name the same token, and ask the head for no other one.
 """
 
-from experiments.measurement.process import quiet_thread_pools
+from experiments.threads import quiet_thread_pools
 
 quiet_thread_pools()
 

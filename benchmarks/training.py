@@ -6,7 +6,7 @@ Shape: 8 x 256 tokens, about 4.5M parameters, vocabulary 4096, float32; then our
 (`--long-only`: these alone).
 """
 
-from experiments.measurement.process import quiet_thread_pools
+from experiments.threads import quiet_thread_pools
 
 quiet_thread_pools()
 

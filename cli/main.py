@@ -56,7 +56,7 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from experiments.measurement.process import quiet_thread_pools
+        from experiments.threads import quiet_thread_pools
 
         quiet_thread_pools()
         from experiments.errors import CorpusError, EnvironmentLacksError, LabError, SpecError

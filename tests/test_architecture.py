@@ -1,6 +1,9 @@
 """Who may import whom, and that the tests run this checkout."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,22 @@ def test_the_package_under_test_is_this_checkout(package):
     module = __import__(package)
     assert module.__file__ is not None
     assert Path(module.__file__).resolve() == ROOT / package / "__init__.py"
+
+
+@pytest.mark.parametrize("module", ["cli.main", "benchmarks.training"])
+def test_idle_threads_are_told_to_sleep_before_torch_is_imported(module):
+    """After that it has no effect."""
+    source = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "            os._exit(0)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        f"import {module} as module\n"
+        "module.app(['models'])\n"
+    )
+    there = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", source], env=there, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("1000\n", "")

@@ -8,7 +8,6 @@ time, round after round, so that a machine that grows slower in between grows sl
 """
 
 import multiprocessing
-import os
 import signal
 import time
 import traceback
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from experiments.errors import LabError
+from experiments.threads import quiet_thread_pools
 from experiments.training import NonFiniteLossError
 from models.errors import BackendUnavailableError, ConfigError
 from models.ops.kernels.tuning import keep_choices
@@ -35,13 +35,6 @@ class CellFailedError(Exception):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (str(self), self.detail)
-
-
-def quiet_thread_pools() -> None:
-    """Let torch's idle OpenMP threads sleep after tens of microseconds of spinning: longer, and they hold the cores
-    that numba's threads want; shorter, and every small operation pays for waking them. Has an effect only before torch
-    is imported, here and in processes started from here."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 Key = TypeVar("Key")
