@@ -28,7 +28,7 @@ from models.language_model import LanguageModel
 from models.mixers.mamba2 import Mamba2Config
 from models.ops.kernels.tuning import keep_choices
 from models.presets import preset
-from models.recorded import RecordedDecode, record
+from models.recorded import RecordedDecode, Recording
 
 keep_choices()
 
@@ -119,7 +119,7 @@ def training(arm: str, side: str, recorded: bool = False) -> common.Turn:
         loss.copy_(mean.detach())
         last.copy_(x[0, -1].detach())
 
-    take = record(step, torch.device(DEVICE)) if recorded else step
+    take = Recording(step, torch.device(DEVICE)) if recorded else step
     take()
     opinion = _opinion(last @ head.t())
     rate.fill_(LEARNING_RATE)

@@ -23,26 +23,34 @@ from models.state import KVCache, ModelState, Place, RecurrentState, State
 WARM_UP = 3  # runs before recording, in which kernels are loaded and choose their configurations
 
 
-def record(
-    operation: Callable[[], object], device: torch.device, *, before: Callable[[], object] = lambda: None,
-    pool: Any = None,
-) -> Callable[[], None]:  # fmt: skip
-    """What repeats `operation` from a CUDA graph, on the tensors that it reads and writes now: they have to stay where
-    they are. It runs WARM_UP times first, each time after `before`, which is not recorded; the recording computes
-    nothing yet. pool: a `torch.cuda.graph_pool_handle()` of which all recordings take what they make in between; none
-    may need what is left there by itself, while another runs in its place. Raises ConfigError without a GPU."""
-    if device.type != "cuda":
-        raise ConfigError("a CUDA graph is recorded, which needs a GPU")
-    graph, aside = torch.cuda.CUDAGraph(), _stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UP):
-            before()
+class Recording:
+    """Repeats `operation` from a CUDA graph when called, on the tensors that it read and wrote while it was recorded.
+    To the graph they are addresses: so this holds the operation, and the operation has to hold them.
+
+    Before it is recorded, which computes nothing, the operation runs WARM_UP times, each time after `before`. pool: a
+    `torch.cuda.graph_pool_handle()` of which all recordings take what they make in between; none may need what is left
+    there by itself, while another runs in its place. Raises ConfigError without a GPU.
+    """
+
+    def __init__(
+        self, operation: Callable[[], object], device: torch.device, *, before: Callable[[], object] = lambda: None,
+        pool: Any = None,
+    ) -> None:  # fmt: skip
+        if device.type != "cuda":
+            raise ConfigError("a CUDA graph is recorded, which needs a GPU")
+        graph, aside = torch.cuda.CUDAGraph(), _stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                before()
+                operation()
+        torch.cuda.current_stream(device).wait_stream(aside)
+        with torch.cuda.graph(graph, pool=pool, stream=aside):
             operation()
-    torch.cuda.current_stream(device).wait_stream(aside)
-    with torch.cuda.graph(graph, pool=pool, stream=aside):
-        operation()
-    return graph.replay
+        self.operation, self.replay = operation, graph.replay
+
+    def __call__(self) -> None:
+        self.replay()
 
 
 class RepeatableStep:
@@ -115,9 +123,8 @@ class RecordedDecode(RepeatableStep):
     def __init__(self, model: LanguageModel, state: ModelState, limit: int) -> None:
         super().__init__(model, state, limit)
         before = state.clone()
-        self.repeat = record(
-            self.repeat, model.device, before=self.rewind
-        )  # a cache may have room for no more than one
+        # a cache may have room for no more than one; the recording would hold this, which holds its tensors itself
+        self.repeat = Recording(self.repeat, model.device, before=self.rewind).replay
         self.load(before)
 
 

@@ -19,7 +19,7 @@ def training_step(
 ) -> tuple[Operation, torch.optim.Optimizer]:
     """Forward, loss, backward, clipping, AdamW: what `experiments.training.train` does between two batches, and the
     optimizer, by whose `zero_grad` the caller ends the step. inputs, targets (B, T). to_record: the step is to be one
-    that `models.recorded.record` takes; the arithmetic is the same."""
+    that a `models.recorded.Recording` takes; the arithmetic is the same."""
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-4, fused=True, capturable=to_record)
 
     def step() -> None:

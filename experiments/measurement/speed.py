@@ -17,7 +17,7 @@ from experiments.spec import Speed
 from experiments.training import DTYPES
 from models.compiled import compile_blocks
 from models.language_model import LanguageModel
-from models.recorded import record
+from models.recorded import Recording
 
 RECORDED = ("graph", "compiled-graph")
 
@@ -41,7 +41,7 @@ class Subject:
 
     def repeated(self, operation: Operation) -> Operation:
         """Recorded, where the mode says so; the cells of a process do so one after the other, and leave nothing."""
-        return record(operation, self.device, pool=self.pool) if self.recorded else operation
+        return Recording(operation, self.device, pool=self.pool) if self.recorded else operation
 
 
 def measure_speed(subject: Subject, phase: str, tokens: Tensor) -> Generator[None, None, dict[str, Any]]:

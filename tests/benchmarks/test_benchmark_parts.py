@@ -363,7 +363,7 @@ def test_official_trains_with_the_weights_whose_logits_it_compares(
         order.append("recorded")
         return step
 
-    monkeypatch.setattr(official, "record", record)
+    monkeypatch.setattr(official, "Recording", record)
     side = official.COMPILED if compiles else official.OURS
     turn = (official.PHASES["recorded-training"] if recorded else official.training)("mamba", side)
     assert order == ["compiled forward"] * compiles + ["recorded"] * recorded

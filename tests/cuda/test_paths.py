@@ -35,7 +35,7 @@ from models.language_model import LanguageModel
 from models.ops.attention import forget_tables
 from models.ops.kernels import without_data
 from models.presets import preset
-from models.recorded import WARM_UP, RecordedDecode, RepeatableStep, record
+from models.recorded import WARM_UP, RecordedDecode, Recording, RepeatableStep
 
 pytestmark = on_gpu
 ONCE = Measurement(repeats=1, seconds=0, decode_tokens=4)
@@ -166,7 +166,7 @@ def test_a_recorded_training_step_trains_the_same(name: str, precision: str) -> 
             update()
             optimizer.zero_grad()
 
-        take = record(step, GPU) if to_record else step
+        take = Recording(step, GPU) if to_record else step
         for _ in range(3 if to_record else 3 + WARM_UP):
             take()
         found[to_record] = {key: p.detach() - weights.state_dict()[key].to(GPU) for key, p in model.named_parameters()}
@@ -181,7 +181,7 @@ def test_a_recorded_prefill_names_the_same_token(name: str, tmp_path: Path) -> N
     written(name, tmp_path, "bfloat16")
     model, prompt = load(tmp_path, GPU, "direct"), text().to(GPU)
     read, named = operations.prefill(model, prompt), []
-    repeat = record(lambda: named.append(read()), GPU)
+    repeat = Recording(lambda: named.append(read()), GPU)
     expected = read()
     for given in (prompt.clone(), prompt.roll(1, 0)):
         prompt.copy_(given)

@@ -128,7 +128,7 @@ def test_training_and_prefill_are_recorded_where_the_mode_says_so(mode: str, mon
         return lambda: "replayed"
 
     monkeypatch.setattr(speed, "CeilingsMeter", Meter)
-    monkeypatch.setattr(speed, "record", record)
+    monkeypatch.setattr(speed, "Recording", record)
     subject = Subject(model(), SETTINGS, mode, "float32")
     subject.pool = (7, 0)
     operations_ = [speed._step(subject, text(2, 9))[0], speed._prefill(subject, text(2, 9))[0]]

@@ -1,9 +1,14 @@
 """The repeatable decode step: the numbers of the ordinary one, by the same operations at every position."""
 
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import recorded
 from models.config import BlockConfig, HybridConfig, ModelConfig
 from models.errors import ConfigError
 from models.feedforward.mlp import MLPConfig
@@ -17,7 +22,7 @@ from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
 from models.ops.attention import forget_tables
 from models.ops.kernels import load
-from models.recorded import RecordedDecode, RepeatableStep, record
+from models.recorded import RecordedDecode, Recording, RepeatableStep
 
 CASES = {
     "attention": AttentionConfig(heads=4, backend="sdpa"),
@@ -217,7 +222,74 @@ def test_what_cannot_be_recorded_says_why():
         with pytest.raises(ConfigError, match="needs a GPU"):
             RecordedDecode(plain, after_prompt(plain)[0], LIMIT)
     with pytest.raises(ConfigError, match="needs a GPU"):
-        record(lambda: pytest.fail("it ran"), torch.device("cpu"))
+        Recording(lambda: pytest.fail("it ran"), torch.device("cpu"))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What happens on a GPU that is none: a replay runs nothing and is told of."""
+    told = []
+
+    class Graph:
+        def replay(self) -> None:
+            told.append("replay")
+
+    @contextmanager
+    def on(what, stream):
+        told.append(what)
+        yield
+        told.append(f"end of {what}")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(recorded, "_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: on("stream", stream))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: on(f"recording in {pool}", stream))
+    return told
+
+
+def test_a_recording_holds_what_its_graph_reads_and_writes(graphs):
+    """Nobody else may: memory that was freed would be another's by the next replay."""
+
+    class Work:
+        def __call__(self) -> None:
+            graphs.append("work")
+
+    work = Work()
+    alive = weakref.ref(work)
+    take = Recording(work, torch.device("cuda"), before=lambda: graphs.append("before"), pool=7)
+    del work
+    assert graphs == ["stream", *["before", "work"] * 3, "end of stream",
+                      "recording in 7", "work", "end of recording in 7"]  # fmt: skip
+    graphs.clear()
+    take()
+    assert graphs == ["replay"]
+    assert alive() is not None
+    del take
+    assert alive() is None
+
+
+def test_a_recorded_decode_goes_with_whoever_used_it(graphs, monkeypatch):
+    """Not only when garbage is collected: its cache may be most of the memory there is."""
+
+    class OnAGpu(Recording):
+        def __init__(self, operation, device, **how) -> None:
+            super().__init__(operation, torch.device("cuda"), **how)
+
+    monkeypatch.setattr(recorded, "Recording", OnAGpu)
+    with torch.inference_mode():
+        made = model(CASES["mamba"])
+        state, tokens = after_prompt(made)
+        step = RecordedDecode(made, state, LIMIT)
+        graphs.clear()
+        step.step(tokens[:, 0])
+        assert graphs == ["replay"]
+        for kept, given in zip(step.state.blocks, state.blocks, strict=True):
+            assert all(torch.equal(buffer, given.buffers[name]) for name, buffer in kept.buffers.items())
+        gone = weakref.ref(step)
+        del step
+        assert gone() is None
 
 
 def test_learned_positions_bound_the_limit():
