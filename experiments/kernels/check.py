@@ -252,7 +252,7 @@ OPERATIONS = (
         _draw_norm, _norm, ("x", "z"), (),
     ),
     Operation(
-        "mamba-2 behind its projection", "ssd",
+        "mamba-2 inner", "ssd",
         {"one token": (2, 1, 8, 16, 2, 16, 32), "odd length": (2, 37, 8, 16, 1, 16, 32),
          "past a chunk": (1, 260, 8, 16, 2, 16, 32)},
         _draw_inner, _inner, ("projected", "out weight"), (), forms=("reference", "cuda"),
