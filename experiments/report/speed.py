@@ -51,7 +51,8 @@ def verdict(record: Record) -> Section:
         "of one arm's token and nothing to the other's."
     )
     blocks: list[Block] = []
-    for one in record.findings:
+    # what a GPU's host decided says least: behind the rest
+    for one in sorted(record.findings, key=lambda one: (one["kind"] == "drift", bool(one.get("host_bound")))):
         if one["kind"] == "drift":
             blocks.append(Verdict("open", one["sentence"], "a limit to what the lengths above say", ""))
             continue

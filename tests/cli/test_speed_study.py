@@ -159,6 +159,9 @@ def test_where_a_gpu_waited_for_its_host_no_length_is_said_to_be_measured(run: P
             assert one["sentence"].endswith("the GPU waited for its host.")
         else:
             assert "host" not in one["sentence"]
+    shown = [block for block in verdict.blocks if isinstance(block, Verdict)]
+    waits = ["waited for its host" in block.sentence for block in shown]
+    assert waits == [False] * (len(shown) - 4) + [True] * 3 + [False]  # the last is how far the machine moved
 
 
 @pytest.mark.parametrize(("low", "tone"), [(0.9, "open"), (1.1, "resolved")])
