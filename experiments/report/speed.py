@@ -7,6 +7,10 @@ from experiments.report.numbers import DASH, count, number, percent
 from experiments.report.record import Record, Row
 
 UNCLEAR = "not resolved: the interval holds 1"
+RECORDED = (
+    "In the modes of graphs the same tokens are read again and again from a recording: that is what the GPU has to do, "
+    "without its host, and what a program"
+)
 SPREAD = "median over the turns; in parentheses their 5th to 95th percentile"
 
 
@@ -25,6 +29,10 @@ def settings_of(record: Record, phase: str) -> list[dict[str, Any]]:
         {"mode": mode, "dtype": dtype} | ({} if phase == "train" else {"batch": batch})
         for batch, mode, dtype in ordered
     ]
+
+
+def _recorded(record: Record, phase: str) -> bool:
+    return any(row.phase == phase and "graph" in (row.mode or "") for row in record.rows)
 
 
 def lines(record: Record, phase: str, metric: str, arm: str, **where: Any) -> list[Row]:
@@ -85,6 +93,8 @@ def training(record: Record) -> Section:
         "where it fits. Utilisation is the arithmetic of the formula over the time taken, as a share of what a large "
         "matrix product reached in the same process at the start of each turn."
     )
+    if _recorded(record, "train"):
+        intro += f" {RECORDED} does not get from other batches."
     table = _table(record, "Training step", "train", "step_ms", "ms per step", flops=True)
     if table.empty:
         return Section("training", "Training", intro, [Text("No training step was measured.")])
@@ -105,6 +115,8 @@ def inference(record: Record) -> Section:
             "of every decoded token, that is most of the time. What a first call costs more in mode eager is the "
             "loading and choosing of kernels; in mode graph these went before, and it is a replay like any other."
         )
+    if _recorded(record, "prefill"):
+        intro += f" {RECORDED} does not get from other prompts."
     prefill = _table(record, "Prefill", "prefill", "time_to_first_token_ms", "ms to the first token", flops=True)
     decode = _table(record, "Decode", "decode", "ms_per_token", "ms per token", flops=False)
     blocks: list[Block] = [table for table in (prefill, decode) if not table.empty]

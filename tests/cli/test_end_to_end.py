@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Finished, InProcess
+from conftest import Finished, InProcess, Lab
 
 from experiments.report.record import clean
 from models import cost
@@ -225,16 +225,18 @@ def test_doctor(in_process: InProcess) -> None:
 
 
 def test_the_kept_specification_repeats_the_run_bit_for_bit(
-    in_process: InProcess, small: list[str], tmp_path: Path
+    in_process: InProcess, lab: Lab, small: list[str], tmp_path: Path
 ) -> None:
+    """In another process, whose hashes of strings are others."""
     arguments = ("--set", "measurement.enabled=false", "--seeds", 1, "--out", tmp_path / "first", "--json")
     code, first, stderr = in_process("run", *small, *arguments)
     assert code == 0, stderr
     (spec,) = (tmp_path / "first").glob("*/spec.toml")
-    code, second, stderr = in_process("run", spec, "--out", tmp_path / "second", "--json")
-    assert code == 0, stderr
+    process = lab("run", spec, "--out", tmp_path / "second", "--json")
+    assert process.returncode == 0, process.stderr
     quality = [
-        [{**row, "reason": None} for row in rows(json.loads(stdout), phase="quality")] for stdout in (first, second)
+        [{**row, "reason": None} for row in rows(json.loads(stdout), phase="quality")]
+        for stdout in (first, process.stdout)
     ]
     assert len(quality[0]) > 20
     assert quality[0] == quality[1]

@@ -164,6 +164,20 @@ def test_where_a_gpu_waited_for_its_host_no_length_is_said_to_be_measured(run: P
     assert waits == [False] * (len(shown) - 4) + [True] * 3 + [False]  # the last is how far the machine moved
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph", "compiled-graph"])
+def test_a_report_says_what_a_recording_is(run: Path, tmp_path: Path, mode: str) -> None:
+    copy = shutil.copytree(run, tmp_path / run.name)
+    result = json.loads((copy / "result.json").read_text(encoding="utf-8"))
+    for row in result["rows"]:
+        if row["phase"] == "train":
+            row["mode"] = mode
+    (copy / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    _, training, inference, *_ = content.document(read(copy)).sections
+    assert ("without its host" in training.intro) == ("does not get from other batches" in training.intro)
+    assert ("without its host" in training.intro) == (mode != "eager")
+    assert "from a recording" not in inference.intro  # nothing of it was recorded
+
+
 @pytest.mark.parametrize(("low", "tone"), [(0.9, "open"), (1.1, "resolved")])
 def test_a_growth_whose_interval_holds_1_is_open(run: Path, tmp_path: Path, low: float, tone: str) -> None:
     copy = shutil.copytree(run, tmp_path / run.name)
