@@ -14,7 +14,8 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,13 +25,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import interpret
 
+from models.block import Block
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 from models.mixers import MIXERS
 from models.mixers.mamba import MambaConfig
-from models.mixers.mamba2 import Mamba2Config
+from models.mixers.mamba2 import Mamba2, Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
 from models.ops import causal_conv1d, kernels, mamba2_inner, selective_scan, ssd, trapezoid
 from models.ops.kernels.tuning import run_smallest
@@ -90,10 +93,13 @@ def selective_scan_extension() -> ModuleType:
     def bwd(u, delta, A, B, C, D, z, bias, dout, x, out, dz, softplus, recompute):
         check(u, delta, A, B, C, D, z, bias)
         leaves = [None if m is None else m.detach().requires_grad_() for m in (u, delta, A, B, C, D, z, bias)]
-        with torch.enable_grad():
-            y = reference(*leaves, softplus)
         given = [m for m in leaves if m is not None]
-        grads = dict(zip(map(id, given), torch.autograd.grad(y, given, dout), strict=True))
+
+        def differentiated() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(reference(*leaves, softplus), given, dout)
+
+        with ThreadPoolExecutor(1) as other:  # a custom operator keeps autograd from its own thread
+            grads = dict(zip(map(id, given), other.submit(differentiated).result(), strict=True))
         *first, dz, dbias = (None if m is None else grads[id(m)] for m in leaves)
         return [*first, dbias] if z is None else [*first, dbias, dz]
 
@@ -295,6 +301,17 @@ def ssd_inputs(T: int, initial: bool, G: int = 2, dtype: torch.dtype = torch.flo
     return inputs | ({} if initial else {"initial_state": None})
 
 
+def mamba2_inputs(T: int, G: int) -> dict[str, Any]:
+    rows, H, P, N, D = 2, 8, 16, 16, 24
+    E, C = H * P, H * P + 2 * G * N
+    sizes = {
+        "projected": (rows, T, E + C + H), "conv_weight": (C, 4), "conv_bias": (C,), "dt_bias": (H,), "A": (H,),
+        "D": (H,), "norm_weight": (E,), "out_weight": (D, E),
+    }  # fmt: skip
+    inputs: dict[str, Any] = {name: normal(*size, seed=i) for i, (name, size) in enumerate(sizes.items())}
+    return inputs | {"A": -inputs["A"].exp(), "groups": G, "eps": 1e-5}
+
+
 def trapezoid_inputs(T: int, R: int = 1, dtype: torch.dtype = torch.float32, G: int = 2) -> dict[str, Any]:
     rows, H, P, N, S = 2, 4, 16, 16, 6
     sizes = {
@@ -309,6 +326,22 @@ def trapezoid_state(R: int = 1, dtype: torch.dtype = torch.float32) -> trapezoid
     rows, H, P, N, S = 2, 4, 16, 16, 6
     sizes = (rows, H, S), (rows, H, P, N), (rows, R, H, N), (rows, H, P)
     return trapezoid.State(*(normal(*size, seed=50 + i, dtype=dtype) for i, size in enumerate(sizes)))
+
+
+def first_state() -> dict[str, Tensor]:
+    state = trapezoid_state()._asdict()
+    return {"first_angle": state.pop("angle"), **state}
+
+
+def with_states(form: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a form of the trapezoid, by the names of `first_state` or without any, its outputs in one list."""
+
+    def call(first_angle=None, ssm=None, previous_B=None, previous_x=None, **given):
+        state = None if ssm is None else trapezoid.State(first_angle, ssm, previous_B, previous_x)
+        y, after = form(**given, A_floor=1e-4, initial=state)
+        return [y, after.ssm, after.previous_B, after.previous_x, after.angle]
+
+    return call
 
 
 # -------------------------------------------------------------------------------------------------- the selective scan
@@ -435,14 +468,7 @@ def test_ssd_is_the_official_kernel(official, G, initial):
 @pytest.mark.parametrize(("T", "G"), [(2 * CHUNK + 5, 2), (2 * CHUNK + 5, 1), (1, 2)])
 def test_mamba2_behind_its_projection_is_the_official_operation(official, T, G):
     """`mamba_split_conv1d_scan_combined` by way of our `cuda` form: outputs, and the gradients of every input."""
-    rows, H, P, N, D = 2, 8, 16, 16, 24
-    E, C = H * P, H * P + 2 * G * N
-    sizes = {
-        "projected": (rows, T, E + C + H), "conv_weight": (C, 4), "conv_bias": (C,), "dt_bias": (H,), "A": (H,),
-        "D": (H,), "norm_weight": (E,), "out_weight": (D, E),
-    }  # fmt: skip
-    inputs: dict[str, Any] = {name: normal(*size, seed=i) for i, (name, size) in enumerate(sizes.items())}
-    inputs |= {"A": -inputs["A"].exp(), "groups": G, "eps": 1e-5}
+    inputs = mamba2_inputs(T, G)
     agree(outcome(mamba2_inner.reference, inputs), outcome(official.cuda.mamba2_inner, inputs))
 
 
@@ -531,24 +557,10 @@ def test_trapezoid_of_rank_two_is_the_official_step(mamba3_decode):
 @pytest.mark.parametrize(("initial", "G"), [(True, 2), (False, 1), (False, 4)])
 def test_trapezoid_is_the_official_kernel(official, mamba3_kernels, initial, G):
     """`mamba3_siso_combined` by way of our `cuda` form: outputs, last state, and the gradients of every input."""
-    inputs = trapezoid_inputs(ssd.CHUNK + 9, G=G)
-    if initial:
-        inputs |= trapezoid_state()._asdict()  # State has no name in common with the inputs but for `angle`
-        inputs["first_angle"] = inputs.pop("angle")
-        inputs["angle"] = trapezoid_inputs(ssd.CHUNK + 9)["angle"]
-
-    def calling(form: Callable[..., Any]) -> Callable[..., Any]:
-        def call(**given: Tensor) -> list[Tensor]:
-            names = ("first_angle", "ssm", "previous_B", "previous_x")
-            state = trapezoid.State(*(given.pop(name) for name in names)) if initial else None
-            y, after = form(**given, A_floor=1e-4, initial=state)
-            return [y, after.ssm, after.previous_B, after.previous_x, after.angle]
-
-        return call
-
-    expected = outcome(calling(official.cuda.trapezoid), inputs)
+    inputs = trapezoid_inputs(ssd.CHUNK + 9, G=G) | (first_state() if initial else {})
+    expected = outcome(with_states(official.cuda.trapezoid), inputs)
     for form in (trapezoid.reference, trapezoid.chunked):
-        agree(outcome(calling(form), inputs), expected)
+        agree(outcome(with_states(form), inputs), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -729,3 +741,125 @@ def test_the_official_model_takes_our_weights(official, name):
     tokens = torch.randint(0, 40, (2, 21), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         close(theirs(tokens).logits, ours(tokens))
+
+
+# ------------------------------------------------------------------------------------- compiled: kernels as operators
+
+CONVOLUTION = {"x": normal(2, 11, 16, seed=0), "weight": normal(16, 4, seed=1), "bias": normal(16, seed=2)}
+SEQUENCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "convolution": ("causal_conv1d", CONVOLUTION),
+    "convolution of one token": ("causal_conv1d", CONVOLUTION | {"x": normal(2, 1, 16, seed=0)}),
+    "convolution continued": ("causal_conv1d", CONVOLUTION | {"before": normal(2, 16, 4, seed=3)}),
+    "scan": ("selective_scan", scan_inputs(37, True, False)),
+    "scan without a gate": ("selective_scan", scan_inputs(37, False, False)),
+    "scan continued": ("selective_scan", scan_inputs(37, True, True)),
+    "ssd": ("ssd", ssd_inputs(2 * CHUNK + 5, False)),
+    "ssd continued": ("ssd", ssd_inputs(2 * CHUNK + 5, True)),
+    "mamba2_inner": ("mamba2_inner", mamba2_inputs(2 * CHUNK + 5, 2)),
+    "trapezoid": ("trapezoid", trapezoid_inputs(ssd.CHUNK + 9)),
+    "trapezoid continued": ("trapezoid", trapezoid_inputs(ssd.CHUNK + 9) | first_state()),
+}
+COMPILED = SEQUENCES | {
+    "gated norm": ("gated_rms_norm", {
+        "y": normal(2, 11, 16, seed=0), "z": normal(2, 11, 16, seed=1), "weight": normal(16, seed=2), "eps": 1e-5,
+        "groups": 2,
+    }),
+}  # fmt: skip
+
+
+@pytest.fixture
+def operators(official, mamba3_kernels, monkeypatch):
+    """In whose calls without data the interpreter launches nothing either."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    module = importlib.import_module("models.ops.kernels.cuda_operators")
+    without_data = module.kernels_without_data
+
+    @contextmanager
+    def without_interpreter():
+        with without_data(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interpreter.InterpretedFunction, "run", lambda *_, **__: None)
+            yield
+
+    monkeypatch.setattr(module, "kernels_without_data", without_interpreter)
+    monkeypatch.setattr(module, "MAMBA3_DTYPE", torch.float32)
+    yield module
+    torch.compiler.reset()
+
+
+def of_a_sequence(official, name: str) -> Callable[..., Any]:
+    form = getattr(official.cuda, name)
+    return with_states(form) if name == "trapezoid" else form
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_a_kernel_is_called_whole_forward_and_backward(official, operators, case):
+    name, inputs = COMPILED[case]
+    form = of_a_sequence(official, name)
+    compiled = torch.compile(form, backend="aot_eager", fullgraph=True, dynamic=False)
+    weighted = 1 if name == "selective_scan" else None
+    agree(outcome(compiled, inputs, weighted), outcome(form, inputs, weighted))
+
+
+class Calls(TorchDispatchMode):
+    """Context manager: the calls of our operators inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function.namespace == "lab":
+            self.seen.append((function, arguments))
+        return function(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_operators_say_without_data_what_they_return(official, operators, monkeypatch, case):
+    """Shapes, types and strides of a forward and a backward pass."""
+    name, inputs = SEQUENCES[case]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with Calls() as calls:
+        outcome(of_a_sequence(official, name), inputs, 1)
+    assert [str(function).endswith("backward.default") for function, _ in calls.seen] == [False, True]
+    for function, arguments in calls.seen:
+        torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("case", "padded"), [("mamba2_inner", "projected"), ("convolution", "x"), ("trapezoid", "x")])
+def test_operators_read_what_the_compiler_pads(official, operators, monkeypatch, case, padded):
+    """The rows of a product, to whole cache lines."""
+    name, inputs = SEQUENCES[case]
+    form = of_a_sequence(official, name)
+
+    def given_padded(**inputs):
+        return form(**inputs | {padded: F.pad(inputs[padded], (0, 24))[..., :-24]})
+
+    expected = outcome(form, inputs)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    agree(outcome(given_padded, inputs), expected)
+
+
+@pytest.mark.parametrize("config", [
+    MambaConfig(state=16), Mamba2Config(state=16, head_width=8, groups=2),
+    Mamba2Config(state=16, head_width=8, groups=2, grouped_norm=False), Mamba3Config(state=16, head_width=16),
+], ids=["mamba", "mamba2", "mamba2 in parts", "mamba3"])  # fmt: skip
+def test_a_compiled_block_is_one_graph(official, operators, monkeypatch, config):
+    """Trained, and reading a prompt in two parts, with the numbers of what is not compiled."""
+    model = ModelConfig(vocabulary=8, width=WIDTH, layers=1, mixer=config)
+    monkeypatch.setattr(Mamba2, "is_one_operation", property(lambda self: self.norm_groups == self.config.groups))
+    found = []
+    for compiled in (False, True):
+        block = Block(model, model.kinds[0], CPU)
+        block.mixer_norm.ops = official.cuda
+        block.mixer_norm.reset_parameters(0.7)
+        block.mixer = mixer(official, config, "cuda")
+        forward = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else block
+        found.append({f"training {key}": value for key, value in trained(forward, ()).items()})
+        found[-1] |= {f"d {name}": parameter.grad for name, parameter in block.named_parameters()}
+        x, state = normal(1, 2 * CHUNK, WIDTH, seed=3), block.mixer.make_state(1, 2 * CHUNK, torch.float32, CPU)
+        with torch.no_grad():
+            for part in x.split(CHUNK, 1):
+                y, state, _ = forward(part, state)
+                found[-1][f"prefill to {state.length}"] = y
+        found[-1] |= {f"state {name}": buffer for name, buffer in state.buffers.items()}
+    agree(*found)

@@ -125,6 +125,11 @@ def has_triton() -> bool:
     return _import_problem("triton", "pip install triton") is None
 
 
+def has_scan() -> bool:
+    """Whether mamba_ssm's selective scan can be imported."""
+    return _import_problem("mamba_ssm.ops.selective_scan_interface", INSTALL_CUDA) is None
+
+
 # operators of torch's, so that `torch.compile` calls them as they are and keeps its graph whole
 @torch.library.custom_op("lab::place_token", mutates_args=("keys", "values"), device_types="cuda")
 def place_token(

@@ -2,10 +2,10 @@
 
 Both libraries keep channels before time, (B, E, T), and B and C as (B, N, T). Which of the two is innermost in memory
 is a matter of strides: the scan wants time there (`channel_projections` sees to it), SSD channels, the convolution
-takes either. `torch.compile` leaves the kernels as they are: it breaks its graph around them. Not so in a decode step:
-one token is so little work that launches are what it costs, and traced, the definitions are fused with what is beside
-them. Compiled, the forms of a step are therefore those of `torch`, but for the convolution's, which is an operator that
-torch knows.
+takes either. `torch.compile` calls the kernels of whole sequences as operators (`cuda_operators`; the convolution
+is one already). Not so in a decode step: one token is so little work that launches are what it costs, and traced, the
+definitions are fused with what is beside them. Compiled, the forms of a step are therefore those of `torch`, but for
+the convolution's.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -28,6 +28,7 @@ from torch.nn.functional import linear as linear_step
 from models.ops import cross_entropy
 from models.ops.attention import rotary_qkv
 from models.ops.experts import by_device as experts
+from models.ops.kernels import cuda_operators
 from models.ops.kernels.triton_cross_entropy import softmax_gradient
 from models.ops.kernels.triton_trapezoid import step as trapezoid_kernel
 from models.ops.projections import added_in_place as residual_step
@@ -53,20 +54,13 @@ SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses
 Kernel = TypeVar("Kernel", bound=Callable)
 
 
-def untraced(function: Kernel) -> Kernel:
-    """Kept out of `torch.compile`, which cannot look into compiled extensions."""
-    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
-
-
-def traced_as(definition: Kernel) -> Callable[[Kernel], Kernel]:
-    """A kernel in whose place `torch.compile` traces the definition, of the same signature."""
+def traced_as(other: Callable) -> Callable[[Kernel], Kernel]:
+    """A kernel in whose place `torch.compile`, which cannot look into it, traces another form of the same signature."""
 
     def either(kernel: Kernel) -> Kernel:
-        untraced_kernel = untraced(kernel)
-
         @wraps(kernel)
         def form(*args, **kwargs):
-            return (definition if torch.compiler.is_compiling() else untraced_kernel)(*args, **kwargs)
+            return (other if torch.compiler.is_compiling() else kernel)(*args, **kwargs)
 
         return form  # pyright: ignore[reportReturnType]
 
@@ -76,21 +70,18 @@ def traced_as(definition: Kernel) -> Callable[[Kernel], Kernel]:
 linear_cross_entropy = partial(cross_entropy.linear_cross_entropy, softmax_gradient=softmax_gradient)
 
 
+@traced_as(gated_fused)
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    """y, z (B, E) of a step, or (B, T, E)."""
-    return (_gated_step if y.ndim == 2 else _gated_sequence)(y, z, weight, eps, groups)
-
-
-def _gated(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
     return rmsnorm_fn(
         y, weight, None, z=z, eps=eps, group_size=y.shape[-1] // groups, norm_before_gate=False
     )  # fmt: skip
 
 
-_gated_step, _gated_sequence = traced_as(gated_fused)(_gated), untraced(_gated)
+_selective_scan = traced_as(cuda_operators.selective_scan)(
+    partial(selective_scan_fn, delta_softplus=True, return_last_state=True)
+)
 
 
-@untraced
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
     initial_state: Tensor | None = None, negative: bool = False,
@@ -99,10 +90,9 @@ def selective_scan(
     backward leaves out the gradient of the last state."""
     assert not negative  # models.mixers.base.without_cuda_kernels
     gate = z if initial_state is None else None
-    y, state = selective_scan_fn(
+    y, state = _selective_scan(
         u.transpose(1, 2), dt.transpose(1, 2), A.float(), B.transpose(1, 2).contiguous(),
-        C.transpose(1, 2).contiguous(), D.float(), None if gate is None else gate.transpose(1, 2),
-        dt_bias.float(), delta_softplus=True, return_last_state=True,
+        C.transpose(1, 2).contiguous(), D.float(), None if gate is None else gate.transpose(1, 2), dt_bias.float(),
     )  # fmt: skip
     y = y.transpose(1, 2)
     if initial_state is None:
@@ -134,25 +124,11 @@ def selective_scan_step(
     return selective_state_update(state, u, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=True)
 
 
-@untraced
+@traced_as(cuda_operators.causal_conv1d)
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
-    """The kernel takes W - 1 earlier inputs, and wants them with channels next to each other; 2 to 4 taps, and channels
-    in multiples of 8."""
-    if before is not None:
-        before = before[:, :, 1:].transpose(1, 2).contiguous().transpose(1, 2).to(x.dtype)
-    if before is not None or not _suits_convolution(x):
-        # flattened first: a slice of one token counts as contiguous with the strides of what it was cut from
-        x = x.reshape(-1).view(x.shape)
-    y = causal_conv1d_fn(x.transpose(1, 2), weight, bias, initial_states=before, activation="silu")
-    return y.transpose(1, 2)
-
-
-def _suits_convolution(x: Tensor) -> bool:
-    """Whether the kernel reads x (B, T, E) where it lies, from nothing before it: time innermost; or channels, which it
-    loads 8 at a time."""
-    return x.stride(1) == 1 or (
-        x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == x.storage_offset() % 8 == 0
-    )  # fmt: skip
+    """2 to 4 taps."""
+    x, before = cuda_operators.laid_out(x, before)
+    return causal_conv1d_fn(x, weight, bias, initial_states=before, activation="silu").transpose(1, 2)
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
@@ -164,30 +140,48 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -
     return y
 
 
-@untraced
+@traced_as(cuda_operators.ssd)
+def _ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, initial_state: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return mamba_chunk_scan_combined(
+        x, dt, A, B, C, chunk, D=D, dt_bias=dt_bias, initial_states=initial_state, dt_softplus=True,
+        return_final_states=True,
+    )  # fmt: skip
+
+
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
     initial_state: Tensor | None = None, negative: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     assert not negative  # models.mixers.base.without_cuda_kernels
-    return mamba_chunk_scan_combined(
-        x, dt, A.float(), B, C, SSD_CHUNK, D=D.float(), dt_bias=dt_bias.float(), initial_states=initial_state,
-        dt_softplus=True, return_final_states=True,
+    return _ssd(x, dt, A.float(), B, C, D.float(), dt_bias.float(), initial_state, SSD_CHUNK)
+
+
+@traced_as(cuda_operators.mamba2_inner)
+def _mamba2_inner(
+    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    norm_weight: Tensor, out_weight: Tensor, chunk: int, groups: int, eps: float,
+) -> tuple[Tensor]:  # fmt: skip
+    y = mamba_split_conv1d_scan_combined(
+        projected, conv_weight, conv_bias, dt_bias, A, D, chunk, rmsnorm_weight=norm_weight, rmsnorm_eps=eps,
+        outproj_weight=out_weight, headdim=norm_weight.shape[0] // D.shape[0], ngroups=groups, norm_before_gate=False,
     )  # fmt: skip
+    return (y,)
 
 
-@untraced
 def mamba2_inner(
     projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, groups: int, eps: float,
 ) -> Tensor:  # fmt: skip
     """One node of autograd: gradients of z, x, B, C and dt are written side by side as the first projection has them,
     and what the convolution gave is computed again for them, not kept."""
-    return mamba_split_conv1d_scan_combined(
-        projected, conv_weight, conv_bias, dt_bias.float(), A.float(), D.float(), SSD_CHUNK,
-        rmsnorm_weight=norm_weight, rmsnorm_eps=eps, outproj_weight=out_weight,
-        headdim=norm_weight.shape[0] // D.shape[0], ngroups=groups, norm_before_gate=False,
+    y, *_ = _mamba2_inner(
+        projected, conv_weight, conv_bias, dt_bias.float(), A.float(), D.float(), norm_weight,
+        out_weight.to(projected.dtype), SSD_CHUNK, groups, eps,
     )  # fmt: skip
+    return y
 
 
 @traced_as(heads_step)
@@ -205,26 +199,34 @@ def ssd_step(
     )  # fmt: skip
 
 
-@untraced
+@traced_as(cuda_operators.mamba3_siso_combined)
+def _trapezoid(
+    C: Tensor, B: Tensor, x: Tensor, log_alpha: Tensor, delta: Tensor, trap: Tensor, C_bias: Tensor, B_bias: Tensor,
+    angle: Tensor, D: Tensor, z: Tensor | None, before: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    # imported here: a machine whose triton cannot run Mamba-3's kernels still has Mamba-1's and Mamba-2's
+    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
+
+    return mamba3_siso_combined(
+        C, B, x, log_alpha, delta, trap, C_bias, B_bias, angle, D=D, Z=z, Input_States=before, return_final_states=True
+    )
+
+
 def trapezoid(
     x: Tensor, dt: Tensor, a: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, z: Tensor | None, D: Tensor,
     dt_bias: Tensor, B_bias: Tensor, C_bias: Tensor, A_floor: float, initial: State | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """The kernels compute in bfloat16 whatever they are given, and round the angles to it too. N and P have to be
     powers of two, and S even."""
-    # imported here: a machine whose triton cannot run Mamba-3's kernels still has Mamba-1's and Mamba-2's
-    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
-
     H = x.shape[2]
     if not torch.is_grad_enabled():  # else a parameter, and a view of one, says that it is to have a gradient, and the
         D, B_bias, C_bias = D.detach(), B_bias.detach(), C_bias.detach()  # states for a backward pass are written
     log_alpha, delta = (m.transpose(1, 2) for m in log_alpha_and_delta(dt, a, dt_bias, A_floor))
     before = None if initial is None else (initial.angle, initial.ssm, initial.previous_B[:, 0], initial.previous_x)
-    y, *after = mamba3_siso_combined(
+    y, theta, ssm, previous_B, previous_x = _trapezoid(
         C[:, :, 0], B[:, :, 0], x, log_alpha, delta, trap.transpose(1, 2), C_bias[0].float(), B_bias[0].float(),
-        angle[:, :, None].expand(-1, -1, H, -1).float(), D=D, Z=z, Input_States=before, return_final_states=True,
+        angle[:, :, None].expand(-1, -1, H, -1).float(), D, z, before,
     )  # fmt: skip
-    theta, ssm, previous_B, previous_x = after
     return y.to(x.dtype), State(theta, ssm, previous_B[:, None], previous_x)
 
 

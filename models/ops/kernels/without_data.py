@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.ops.kernels import has_triton, unavailable
+from models.ops.kernels import has_scan, has_triton
 from models.ops.kernels.tuning import untimed
 
 SCAN_CHUNK = 2048  # tokens between two states that mamba_ssm's scan keeps for its backward pass
@@ -23,14 +23,13 @@ SCAN_CHUNK = 2048  # tokens between two states that mamba_ssm's scan keeps for i
 def kernels_without_data() -> Iterator[None]:
     """Triton's kernels write into tensors that their callers have made, and the convolution is an operator whose shapes
     torch knows. That leaves the selective scan, which makes its own."""
-    has_scan = unavailable("cuda", "cuda") is None  # which tries it
     with ExitStack() as replaced:
         if has_triton():
             from triton.runtime.jit import JITFunction
 
             replaced.enter_context(untimed("cuda"))
             replaced.enter_context(_in_place_of(JITFunction, "run", lambda *_, **__: None))
-        if has_scan:
+        if has_scan():
             from mamba_ssm.ops import selective_scan_interface
 
             shapes = SimpleNamespace(fwd=scan, bwd=scan_backward)

@@ -217,7 +217,8 @@ def modules() -> dict[str, ModuleType]:
     scan = "mamba_ssm.ops.selective_scan_interface"
     triton = "mamba_ssm.ops.triton"
     holds = {
-        "causal_conv1d": (causal_conv1d_fn, causal_conv1d_update), "mamba_ssm": (), "mamba_ssm.ops": (), triton: (),
+        "causal_conv1d": (causal_conv1d_fn, causal_conv1d_update), "causal_conv1d.cpp_functions": (),
+        "mamba_ssm": (), "mamba_ssm.ops": (), triton: (),
         scan: (selective_scan_fn,), f"{triton}.selective_state_update": (selective_state_update,),
         f"{triton}.ssd_combined": (mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined),
         f"{triton}.layernorm_gated": (rmsnorm_fn,),
