@@ -1,7 +1,7 @@
 """Each cell of an experiment in a fresh process, so that none inherits another's memory or dies with it.
 
-Processes are forked from a server that has imported what cells need and done nothing else (on systems without
-fork they are spawned). The server's import of torch is paid once.
+Processes are forked from a server that has imported what cells need and done nothing else (experiments/preload.py; on
+systems without fork they are spawned). The server's import of torch is paid once.
 
 A cell's function may be a generator: each `yield` ends a turn, and cells that are compared run their turns one at a
 time, round after round, so that a machine that grows slower in between grows slower for all of them.

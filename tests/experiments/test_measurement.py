@@ -1,5 +1,6 @@
 """Fresh processes, peaks of memory and repeated timing do what the numbers that rest on them assume."""
 
+import gc
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numba.core.registry import cpu_target
 
 from experiments.data.batches import Batches
 from experiments.errors import CorpusError
@@ -23,6 +25,7 @@ from experiments.objectives import Objective
 from experiments.spec import Measurement, Training
 from models import checkpoint
 from models.language_model import LanguageModel
+from models.ops.kernels.numba_form import rms_norm
 from models.presets import preset
 
 CPU = torch.device("cpu")
@@ -52,6 +55,14 @@ def _add(send, a, b):
     send(("at", a))
     send(("at", b))
     return a + b, os.getpid()
+
+
+def _first_kernel(send):
+    """How much the collector passes over, and what numba has made ready before a kernel runs and after."""
+    registries = vars(cpu_target.target_context)["_registries"]
+    before = len(registries)
+    rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5)
+    return gc.get_freeze_count(), before, len(registries)
 
 
 def _raise(send, error):
@@ -106,6 +117,12 @@ def _leave_holes(send, allocator):
 def _decoding(send, folder):
     tokens, settings = torch.arange(512)[None] % 64, Measurement(decode_tokens=8)
     return all_turns(phases.measure_decode(folder, settings, 512, tokens, CPU, times=False))
+
+
+def test_a_cell_does_not_make_ready_what_its_server_has() -> None:
+    frozen, before, after = run_fresh(_first_kernel)
+    assert frozen > 100_000
+    assert before == after > 0
 
 
 def test_result_and_messages() -> None:

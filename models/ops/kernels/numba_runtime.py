@@ -67,6 +67,16 @@ def compiled(function: Callable[..., Any]) -> Any:
         _config.CACHE_DIR = before
 
 
+def get_ready() -> None:
+    """What numba does once in a process, at the first call of any kernel: most of a short cell's time. Processes that
+    are forked afterwards have it."""
+    numba.njit(_nothing)()
+
+
+def _nothing() -> None:
+    return None
+
+
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
