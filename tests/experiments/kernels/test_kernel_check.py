@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from experiments.training import autocast
 from models.mixers.mamba2 import Mamba2, Mamba2Config
 from models.ops import kernels
 
-CUDA_FORM = "models.ops.kernels.cuda_form"
+OVER_LIBRARIES = ("cuda_form", "cuda_operators")
 KNOWN: dict[Any, Any] = {}
 
 
@@ -32,10 +33,14 @@ def cuda(monkeypatch):
     """The CUDA form over stand-ins for its libraries, as if it could run on this machine."""
     for name, module in official_stubs.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, CUDA_FORM, raising=False)
+    for name in OVER_LIBRARIES:
+        monkeypatch.delitem(sys.modules, f"{kernels.__name__}.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)
     monkeypatch.setattr(checking, "unavailable", lambda *of: None)
     yield kernels.load("cuda")
-    del sys.modules[CUDA_FORM]
+    for name in OVER_LIBRARIES:
+        del sys.modules[f"{kernels.__name__}.{name}"]
+        delattr(kernels, name)
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +74,32 @@ def test_the_cuda_form_calls_its_libraries_rightly(cuda):
     assert wrong(outcomes) == {}
     assert {outcome.operation for outcome in outcomes} == {operation.name for operation in OPERATIONS}
     assert max(map(worst, outcomes)) < 1e-5  # the stand-ins compute in float32
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_an_operator_is_compiled_whole_and_differentiated(cuda, monkeypatch, added):
+    """What all of them are made with; each of them is compared where its library is (pytest -m oracle)."""
+    made = cuda.cuda_operators
+    monkeypatch.setattr(made, "kernels_without_data", nullcontext)
+
+    @made.operator
+    def power(x: Tensor, y: Tensor | None, exponent: int) -> tuple[Tensor, Tensor]:
+        lower = x ** (exponent - 1)
+        return lower * x if y is None else lower * x + y, lower
+
+    @made.operator
+    def power_backward(d: Tensor, x: Tensor, y: Tensor | None, lower: Tensor, exponent: int) -> tuple[Tensor, Tensor]:
+        return exponent * lower * d, d.new_empty(0) if y is None else d.clone()
+
+    made.differentiate(power, power_backward, results=1, kept=(1,), numbers=1)
+    x, y = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).requires_grad_() for seed in (0, 1))
+    compiled = torch.compile(lambda x, y: power(x * 2, y, 3)[0], backend="aot_eager", fullgraph=True)
+    found = []
+    for of in (compiled, lambda x, y: (x * 2) ** 3 + (0 if y is None else y)):
+        z = of(x, y if added else None)
+        found.append([z, *torch.autograd.grad(z.sin().sum(), [x, y] if added else [x])])
+    torch.testing.assert_close(*found)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
