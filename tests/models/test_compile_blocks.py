@@ -1,10 +1,14 @@
 """Compiled block by block: the numbers of the plain model, from one compilation for all blocks and all positions."""
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models import compiled
+from models import compiled, ops
 from models.compiled import compile_blocks
 from models.config import ModelConfig
 from models.feedforward.swiglu import SwiGLUConfig
@@ -42,8 +46,9 @@ def frames(monkeypatch):
         return compile_(function, backend=counter, **how)
 
     monkeypatch.setattr(compiled.torch, "compile", compile_counted)
-    settings = torch._dynamo.config
-    with settings.patch(recompile_limit=settings.recompile_limit, fail_on_recompile_limit_hit=False):
+    settings, keys = torch._dynamo.config, torch.compiler.config
+    limits = {"recompile_limit": settings.recompile_limit, "fail_on_recompile_limit_hit": False}
+    with settings.patch(**limits), keys.patch(cache_key_tag=keys.cache_key_tag):
         yield counter  # what it sets does not outlive the test
     torch.compiler.reset()
 
@@ -124,3 +129,20 @@ def test_only_a_step_is_compiled_with_its_products_as_sums(method, frames):
     assert frames.options == expected[method]
     known = torch._inductor.list_options()
     assert all(name in known for options in frames.options if options for name in options)
+
+
+def test_what_torch_keeps_on_disk_is_of_this_code_and_these_libraries(frames, monkeypatch, tmp_path):
+    """torch puts the tag into the key of what it compiled; of an operator, nothing else but its name."""
+    compile_blocks(model(MIXERS["mamba"], layers=1), "forward")
+    assert torch.compiler.config.cache_key_tag == compiled.operators_version()
+    found = {compiled.operators_version()}
+    for changed in ("version", "code", "name"):
+        if changed == "version":
+            monkeypatch.setattr(compiled.metadata, "version", lambda library: "2.3.3")
+        else:
+            copy = shutil.copytree(Path(ops.__file__).parent, tmp_path / changed)
+            file = copy / "kernels" / "cuda_operators.py"
+            file.write_text(file.read_text() + "#") if changed == "code" else file.rename(copy / "other.py")
+            monkeypatch.setattr(compiled, "ops", SimpleNamespace(__file__=str(copy / "__init__.py")))
+        found.add(compiled.operators_version.__wrapped__())
+    assert len(found) == 4

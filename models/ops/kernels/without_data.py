@@ -7,6 +7,7 @@ type, and nothing is computed. For counting what a computation allocates (models
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +17,16 @@ from torch import Tensor
 from models.ops.kernels import has_scan, has_triton
 from models.ops.kernels.tuning import untimed
 
+_ONE_THREAD = RLock()
 SCAN_CHUNK = 2048  # tokens between two states that mamba_ssm's scan keeps for its backward pass
 
 
 @contextmanager
 def kernels_without_data() -> Iterator[None]:
     """Triton's kernels write into tensors that their callers have made, and the convolution is an operator whose shapes
-    torch knows. That leaves the selective scan, which makes its own."""
+    torch knows. That leaves the selective scan, which makes its own. What is replaced is replaced for all threads."""
     with ExitStack() as replaced:
+        replaced.enter_context(_ONE_THREAD)  # or one would put back what another had put there
         if has_triton():
             from triton.runtime.jit import JITFunction
 
