@@ -429,14 +429,18 @@ def print_speeds(made: list[Any]) -> None:
     """A line for each arm that wrote: tokens, speeds, bytes of its state."""
     from experiments.report.numbers import number
 
-    typer.echo(f"{'arm':<20}{'prompt':>8}{'prefill':>16}{'new':>8}{'decode':>16}{'state':>18}", err=True)
+    lines = [("arm", "prompt", "prefill", "new", "decode", "state")]
     for one in made:
         prefill, decode = (
             "-" if speed is None else f"{number(speed)} tokens/s"
             for speed in (one.prefill_tokens_per_s, one.decode_tokens_per_s)
         )
-        typer.echo(f"{one.arm:<20}{one.prompt_tokens:>8,}{prefill:>16}{len(one.token_ids):>8,}{decode:>16}"
-                   f"{f'{one.state_bytes:,} bytes':>18}", err=True)  # fmt: skip
+        new, state = f"{len(one.token_ids):,}", f"{one.state_bytes:,} bytes"
+        lines.append((one.arm, f"{one.prompt_tokens:,}", prefill, new, decode, state))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for arm, *cells in lines:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        typer.echo("  ".join([arm.ljust(widths[0]), *right]), err=True)
 
 
 def names(listed: str | None) -> list[str]:

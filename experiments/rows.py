@@ -7,6 +7,9 @@ import numpy as np
 
 from experiments.store import Cell
 
+PAGE = 4096  # bytes: what a process holds is read in whole ones
+READ_IN_PAGES = {"resident_bytes", "peak_bytes"}  # on a CPU; a GPU's allocator counts to the byte
+
 
 def row(cell: Cell, phase: str, metric: str, value: float | None, unit: str, direction: str, **rest: Any) -> dict:
     return {

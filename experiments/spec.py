@@ -448,6 +448,8 @@ def load(
 def _read(name_or_path: str) -> tuple[str, str]:
     path = Path(name_or_path)
     if path.suffix == ".toml" or "/" in name_or_path:
+        if path.is_dir():
+            raise SpecError(f"{name_or_path} is a folder; name a specification, a .toml file")
         if not path.is_file():
             raise SpecError(f"no such file: {name_or_path}")
         try:
@@ -498,6 +500,8 @@ def _check_key(parts: list[str], raw: Mapping[str, Any]) -> None:
     for depth, part in enumerate(parts):
         where = ".".join(parts[: depth + 1])
         field = schema.model_fields.get(part)
+        if field is None and part in Arm.model_fields:
+            raise SpecError(f"unknown key '{where}': an arm has '{part}', e.g. arms.{next(iter(raw['arms']))}.{part}")
         if field is None:
             raise SpecError(f"unknown key '{where}': {nearest(part, schema.model_fields)}")
         if part == "overrides":

@@ -22,7 +22,7 @@ from experiments.training import NonFiniteLossError
 from models.errors import BackendUnavailableError, ConfigError
 from models.ops.kernels.tuning import keep_choices
 
-_PRELOAD = ["experiments.preload"]
+_PRELOAD = ["experiments.uninterrupted", "experiments.preload"]
 _EXPECTED = (LabError, NonFiniteLossError, ConfigError, BackendUnavailableError, MemoryError)
 
 
@@ -155,12 +155,19 @@ def _context() -> Any:
 def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
     try:
-        result = function(lambda message: pipe.send(("message", message)), *arguments)
+        result = function(lambda message: _tell(pipe, "message", message), *arguments)
         if isinstance(result, Generator):
             result = all_turns(result, between=lambda: _hand_over(pipe))
-        pipe.send(("result", result))
+        _tell(pipe, "result", result)
     except Exception as error:
-        pipe.send(("error", _told(error)))
+        _tell(pipe, "error", _told(error))
+
+
+def _tell(pipe: Connection, kind: str, content: Any) -> None:
+    try:
+        pipe.send((kind, content))
+    except (BrokenPipeError, ConnectionResetError):  # whoever waited for it is gone
+        raise SystemExit from None
 
 
 def _told(error: Exception) -> tuple[str, str]:
@@ -204,10 +211,10 @@ def all_turns(work: Generator[None, None, Result], between: Callable[[], object]
 
 def _hand_over(pipe: Connection) -> None:
     """End a turn, and wait for the next."""
-    pipe.send(("turn", None))
+    _tell(pipe, "turn", None)
     try:
         pipe.recv()
-    except EOFError:  # whoever waited for the result is gone
+    except (EOFError, ConnectionResetError):
         raise SystemExit from None
 
 

@@ -40,7 +40,8 @@ def interval(
     sign: bool = False,
     least: int | None = None,
 ) -> str:
-    """`value [low, high]` times `factor`, all with the same decimal places, at least `least`; else `value` alone."""
+    """`value [low, high]` times `factor`, all with the same decimal places, at least `least`; else `value` alone. A
+    bound far below or above the others has two digits of its own, or none behind the point."""
     value *= factor
     if low is None or high is None:
         return number(value, places(value) if least is None else max(least, places(value)), sign)
@@ -52,7 +53,9 @@ def interval(
         at = min(max(at, places(half, 2)), at + 3)
     if low > 0 and round(value, at) == 0:  # of what cannot be 0
         at = places(value, 2)
-    return f"{number(value, at, sign)} [{number(low, at, sign)}, {number(high, at, sign)}]"
+    lowest = max(at, places(low, 2)) if 0 < low < 0.5 * 10.0**-at else at
+    highest = min(at, 0) if high >= 1000 * max(abs(value), 1) else at
+    return f"{number(value, at, sign)} [{number(low, lowest, sign)}, {number(high, highest, sign)}]"
 
 
 def count(value: float) -> str:

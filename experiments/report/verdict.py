@@ -8,6 +8,7 @@ from experiments.report.document import Block, Notice, Section, Text, Tone, Verd
 from experiments.report.numbers import SLIGHT, count, interval, listed, number, plural, scale
 from experiments.report.record import Record
 from experiments.report.tables import WITHIN, estimate, evidence, place, standing
+from experiments.rows import PAGE, READ_IN_PAGES
 
 HEADLINES = 8  # verdicts told one by one; the table of comparisons has every one
 
@@ -167,11 +168,14 @@ def limits(record: Record) -> str:
     if {"steps", "batch", "accumulate", "context"} <= recipe.keys():
         tokens = recipe["steps"] * recipe["batch"] * recipe["accumulate"] * recipe["context"]
         budget = f", {count(tokens)} training tokens at context {count(recipe['context'])}"
+    pages = ""
+    if record.environment.get("device") == "cpu" and any(one["metric"] in READ_IN_PAGES for one in record.verdicts):
+        pages = f"; that of a ratio of memory also the {count(PAGE)} bytes to which a process's memory is read"
     return (
         f"What this run does not show: it has {size}, {text}{budget} and {where}, and "
         f"{plural(len(record.seeds), 'seed')}. It says nothing about larger models, other text, longer "
-        "training, other hardware or other settings, and an interval covers the spread over seeds only."
-        + _installed(record.environment.get("data", {}))
+        "training, other hardware or other settings, and an interval covers the spread over seeds only"
+        f"{pages}." + _installed(record.environment.get("data", {}))
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from experiments import cells
 from experiments.objectives import SELECTED
 from experiments.report.numbers import SLIGHT, number
-from experiments.rows import on_card, percentiles, rate, row, turn_ms
+from experiments.rows import PAGE, READ_IN_PAGES, on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
 from experiments.store import Cell, RunDirectory
@@ -216,8 +216,6 @@ _QUESTIONS = (
 )
 
 UNCOUNTED = "the steps of a recording work in memory that it has set aside, which no count of allocations shows"
-PAGE = 4096  # bytes: what a process holds is read in whole ones
-_READ_IN_PAGES = {"resident_bytes", "peak_bytes"}
 _QUALIFIED = {"peak_bytes", "state_bytes", "test_masked_token_loss"}  # a second question about their phase
 
 
@@ -255,7 +253,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
 def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu") -> list[dict]:
     """A verdict for every question that the rows can answer; Holm's correction over all of these. device: where the
     memory is, which a GPU's allocator counts to the byte, and a process on a CPU in pages."""
-    paged = _READ_IN_PAGES if device == "cpu" else set()
+    paged = READ_IN_PAGES if device == "cpu" else set()
     drafts: list[tuple[dict, Comparison]] = []
     for one in asked:
         a, b = (by_seed(rows, arm, *one[2:4], context=one.context, batch=one.batch) for arm in (one.a, one.b))

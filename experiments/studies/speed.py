@@ -302,8 +302,8 @@ def _growth_sentence(one: dict[str, Any]) -> str:
     ratio, low, high, widest = (number(one[key]) for key in ("ratio", "ci_low", "ci_high", "widest"))
     return (
         f"{one['arm']} decodes a token{batch}, {one['mode']}, in {one['dtype']}, after {one['to']:,} tokens in "
-        f"{ratio} times (95% interval {low} to {high}) what it takes after {one['from']:,}{unclear}; its slowest and "
-        f"fastest length differ by {widest} times.{_waiting(one)}"
+        f"{ratio} times (95% interval {low} to {high}) what it takes after {one['from']:,}{unclear}; at its slowest "
+        f"length it takes {widest} times what it takes at its fastest.{_waiting(one)}"
     )
 
 
@@ -313,18 +313,20 @@ def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
     if one["phase"] == "forward":
         mine, theirs = (one["operations"][one[name]] for name in ("arm", "against"))
         batch = f" (its {plural(mine, 'operation')} alone against {theirs})"
-    what = f"{one['arm']} {doing[one['phase']]} faster than {one['against']}{batch}, {one['mode']}, in {one['dtype']},"
+    faster = f"{doing[one['phase']]} faster than {one['against']}{batch}, {one['mode']}, in {one['dtype']}"
+    what = f"{one['arm']} {faster}"
     if not one["comparable"]:
-        return f"{what} or slower: the speeds do not compare ({one['reason']})."
+        return f"{what}, or slower: the speeds do not compare ({one['reason']})."
     low, high = (_length(one[key], contexts) for key in ("ci_low", "ci_high"))
     spread = "" if low == high else f" (95% interval over the turns: {low} to {high})"
     if one["tokens"] is None:
-        where = f"from none of the lengths on: not at {contexts[-1]:,} tokens, the longest"
+        what = f"From none of the lengths on {what}"
+        where = f": not at {contexts[-1]:,} tokens, the longest"
     elif one["tokens"] == 0:
-        where = f"at every length from {contexts[0]:,} to {contexts[-1]:,} tokens"
+        where = f", at every length from {contexts[0]:,} to {contexts[-1]:,} tokens"
     else:
-        where = f"from about {one['tokens']:,.0f} tokens on"
-    return f"{what} {where}{spread}.{_waiting(one)}"
+        where = f", from about {one['tokens']:,.0f} tokens on"
+    return f"{what}{where}{spread}.{_waiting(one)}"
 
 
 def _waiting(one: dict[str, Any]) -> str:

@@ -54,6 +54,8 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--seeds", "1000000000", "--dry-run"], "--seeds must be from 1 to 1000, got 1000000000"),
         (["run", "compare", "--device", "cdua"], "unknown device 'cdua': did you mean 'cuda'?"),
         (["run", "nowhere/spec.toml"], "no such file: nowhere/spec.toml"),
+        (["run", "/"], "/ is a folder; name a specification, a .toml file"),
+        (["run", "compare", "--set", "training.learning_rate=1"], "an arm has 'learning_rate', e.g. arms.transformer."),
         (["report", "--format", "htm"], "unknown format 'htm': did you mean 'html'?"),
         (["report", "yesterday"], "make one with: lab run compare"),
         (["resume"], "make one with: lab run compare"),

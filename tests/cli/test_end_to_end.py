@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import Finished, InProcess, Lab
 
+from cli.main import print_speeds
 from experiments.report.record import clean
 from models import cost
 from models.config import ModelConfig
@@ -209,6 +212,18 @@ def test_models(in_process: InProcess) -> None:
     for size in ("tiny", "1m", "30m"):
         ratio = by_name[f"mamba-{size}"]["non_embedding"] / by_name[f"transformer-{size}"]["non_embedding"]
         assert ratio == pytest.approx(1, abs=0.01)
+
+
+def test_columns_of_speeds_stay_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    one = SimpleNamespace(
+        arm="an-arm-of-a-very-long-name", prompt_tokens=12_001, prefill_tokens_per_s=163_000.0, token_ids=[1] * 1000,
+        decode_tokens_per_s=1_000_000.0, state_bytes=123_456_789_012,
+    )  # fmt: skip
+    print_speeds([one])
+    heading, line = capsys.readouterr().err.splitlines()
+    assert len(heading) == len(line)
+    cells = [one.arm, "12,001", "163,000 tokens/s", "1,000", "1,000,000 tokens/s", "123,456,789,012 bytes"]
+    assert re.split("  +", line) == cells
 
 
 def test_doctor(in_process: InProcess) -> None:

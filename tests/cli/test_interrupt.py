@@ -69,6 +69,35 @@ def test_the_same_command_continues_an_interrupted_run(
     assert "> - interrupted, and resumed\n" in (directory / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("heeds_interrupts")
+@pytest.mark.parametrize("after_s", [0.0, 1.5, 2.5])
+def test_an_interrupt_before_the_first_cell_is_told_in_a_line(
+    small: list[str], environment: dict[str, str], tmp_path: Path, after_s: float
+) -> None:
+    """While the server of the cells imports, and while kernels are compiled."""
+    process = subprocess.Popen(
+        [str(LAB), "run", *small, "--out", str(tmp_path / "runs")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    said = ""
+    while "compiling kernels" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    time.sleep(after_s)
+    os.killpg(process.pid, signal.SIGINT)
+    said += process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "Exception" not in said
+    assert said.strip().splitlines()[-1].startswith("lab: interrupted")
+
+
 @pytest.mark.parametrize(("after", "told"), [(0, ""), (1, "transformer"), (3, "transformer"), (9, "transformer mamba")])
 def test_what_was_written_by_then_is_told(
     in_process: InProcess, smoke: Finished, monkeypatch: pytest.MonkeyPatch, after: int, told: str

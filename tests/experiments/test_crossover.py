@@ -44,7 +44,8 @@ def test_faster_or_slower_everywhere():
     told = {"arm": "b", "against": "a", "phase": "decode", "mode": "eager", "dtype": "float32", "batch": 1}
     told |= {"comparable": True, "host_bound": False}
     sentence = _crossing_sentence(told | crossover(speeds(one, {64: 20.0, 128: 9.0})), [64, 128])  # faster at 64
-    assert sentence.endswith("from none of the lengths on: not at 128 tokens, the longest.")
+    assert sentence.startswith("From none of the lengths on ")
+    assert sentence.endswith(", in float32: not at 128 tokens, the longest.")
     # of two crossings the last one counts
     found = crossover(speeds({64: 10.0, 128: 10.0, 256: 10.0}, {64: 20.0, 128: 5.0, 256: 20.0}))
     assert found["tokens"] == pytest.approx(128 + 128 * 0.5 / (0.5 + 1), rel=1e-9)
@@ -90,7 +91,7 @@ def test_growth_is_of_the_time_from_the_shortest_to_the_longest():
     assert "not resolved" not in _growth_sentence(told | spread)
     unclear = growth({64: 100 * noise[0], 128: 100 * noise[1]})
     assert unclear["ci_low"] < 1 < unclear["ci_high"]
-    assert "what it takes after 64: which is longer is not resolved; its" in _growth_sentence(told | unclear)
+    assert "what it takes after 64: which is longer is not resolved; at its" in _growth_sentence(told | unclear)
 
 
 def test_ceilings_are_rates_of_what_they_count():

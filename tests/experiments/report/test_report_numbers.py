@@ -35,7 +35,10 @@ def test_interval_keeps_its_three_numbers(value: float, below: float, above: flo
     largest = max(abs(low), abs(value), abs(high))
     for shown, true in zip(found.groups(), (value, low, high), strict=True):
         assert abs(parsed(shown) - true) <= 0.5e-2 * largest * (1 + 1e-9)
-    assert len({len(shown.partition(".")[2]) for shown in found.groups()}) == 1
+    at, at_low, at_high = (len(shown.partition(".")[2]) for shown in found.groups())
+    assert at_low == at or 0 < low < 0.5 * 10.0**-at
+    assert at_high == at or high >= 1000 * max(abs(value), 1)
+    assert (parsed(found[2]) > 0) == (low > 0)
     assert parsed(found[2]) <= parsed(found[1]) <= parsed(found[3])
 
 
@@ -57,8 +60,8 @@ def test_intervals(arguments: tuple, text: str) -> None:
 def test_factor_and_least_places() -> None:
     assert numbers.interval(2.5e6, 2e6, 3e6, factor=1e-6) == "2.50 [2.00, 3.00]"
     assert numbers.interval(2.0, None, None, least=3) == "2.000"
-    assert numbers.interval(1.0055, 0.0004, 2620.0) == "1.0 [0.0, 2,620.0]"  # a ratio is not 0
-    assert numbers.interval(0.453, 0.0133, 15.4) == "0.5 [0.0, 15.4]"
+    assert numbers.interval(1.0055, 0.0004, 2620.0) == "1.0 [0.00040, 2,620]"  # a ratio is not 0
+    assert numbers.interval(0.453, 0.0133, 15.4) == "0.5 [0.013, 15.4]"
     assert numbers.interval(0.5, 0.4, 0.6, sign=True) == "+0.500 [+0.400, +0.600]"
 
 

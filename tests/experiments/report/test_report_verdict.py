@@ -92,6 +92,15 @@ def test_limits_count_the_tokens_of_every_micro_batch(record: Record) -> None:
     assert ", 983,040 training tokens at context 256" in limits(replace(record, spec=spec))
 
 
+@pytest.mark.parametrize(("device", "read_in_pages"), [("cpu", True), ("cuda", False)])
+def test_limits_say_what_an_interval_of_memory_covers(record: Record, device: str, read_in_pages: bool) -> None:
+    verdicts = [one | {"metric": "resident_bytes"} for one in record.verdicts]
+    environment = record.environment | {"device": device}
+    said = limits(replace(record, environment=environment, result=record.result | {"verdicts": verdicts}))
+    assert "an interval covers the spread over seeds only" in said
+    assert ("the 4,096 bytes to which a process's memory is read" in said) == read_in_pages
+
+
 def test_what_is_equal_at_every_seed_is_told_alike_in_sentence_and_table() -> None:
     assert standing(one("equal", 1.0, 1.0, 1.0)) == ("open", "the same at every seed")
     assert standing(one("near", 1.01, 0.9, 1.1)) == ("open", "not resolved")
