@@ -138,7 +138,9 @@ class RunDirectory:
 
 
 def runs(folder: Path) -> list[RunDirectory]:
-    """The run directories in `folder`, oldest first."""
+    """The run directories in `folder`, oldest first. Raises SpecError where that is a file."""
+    if folder.is_file():
+        raise SpecError(f"'{folder}' is a file; name the folder that runs are in")
     found = sorted(path.parent for path in folder.glob("*/environment.json")) if folder.is_dir() else []
     return [RunDirectory(path) for path in found]
 
@@ -168,6 +170,8 @@ def find(reference: str | None, folder: Path) -> RunDirectory:
         reference = None
     if reference is not None and is_run(Path(reference)):
         return RunDirectory(Path(reference))
+    if reference is not None and "/" in reference and Path(reference).exists():
+        raise SpecError(f"{reference} is no run: it has no environment.json")
     known = runs(folder)
     if not known:
         raise SpecError(f"no runs in '{folder}'; make one with: lab run compare")

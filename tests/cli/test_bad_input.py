@@ -54,6 +54,7 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--seeds", "1000000000", "--dry-run"], "--seeds must be from 1 to 1000, got 1000000000"),
         (["run", "compare", "--device", "cdua"], "unknown device 'cdua': did you mean 'cuda'?"),
         (["run", "nowhere/spec.toml"], "no such file: nowhere/spec.toml"),
+        (["report", "/"], "/ is no run: it has no environment.json"),
         (["run", "/"], "/ is a folder; name a specification, a .toml file"),
         (["run", "compare", "--set", "training.learning_rate=1"], "an arm has 'learning_rate', e.g. arms.transformer."),
         (["report", "--format", "htm"], "unknown format 'htm': did you mean 'html'?"),
@@ -66,6 +67,15 @@ def test_misspelt(in_process: InProcess, tmp_path: Path, arguments: list[str], s
     assert code == USAGE
     assert said in one_line(stderr)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["runs", "report", "resume"])
+def test_runs_are_looked_for_in_a_folder(in_process: InProcess, tmp_path: Path, command: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    code, _, stderr = in_process(command, "--out", file)
+    assert code == USAGE
+    assert one_line(stderr) == f"lab: '{file}' is a file; name the folder that runs are in"
 
 
 @pytest.mark.parametrize(
