@@ -9,6 +9,7 @@ from experiments.report import curves
 from experiments.report.document import Cell, Column, Table, Tone
 from experiments.report.numbers import DASH, MINUS, count, interval, number, percent, places, plural, probability, scale
 from experiments.report.record import Record, Row
+from experiments.rows import PAGE, READ_IN_PAGES
 
 ARROW = {"lower": "↓", "higher": "↑"}
 ARROWS = "↓: lower is better, ↑: higher"
@@ -158,6 +159,12 @@ def estimate(one: dict[str, Any]) -> str:
     return f"{text} {unit}"
 
 
+def widened_by_pages(record: Record, one: dict[str, Any]) -> bool:
+    """Whether the interval of a comparison covers also what its memory is read to."""
+    paged = record.environment.get("device") == "cpu" and one["metric"] in READ_IN_PAGES
+    return paged and one["kind"] == "ratio" and one["ci_low"] is not None
+
+
 def evidence(record: Record, one: dict[str, Any]) -> str:
     """Under a headline: the arms' own values, n and p."""
     refused = refusal(one)
@@ -176,6 +183,8 @@ def evidence(record: Record, one: dict[str, Any]) -> str:
             value = interval(row.value, row.ci_low, row.ci_high, factor=factor, least=_least(row.unit))
             told.append(f"{row.arm} {value}")
     parts = [f"{place(one)}: {', '.join(told)} {unit}".rstrip()] if told else [place(one)]
+    if widened_by_pages(record, one):
+        parts.append(f"read to {count(PAGE)} bytes, which the ratio's interval covers")
     parts.append(f"n = {plural(one['n'], 'paired seed')}")
     if one["p_holm"] is not None:
         p = probability(one["p_holm"])

@@ -7,8 +7,8 @@ from experiments.report import curves
 from experiments.report.document import Block, Notice, Section, Text, Tone, Verdict
 from experiments.report.numbers import SLIGHT, count, interval, listed, number, plural, scale
 from experiments.report.record import Record
-from experiments.report.tables import WITHIN, estimate, evidence, place, standing
-from experiments.rows import PAGE, READ_IN_PAGES
+from experiments.report.tables import WITHIN, estimate, evidence, place, standing, widened_by_pages
+from experiments.rows import PAGE
 
 HEADLINES = 8  # verdicts told one by one; the table of comparisons has every one
 
@@ -169,7 +169,7 @@ def limits(record: Record) -> str:
         tokens = recipe["steps"] * recipe["batch"] * recipe["accumulate"] * recipe["context"]
         budget = f", {count(tokens)} training tokens at context {count(recipe['context'])}"
     pages = ""
-    if record.environment.get("device") == "cpu" and any(one["metric"] in READ_IN_PAGES for one in record.verdicts):
+    if any(widened_by_pages(record, one) for one in record.verdicts):
         pages = f"; that of a ratio of memory also the {count(PAGE)} bytes to which a process's memory is read"
     return (
         f"What this run does not show: it has {size}, {text}{budget} and {where}, and "
