@@ -94,10 +94,9 @@ def test_limits_count_the_tokens_of_every_micro_batch(record: Record) -> None:
 
 @pytest.mark.parametrize(("device", "read_in_pages"), [("cpu", True), ("cuda", False)])
 def test_limits_say_what_an_interval_of_memory_covers(record: Record, device: str, read_in_pages: bool) -> None:
-    verdicts = [one | {"metric": "resident_bytes", "phase": "load", "context": None} for one in record.verdicts]
     environment = record.environment | {"device": device}
-    record = replace(record, environment=environment, result=record.result | {"verdicts": verdicts})
-    ratio = next(one for one in verdicts if one["kind"] == "ratio" and one["ci_low"] is not None)
+    ratio = one("mamba", 1.05, 0.9, 1.2, a="transformer", phase="load", metric="resident_bytes", batch=None)
+    record = replace(record, environment=environment, result=record.result | {"verdicts": [ratio]})
     said, beside = limits(record), evidence(record, ratio)
     assert ("read to 4,096 bytes, which the ratio's interval covers; n = " in beside) == read_in_pages
     assert "an interval covers the spread over seeds only" in said
