@@ -325,6 +325,12 @@ def by_seed(
     }  # fmt: skip
 
 
+def unresolved(verdict: dict) -> str:
+    """How it stands with a comparison over several seeds that is open: its own interval may leave out equality."""
+    tried = verdict["p"] is not None and verdict["p"] < RESOLVED
+    return f"not resolved after correcting for {verdict['tested']} comparisons" if tried else "not resolved"
+
+
 def predicts(verdict: dict) -> str:
     """A difference within a sentence, e.g. "mamba predicts better, by 0.210 bits per byte (0.200 to 0.220)"."""
     if not verdict["comparable"]:
@@ -334,7 +340,7 @@ def predicts(verdict: dict) -> str:
         size, low, high = (f"{end:.3f}" for end in ends)
         return f"{verdict['better']} predicts better, by {size} bits per byte ({low} to {high})"
     spread = f"{verdict['ci_low']:+.3f} to {verdict['ci_high']:+.3f}" if verdict["n"] > 1 else "one seed"
-    return f"the difference in bits per byte is not resolved ({verdict['estimate']:+.3f}, {spread})"
+    return f"the difference in bits per byte is {unresolved(verdict)} ({verdict['estimate']:+.3f}, {spread})"
 
 
 def faster(verdict: dict) -> str:
@@ -345,7 +351,7 @@ def faster(verdict: dict) -> str:
     if verdict["n"] < 2:
         return f"{size} as fast (one seed, not resolved)"
     spread = f"{number(verdict['ci_low'])} to {number(verdict['ci_high'])}"
-    return f"{size} ({spread}{'' if verdict['resolved'] else ', not resolved'}) as fast"
+    return f"{size} ({spread}{'' if verdict['resolved'] else f', {unresolved(verdict)}'}) as fast"
 
 
 def _verdict(head: dict, every: Sequence[Comparison], which: int, p_holm: float | None) -> dict:
@@ -399,7 +405,6 @@ def _sentence(v: dict) -> str:
         return f"{size} ({interval})."
     if v["p"] is None:
         return f"{size}: no difference at any seed."
-    after = f" after correcting for {v['tested']} comparisons" if v["p"] < RESOLVED else ""
     seeds_word = "seed" if v["more_seeds"] == 1 else "seeds"
     more = f"about {v['more_seeds']} more {seeds_word} would" if v["more_seeds"] else "more seeds might"
-    return f"{size} ({interval}): not resolved{after}; {more} resolve it if the difference is real."
+    return f"{size} ({interval}): {unresolved(v)}; {more} resolve it if the difference is real."

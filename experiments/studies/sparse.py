@@ -163,7 +163,7 @@ def _difference(one: dict) -> str:
         return f"the losses do not compare ({one['reason']})"
     if one["n"] < 2:
         return f"the loss differs by {one['estimate']:+.3f} nats/token (one seed, not resolved)"
-    open_ = "" if one["resolved"] else ", not resolved"
+    open_ = "" if one["resolved"] else f", {comparison.unresolved(one)}"
     return (
         f"the loss differs by {one['estimate']:+.3f} nats/token ({one['ci_low']:+.3f} to {one['ci_high']:+.3f}{open_})"
     )

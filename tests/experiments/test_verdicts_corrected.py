@@ -5,6 +5,7 @@ import math
 import pytest
 from study_rows import quality
 
+from experiments.studies import comparison
 from experiments.studies.comparison import Question, compared
 
 
@@ -33,3 +34,12 @@ def test_what_is_resolved_is_so_after_holms_correction(raw: tuple[float, ...], c
         assert ("base is better here." in said) == (after < 0.05)
         assert ("not resolved" in said) == (after >= 0.05)
         assert ("not resolved after correcting for 3 comparisons; " in said) == (p < 0.05 <= after)
+
+
+@pytest.mark.parametrize(("p", "why"), [(0.02, " after correcting for 7 comparisons"), (0.2, "")])
+def test_an_open_comparison_says_why_its_interval_may_leave_out_equality(p: float, why: str) -> None:
+    one = {"estimate": 0.313, "ci_low": 0.218, "ci_high": 0.45, "n": 3, "p": p, "resolved": False, "tested": 7}
+    one |= {"comparable": True, "better": None}
+    assert comparison.faster(one) == f"0.313 times (0.218 to 0.450, not resolved{why}) as fast"
+    said = f"the difference in bits per byte is not resolved{why} (+0.313, +0.218 to +0.450)"
+    assert comparison.predicts(one) == said
