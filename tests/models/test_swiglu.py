@@ -52,6 +52,11 @@ def test_agrees_at_any_shape_and_scale(rows, hidden, scale, seed):
     check(draw((rows, 2 * hidden), seed, scale), torch.float32)
 
 
+@pytest.mark.parametrize("gate", [-80.0, -51.0, -20.3, -3.0, 0.0, 20.3, 80.0])
+def test_a_lone_gate_however_far_from_zero(gate):
+    check(torch.tensor([[gate, 3.0]], dtype=torch.float64), torch.float32)
+
+
 def test_strided_input():
     x = draw((6, 5, 24))
     for view in (x.transpose(0, 1), x[:, ::2], x[..., ::2]):

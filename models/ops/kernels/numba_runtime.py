@@ -4,8 +4,8 @@ Kernels are single-threaded functions over a range of independent tasks; they re
 gives each thread one contiguous range. That is deterministic, costs microseconds, survives `fork`, and brings no
 second OpenMP pool that would spin against torch's.
 
-`exp2`, `sigmoid` and `softplus` compile to vector instructions in float32 (numba has no vector exponential of its
-own); in float64 they are the C library's, since float64 is for checking, not for speed.
+`exp2`, `exp`, `sigmoid` and `softplus` compile to vector instructions in float32 (numba has no vector exponential of
+its own); in float64 they are the C library's, since float64 is for checking, not for speed.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ import torch
 from llvmlite import ir
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from numba.core import cgutils, config, types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 # contract: fused multiply-add. nsz, reassoc: sums in vector order. NaN and infinity keep their meaning.
 _FASTMATH = {"contract", "nsz", "reassoc"}
 _OPTIONS: Any = {"fastmath": _FASTMATH, "error_model": "numpy"}
-
+_IN_ORDER: Any = _OPTIONS | {"fastmath": _FASTMATH - {"reassoc"}}  # for sums whose order is their point
 
 _config: Any = config
 
@@ -91,6 +91,11 @@ _C1, _C2, _C3, _C4, _C5 = (
 )
 _LOG2_E32 = np.float32(LOG2_E)
 
+# ln 2 in two parts. The high one has 16 significant bits, so that its product with a whole power is exact.
+_LN_2_HIGH = np.float32(math.floor(LN_2 * 2**16) / 2**16)
+_LN_2_LOW = np.float32(LN_2 - float(_LN_2_HIGH))
+_LN_OF_LEAST, _LN_OF_MOST = np.float32(-125 * LN_2), np.float32(127 * LN_2)
+
 
 @intrinsic
 def _bits_to_float32(typingctx: Any, bits: Any = None) -> Any:
@@ -118,6 +123,19 @@ def _nearest(typingctx: Any, x: Any = None) -> Any:
     return types.float32(types.float32), codegen
 
 
+@register_jitable(**_OPTIONS)
+def _two_to_the(k, r):
+    """2^(k + r), k whole and within [-125, 127], r within [-1/2, 1/2]."""
+    p = _C5
+    p = p * r + _C4
+    p = p * r + _C3
+    p = p * r + _C2
+    p = p * r + _C1
+    p = p * r + np.float32(1.0)
+    # times 2^k: k is added to the exponent of p
+    return _bits_to_float32(_bits_of_float32(p) + (np.int32(k) << np.int32(23)))
+
+
 def exp2(x: float) -> float:
     """2^x, in compiled code only. float32: to about 3e-7 relative, saturating at 2^-125 and 2^127."""
     raise AssertionError("compiled code only")
@@ -132,18 +150,34 @@ def _exp2(x):
             x = np.float32(-125.0) if x < np.float32(-125.0) else x
             x = np.float32(127.0) if x > np.float32(127.0) else x
             k = _nearest(x)
-            r = x - k
-            p = _C5
-            p = p * r + _C4
-            p = p * r + _C3
-            p = p * r + _C2
-            p = p * r + _C1
-            p = p * r + np.float32(1.0)
-            # times 2^k: k is added to the exponent of p
-            return _bits_to_float32(_bits_of_float32(p) + (np.int32(k) << np.int32(23)))
+            return _two_to_the(k, x - k)
 
         return fast
     return lambda x: math.exp(x * LN_2)
+
+
+def exp(x: float) -> float:
+    """e^x, in compiled code only. float32: to about 3e-7 relative, saturating at 2^-125 and 2^127.
+
+    As `exp2(x log2 e)` it would be off by the rounding of the product too, which is |x| times as large.
+    """
+    raise AssertionError("compiled code only")
+
+
+@overload(exp, jit_options=_IN_ORDER)
+def _exp(x):
+    if x == types.float32:
+
+        def fast(x):
+            x = _LN_OF_LEAST if x < _LN_OF_LEAST else x
+            x = _LN_OF_MOST if x > _LN_OF_MOST else x
+            k = _nearest(x * _LOG2_E32)
+            # what is left after k ln 2 (Cody and Waite, Software Manual for the Elementary Functions, 1980)
+            r = (x - k * _LN_2_HIGH) - k * _LN_2_LOW
+            return _two_to_the(k, r * _LOG2_E32)
+
+        return fast
+    return lambda x: math.exp(x)
 
 
 def sigmoid(x: float) -> float:
@@ -154,7 +188,7 @@ def sigmoid(x: float) -> float:
 @overload(sigmoid, jit_options=_OPTIONS)
 def _sigmoid(x):
     if x == types.float32:
-        return lambda x: np.float32(1.0) / (np.float32(1.0) + exp2(-x * _LOG2_E32))
+        return lambda x: np.float32(1.0) / (np.float32(1.0) + exp(-x))
     return lambda x: 1.0 / (1.0 + math.exp(-x))
 
 
@@ -169,7 +203,7 @@ def _softplus(x):
 
         def fast(x):
             # max(x, 0) + log1p(w), w = exp(-|x|); log1p(w) = 2 atanh(s), s = w / (2 + w) <= 1/3
-            w = exp2(-abs(x) * _LOG2_E32)
+            w = exp(-abs(x))
             s = w / (np.float32(2.0) + w)
             q = s * s
             p = np.float32(1.0 / 15.0)
