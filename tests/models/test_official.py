@@ -67,7 +67,10 @@ def official():
         patch.setitem(sys.modules, "causal_conv1d_cuda", causal_conv1d_extension())
         cuda = kernels.load("cuda")
         patch.setattr(cuda, "SSD_CHUNK", CHUNK)
-        modules = ("modules.ssd_minimal", "modules.mamba2", "modules.mamba3", "ops.selective_scan_interface")
+        modules = (
+            "modules.ssd_minimal", "modules.mamba2", "modules.mamba3", "ops.selective_scan_interface",
+            "ops.triton.ssd_combined",
+        )  # fmt: skip
         found = {path.rpartition(".")[2]: importlib.import_module(f"mamba_ssm.{path}") for path in modules}
         yield SimpleNamespace(**found, cuda=cuda)
 
@@ -269,6 +272,13 @@ def agree(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         close(ours[what], theirs[what], what)
 
 
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """To the last bit."""
+    assert ours.keys() == theirs.keys()
+    for what, expected in theirs.items():
+        torch.testing.assert_close(ours[what], expected, rtol=0, atol=0, msg=lambda text, what=what: f"{what}: {text}")
+
+
 def steps_agree(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: dict[str, Any]) -> None:
     """Token by token from a given state: what each returns, and the state that each leaves."""
     initial = inputs.pop("initial_state")
@@ -465,11 +475,39 @@ def test_ssd_is_the_official_kernel(official, G, initial):
         agree(outcome(form, inputs), expected)
 
 
+def official_mamba2_inner(official) -> Callable[..., Tensor]:
+    """`mamba_split_conv1d_scan_combined` under the names of ours."""
+
+    def inner(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, groups, eps):
+        return official.ssd_combined.mamba_split_conv1d_scan_combined(
+            projected, conv_weight, conv_bias, dt_bias, A, D, CHUNK, rmsnorm_weight=norm_weight, rmsnorm_eps=eps,
+            outproj_weight=out_weight, headdim=norm_weight.shape[0] // D.shape[0], ngroups=groups,
+            norm_before_gate=False,
+        )  # fmt: skip
+
+    return inner
+
+
 @pytest.mark.parametrize(("T", "G"), [(2 * CHUNK + 5, 2), (2 * CHUNK + 5, 1), (1, 2)])
 def test_mamba2_behind_its_projection_is_the_official_operation(official, T, G):
-    """`mamba_split_conv1d_scan_combined` by way of our `cuda` form: outputs, and the gradients of every input."""
+    """Outputs, and the gradients of every input: of our definition to rounding, of our `cuda` form, which calls the
+    same kernels, to the last bit."""
     inputs = mamba2_inputs(T, G)
-    agree(outcome(mamba2_inner.reference, inputs), outcome(official.cuda.mamba2_inner, inputs))
+    theirs = outcome(official_mamba2_inner(official), inputs)
+    agree(outcome(mamba2_inner.reference, inputs), theirs)
+    same(outcome(official.cuda.mamba2_inner, inputs), theirs)
+
+
+@pytest.mark.parametrize("deterministic", ["0", "1"])
+def test_mamba2_in_16_bits_is_the_official_operation_to_the_last_bit(official, monkeypatch, deterministic):
+    """In the types of mixed precision."""
+    monkeypatch.setenv("MAMBA_DETERMINISTIC", deterministic)
+    inputs = mamba2_inputs(2 * CHUNK + 5, 2)
+    half = "projected", "conv_weight", "conv_bias", "out_weight"
+    inputs |= {name: (inputs[name] / 4).half() for name in half}
+    ours, theirs = (outcome(form, inputs) for form in (official.cuda.mamba2_inner, official_mamba2_inner(official)))
+    assert all(found.isfinite().all() for found in theirs.values())
+    same(ours, theirs)
 
 
 @pytest.mark.parametrize("T", [1, 19])

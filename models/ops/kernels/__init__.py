@@ -130,6 +130,11 @@ def has_scan() -> bool:
     return _import_problem("mamba_ssm.ops.selective_scan_interface", INSTALL_CUDA) is None
 
 
+def has_convolution() -> bool:
+    """Whether causal_conv1d's compiled convolution can be imported."""
+    return _import_problem("causal_conv1d.cpp_functions", INSTALL_CUDA) is None
+
+
 # operators of torch's, so that `torch.compile` calls them as they are and keeps its graph whole
 @torch.library.custom_op("lab::place_token", mutates_args=("keys", "values"), device_types="cuda")
 def place_token(

@@ -20,7 +20,7 @@ from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import linear as linear_step
@@ -28,7 +28,7 @@ from torch.nn.functional import linear as linear_step
 from models.ops import cross_entropy
 from models.ops.attention import rotary_qkv
 from models.ops.experts import by_device as experts
-from models.ops.kernels import cuda_operators
+from models.ops.kernels import cuda_mamba2, cuda_operators
 from models.ops.kernels.triton_cross_entropy import softmax_gradient
 from models.ops.kernels.triton_trapezoid import step as trapezoid_kernel
 from models.ops.projections import added_in_place as residual_step
@@ -159,16 +159,7 @@ def ssd(
     return _ssd(x, dt, A.float(), B, C, D.float(), dt_bias.float(), initial_state, SSD_CHUNK)
 
 
-@traced_as(cuda_operators.mamba2_inner)
-def _mamba2_inner(
-    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    norm_weight: Tensor, out_weight: Tensor, chunk: int, groups: int, eps: float,
-) -> tuple[Tensor]:  # fmt: skip
-    y = mamba_split_conv1d_scan_combined(
-        projected, conv_weight, conv_bias, dt_bias, A, D, chunk, rmsnorm_weight=norm_weight, rmsnorm_eps=eps,
-        outproj_weight=out_weight, headdim=norm_weight.shape[0] // D.shape[0], ngroups=groups, norm_before_gate=False,
-    )  # fmt: skip
-    return (y,)
+_mamba2_inner = traced_as(cuda_operators.mamba2_inner)(cuda_mamba2.inner)
 
 
 def mamba2_inner(
@@ -177,11 +168,10 @@ def mamba2_inner(
 ) -> Tensor:  # fmt: skip
     """One node of autograd: gradients of z, x, B, C and dt are written side by side as the first projection has them,
     and what the convolution gave is computed again for them, not kept."""
-    y, *_ = _mamba2_inner(
+    return _mamba2_inner(
         projected, conv_weight, conv_bias, dt_bias.float(), A.float(), D.float(), norm_weight,
         out_weight.to(projected.dtype), SSD_CHUNK, groups, eps,
     )  # fmt: skip
-    return y
 
 
 @traced_as(heads_step)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.nn import functional as F
 
+from models.ops.kernels import cuda_mamba2
 from models.ops.kernels.without_data import kernels_without_data
 
 
@@ -185,6 +186,44 @@ def ssd_backward(
 differentiate(ssd, ssd_backward, results=2, kept=(0,), numbers=1)
 
 
+@operator
+def mamba2(
+    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    norm_weight: Tensor, out_weight: Tensor, chunk: int, groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`cuda_mamba2.forward`: the outputs, and what it keeps."""
+    y, kept = cuda_mamba2.forward(
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, chunk, groups, eps
+    )
+    return y, kept.scanned, kept.rstd, kept.delta, kept.decays
+
+
+@operator
+def mamba2_backward(
+    dy: Tensor, projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    norm_weight: Tensor, out_weight: Tensor, scanned: Tensor, rstd: Tensor, delta: Tensor, decays: Tensor, chunk: int,
+    groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kept = cuda_mamba2.Kept(scanned, rstd, delta, decays)
+    return cuda_mamba2.backward(
+        dy, kept, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, chunk, groups, eps
+    )
+
+
+differentiate(mamba2, mamba2_backward, results=1, kept=(1, 2, 3, 4), numbers=3)
+
+
+def mamba2_inner(*inputs: Any) -> Tensor:
+    """`cuda_mamba2.inner`."""
+    return mamba2(*inputs)[0]
+
+
+# ------------------------------------------------------------------------------------------------------- Mamba-3
+
+MAMBA3_DTYPE = torch.bfloat16  # of what the kernels read, whatever they are given
+MAMBA3_CHUNK = 64  # their default
+
+
 class Kept:
     """In place of the context that autograd hands to a `torch.autograd.Function`."""
 
@@ -194,54 +233,6 @@ class Kept:
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
-
-
-_INNER = {
-    "dt_limit": (0.0, float("inf")), "return_final_states": False, "activation": "silu", "norm_before_gate": False,
-}  # fmt: skip
-
-
-@operator
-def mamba2_inner(
-    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    norm_weight: Tensor, out_weight: Tensor, chunk: int, groups: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`mamba_split_conv1d_scan_combined`, out_weight in the type of projected; shapes as in models.ops.mamba2_inner.
-    Returns the outputs, those of the recurrence (B, T, H, P), and what the norm divided by."""
-    kept = Kept()
-    y = ssd_combined.MambaSplitConv1dScanCombinedFn.forward(
-        kept, projected, conv_weight, conv_bias, dt_bias, A, D, chunk, rmsnorm_weight=norm_weight, rmsnorm_eps=eps,
-        outproj_weight=out_weight, headdim=norm_weight.shape[0] // D.shape[0], ngroups=groups, **_INNER,
-    )  # fmt: skip
-    _, _, _, scanned, _, _, _, _, _, _, rstd, _, _ = kept.saved_tensors
-    assert scanned is not None
-    assert rstd is not None
-    return y, scanned, rstd
-
-
-@operator
-def mamba2_inner_backward(
-    dy: Tensor, projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    norm_weight: Tensor, out_weight: Tensor, scanned: Tensor, rstd: Tensor, chunk: int, groups: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kept = Kept(
-        projected, conv_weight, conv_bias, scanned, A, D, dt_bias, None, None, norm_weight, rstd, out_weight, None,
-        chunk_size=chunk, rmsnorm_eps=eps, headdim=norm_weight.shape[0] // D.shape[0], ngroups=groups,
-        _dtype=projected.dtype, _fwd_used_autocast=False, **_INNER,
-    )  # fmt: skip
-    of_inputs = ssd_combined.MambaSplitConv1dScanCombinedFn.backward(kept, dy)
-    dprojected, dweight, dbias, ddt_bias, dA, dD, *_ = of_inputs
-    dnorm, dout = of_inputs[12], of_inputs[14]
-    return dprojected, dweight, dbias, ddt_bias, dA, dD, dnorm, dout
-
-
-differentiate(mamba2_inner, mamba2_inner_backward, results=1, kept=(1, 2), numbers=3)
-
-
-# ------------------------------------------------------------------------------------------------------- Mamba-3
-
-MAMBA3_DTYPE = torch.bfloat16  # of what the kernels read, whatever they are given
-MAMBA3_CHUNK = 64  # their default
 
 
 @operator

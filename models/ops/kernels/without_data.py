@@ -2,7 +2,7 @@
 type, and nothing is computed. For counting what a computation allocates (models.replay).
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # (the libraries are installed on CUDA machines only)
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.ops.kernels import has_scan, has_triton
+from models.ops.kernels import has_convolution, has_scan, has_triton
 from models.ops.kernels.tuning import untimed
 
 _ONE_THREAD = RLock()
@@ -23,21 +23,30 @@ SCAN_CHUNK = 2048  # tokens between two states that mamba_ssm's scan keeps for i
 
 @contextmanager
 def kernels_without_data() -> Iterator[None]:
-    """Triton's kernels write into tensors that their callers have made, and the convolution is an operator whose shapes
-    torch knows. That leaves the selective scan, which makes its own. What is replaced is replaced for all threads."""
+    """Triton's kernels and the convolution's write into tensors that their callers have made. That leaves the selective
+    scan, which makes its own. What is replaced is replaced for all threads."""
     with ExitStack() as replaced:
         replaced.enter_context(_ONE_THREAD)  # or one would put back what another had put there
         if has_triton():
             from triton.runtime.jit import JITFunction
 
             replaced.enter_context(untimed("cuda"))
-            replaced.enter_context(_in_place_of(JITFunction, "run", lambda *_, **__: None))
+            replaced.enter_context(_in_place_of(JITFunction, "run", _launch_nothing))
         if has_scan():
             from mamba_ssm.ops import selective_scan_interface
 
             shapes = SimpleNamespace(fwd=scan, bwd=scan_backward)
             replaced.enter_context(_in_place_of(selective_scan_interface, "selective_scan_cuda", shapes))
+        if has_convolution():
+            from causal_conv1d import cpp_functions
+
+            nothing = SimpleNamespace(causal_conv1d_fwd=_launch_nothing, causal_conv1d_bwd=_launch_nothing)
+            replaced.enter_context(_in_place_of(cpp_functions, "causal_conv1d_cuda", nothing))
         yield
+
+
+def _launch_nothing(*inputs: Any, **settings: Any) -> None:
+    """In place of a kernel."""
 
 
 @contextmanager

@@ -128,33 +128,21 @@ def mamba_chunk_scan_combined(
     return torch.stack(ys, 1).to(x.dtype), h
 
 
-def mamba_split_conv1d_scan_combined(
-    zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial_states=None, seq_idx=None,
-    dt_limit=(0.0, float("inf")), return_final_states=False, activation="silu", rmsnorm_weight=None, rmsnorm_eps=1e-6,
-    outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, norm_before_gate=True,
-):  # fmt: skip
-    """zxbcdt (B, T, 2 E + 2 G N + H), conv1d_weight (E + 2 G N, W), outproj_weight (D, E)."""
-    (H,), (E,) = D.shape, rmsnorm_weight.shape
-    GN = (conv1d_weight.shape[0] - E) // 2
-    assert headdim * H == E
-    assert zxbcdt.shape[-1] == 2 * E + 2 * GN + H
-    assert zxbcdt.stride(1) % 8 == 0, "it would be copied"
-    assert (initial_states, seq_idx, return_final_states, activation) == (None, None, False, "silu")
-    assert (dt_limit, outproj_bias) == ((0.0, math.inf), None)
-    z, xBC, dt = zxbcdt.split([E, E + 2 * GN, H], -1)
-    xBC = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, activation="silu").transpose(1, 2)
+def inner(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, chunk, groups, eps):
+    """projected (B, T, 2 E + 2 G N + H), conv_weight (E + 2 G N, W), out_weight (D, E). Ours, of their kernels."""
+    (H,), (E,) = D.shape, norm_weight.shape
+    GN = (conv_weight.shape[0] - E) // 2
+    assert projected.shape[-1] == 2 * E + 2 * GN + H
+    assert out_weight.dtype == projected.dtype
+    z, xBC, dt = projected.split([E, E + 2 * GN, H], -1)
+    xBC = causal_conv1d_fn(xBC.transpose(1, 2), conv_weight, conv_bias, activation="silu").transpose(1, 2)
     x, B, C = xBC.split([E, GN, GN], -1)
-    B, C = (m.unflatten(-1, (ngroups, -1)) for m in (B, C))
+    B, C = (m.unflatten(-1, (groups, -1)) for m in (B, C))
     y, _ = mamba_chunk_scan_combined(
-        x.unflatten(-1, (H, headdim)), dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True,
-        return_final_states=True,
-    )  # fmt: skip
-    y = rmsnorm_fn(
-        y.flatten(-2), rmsnorm_weight, None, z, rmsnorm_eps, E // ngroups, norm_before_gate=norm_before_gate
-    )  # fmt: skip
-    if torch.is_autocast_enabled("cpu"):
-        y, outproj_weight = (m.to(torch.get_autocast_dtype("cpu")) for m in (y, outproj_weight))
-    return F.linear(y, outproj_weight)
+        x.unflatten(-1, (H, -1)), dt, A, B, C, chunk, D=D, dt_bias=dt_bias, dt_softplus=True, return_final_states=True
+    )
+    y = rmsnorm_fn(y.flatten(-2), norm_weight, None, z, eps, E // groups, norm_before_gate=False)
+    return F.linear(y, out_weight)
 
 
 def mamba3_siso_combined(
@@ -220,11 +208,12 @@ def modules() -> dict[str, ModuleType]:
         "causal_conv1d": (causal_conv1d_fn, causal_conv1d_update), "causal_conv1d.cpp_functions": (),
         "mamba_ssm": (), "mamba_ssm.ops": (), triton: (),
         scan: (selective_scan_fn,), f"{triton}.selective_state_update": (selective_state_update,),
-        f"{triton}.ssd_combined": (mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined),
+        f"{triton}.ssd_combined": (mamba_chunk_scan_combined,),
         f"{triton}.layernorm_gated": (rmsnorm_fn,),
         f"{triton}.mamba3": (),
         f"{triton}.mamba3.mamba3_siso_combined": (mamba3_siso_combined,),
         # ours, where there is no triton
+        "models.ops.kernels.cuda_mamba2": (inner,),
         "models.ops.kernels.triton_cross_entropy": (softmax_gradient,), "models.ops.kernels.triton_trapezoid": (step,),
     }  # fmt: skip
     found = {}
