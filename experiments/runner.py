@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from experiments import cells, report, store
+from experiments import capacity, cells, report, store
 from experiments.data import corpora, tokenizer
 from experiments.data.batches import require_length
 from experiments.data.dataset import default_cache
@@ -73,7 +73,7 @@ def resolve_device(asked: str) -> Literal["cpu", "cuda"]:
 
 
 def check(experiment: Experiment) -> None:
-    """Everything that can be known to fail before any work: device, where the text is, models, backends.
+    """Everything that can be known to fail before any work: device, where the text is, models, backends, memory.
 
     Raises EnvironmentLacksError, SpecError, CorpusError, ConfigError, BackendUnavailableError.
     """
@@ -90,6 +90,7 @@ def check(experiment: Experiment) -> None:
         _check_positions(config, experiment)
         for block in config.kinds:
             MIXERS[block.mixer.kind].select(block.mixer, torch.device(experiment.device))
+    capacity.check(experiment)
 
 
 def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> None:
@@ -101,7 +102,7 @@ def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> Non
         refused = f"mode '{mode}' is refused for every arm on a CPU: {reason}"
         if torch.cuda.is_available():
             raise ConfigError(refused)
-        raise EnvironmentLacksError(f"{refused}, and torch sees none here")
+        raise EnvironmentLacksError(f"{refused}, and torch sees none here; a CPU has --profile cpu")
     if mode != "eager" and not has_triton():
         raise ConfigError(f"mode '{mode}' is refused for every arm: it needs Triton (pip install triton)")
     for name, config in cells.model_configs(experiment).items() if mode != "eager" else ():

@@ -528,6 +528,14 @@ def _check_arm_key(rest: list[str]) -> None:
         raise SpecError(f"unknown key '{rest[0]}' of an arm: {nearest(rest[0], Arm.model_fields)}")
 
 
+_PLAIN = {  # in place of what pydantic says in the words of Python
+    "tuple_type": "must be a list, in brackets", "too_short": "must not be empty", "int_parsing": "must be an integer",
+    "int_type": "must be an integer", "int_from_float": "must be an integer", "float_parsing": "must be a number",
+    "float_type": "must be a number", "bool_parsing": "must be true or false", "bool_type": "must be true or false",
+    "string_type": "must be text",
+}  # fmt: skip
+
+
 def _first_problem(error: ValidationError) -> str:
     problems = error.errors()
     # a misspelt key also leaves the right one missing: speak of the spelling
@@ -540,7 +548,7 @@ def _first_problem(error: ValidationError) -> str:
             schema = field.annotation if field else Arm
         known = getattr(schema, "model_fields", {})
         return f"unknown key '{where}': {nearest(str(problem['loc'][-1]), known)}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _PLAIN.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     got = problem.get("input")
     shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | list | tuple) else ""
     return f"{where}: {message}{shown}" if where else message

@@ -36,7 +36,14 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--set", "training.steps"], "--set takes KEY=VALUE, got 'training.steps'"),
         (["run", "compare", "--set", "training=3"], "'training' is a table"),
         (["run", "compare", "--set", "training.steps.x=3"], "'training.steps' is a value, it has no 'x'"),
-        (["run", "compare", "--set", "training.steps=many"], "training.steps: "),
+        (["run", "compare", "--set", "training.steps=many"], "training.steps: must be an integer (got 'many')"),
+        (["run", "compare", "--set", "training.steps=2.5"], "training.steps: must be an integer (got 2.5)"),
+        (["run", "compare", "--set", "training.gradient_clip=hard"], "gradient_clip: must be a number (got 'hard')"),
+        (["run", "compare", "--set", "measurement.enabled=maybe"], "measurement.enabled: must be true or false"),
+        (["run", "compare", "--set", "data.corpus=3"], "data.corpus: must be text (got 3)"),
+        (["run", "compare", "--set", "seeds=3"], "seeds: must be a list, in brackets (got 3)"),
+        (["run", "compare", "--set", "evaluation.splits=test"], "splits: must be a list, in brackets (got 'test')"),
+        (["run", "memory", "--set", "memory.contexts=[]"], "memory.contexts: must not be empty (got [])"),
         (["run", "compare", "--set", "measurement.dtype=float16"], "measurement.dtype: "),
         (["run", "compare", "--set", "training.steps=0"], "training.steps: "),
         (["run", "compare", "--set", "training.warmup_steps=9999"], "warmup_steps = 9999 must be below steps"),
@@ -169,6 +176,18 @@ def test_cuda_graphs_without_cuda(
     code, _, stderr = in_process("run", "compare", *arguments, "--out", tmp_path / "runs")
     assert code == LACKING
     assert "CUDA graphs need a GPU, and torch sees none here" in one_line(stderr) == stderr.strip()
+
+
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+def test_more_than_the_memory_there_is(in_process: InProcess, tmp_path: Path, how: list[str]) -> None:
+    """Nothing is made."""
+    length = "memory.contexts=[100000000]"
+    code, _, stderr = in_process("run", "memory", "--device", "cpu", "--set", length, "--out", tmp_path / "runs", *how)
+    assert code == LACKING
+    said = one_line(stderr)
+    assert "reading a prompt of 4 x 100,000,000 tokens takes 'transformer' about 25,400 GB" in said
+    assert "of memory free: choose fewer tokens or a smaller batch" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_backend_that_is_not_here(in_process: InProcess, small: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""Whether the largest cell of a run on a CPU fits into this machine's memory, told before any work. Otherwise the
+system's killer would come in the middle of it, and not always for the cell.
+
+By shapes alone (models.replay): what a cell holds beside them, its copy of the text and of Python, is not counted. So
+what is refused cannot fit, and what is not refused may not either.
+
+B: batch   T: tokens of context   D: width
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import psutil
+
+from experiments import cells
+from experiments.errors import EnvironmentLacksError
+from experiments.report.numbers import size
+from experiments.spec import Experiment
+from experiments.studies import STUDIES
+from experiments.training import DTYPES
+from models import cost, replay
+from models.config import ModelConfig
+from models.ops.cross_entropy import CHUNK_BYTES
+
+# float32 numbers for each of D x B x T that a layer of a preset holds, or a layer's share of the model: fewer
+GENEROUS = {"train": 128, "prefill": 48}
+ROWS, CONTEXT = 16, 2048  # B and T up to which shapes are replayed, and more while the loss is made in few chunks
+
+
+class Work(NamedTuple):
+    """What a cell computes. kind: "train" or, of reading a prompt into an empty state, "prefill"."""
+
+    arm: str
+    kind: str
+    batch: int
+    context: int
+    dtype: str
+
+
+def check(experiment: Experiment) -> None:
+    """Raises EnvironmentLacksError. A GPU that is full says so itself, and the cell that filled it fails alone."""
+    if experiment.device != "cpu":
+        return
+    free = psutil.virtual_memory().available
+    configs = cells.model_configs(experiment)
+    for work in largest(experiment):
+        config = configs[work.arm]
+        if generous_bytes(config, work) <= free or replay.unpredictable(config):
+            continue
+        needed = least_bytes(config, work)
+        if needed > free:
+            what = "a training step" if work.kind == "train" else "reading a prompt"
+            raise EnvironmentLacksError(
+                f"{what} of {work.batch} x {work.context:,} tokens takes '{work.arm}' about {size(needed)} by its "
+                f"shapes, and this machine has {size(free)} of memory free: choose fewer tokens or a smaller batch"
+            )
+
+
+def largest(experiment: Experiment) -> list[Work]:
+    """Of every arm, by kind."""
+    found: dict[tuple[str, str], Work] = {}
+    for work in _works(experiment):
+        known = found.setdefault((work.arm, work.kind), work)
+        if work.batch * work.context > known.batch * known.context:
+            found[work.arm, work.kind] = work
+    return list(found.values())
+
+
+def _works(experiment: Experiment) -> Iterator[Work]:
+    """Of the cells whose tokens are known before the text is: not of the vocabulary study, whose lengths are bytes."""
+    training, measured = experiment.training, experiment.measurement
+    dtype = experiment.memory.dtype if experiment.study == "memory" else measured.dtype
+    for cell in STUDIES[experiment.study].plan(experiment) if experiment.study != "vocabulary" else ():
+        if cell.kind == "train":
+            yield Work(cell.arm, "train", training.batch, training.context, training.precision)
+        elif cell.kind in ("step", "prefill", "decode") and cell.context is not None:
+            kind = "train" if cell.kind == "step" else "prefill"
+            yield Work(cell.arm, kind, cell.batch or measured.batch, cell.context, cell.dtype or dtype)
+
+
+def generous_bytes(config: ModelConfig, work: Work) -> int:
+    """More than it takes."""
+    activations = GENEROUS[work.kind] * 4 * config.width * config.layers * work.batch * work.context
+    return 5 * cost.weight_bytes(config, 4) + activations
+
+
+def least_bytes(config: ModelConfig, work: Work) -> int:
+    """Weights, what the optimizer keeps of them, and what shapes say of the rest. From some size on that grows as it
+    did before, or faster: of what grows more slowly one is the cache of a window, which is counted exactly, the other
+    the logits, of which a chunk exists and a copy of one before."""
+    element = DTYPES[work.dtype].itemsize
+
+    def state(rows: int, context: int) -> int:
+        return 0 if work.kind == "train" else cost.state_bytes(config, rows, context, element)
+
+    def beside_state(rows: int, context: int) -> int:
+        if work.kind == "train":
+            return replay.training(config, rows, context, precision=work.dtype).peak
+        return replay.prefill(config, rows, context, DTYPES[work.dtype]) - state(rows, context)
+
+    two_chunks = CHUNK_BYTES["cpu"] // (2 * config.vocabulary)  # of tokens
+
+    def of_rows(rows: int) -> int:
+        half = max(CONTEXT // 2, -(-two_chunks // rows))
+        return _grown(lambda context: beside_state(rows, context), work.context, half)
+
+    weights = 3 * cost.weight_bytes(config, 4) if work.kind == "train" else cost.weight_bytes(config, element)
+    half = max(ROWS // 2, -(-two_chunks // work.context))
+    return weights + state(work.batch, work.context) + _grown(of_rows, work.batch, half)
+
+
+def _grown(bytes_of: Callable[[int], int], size: int, half: int) -> int:
+    """`bytes_of(size)`; of a size above two halves, on the line through those of one half and two."""
+    if size <= 2 * half:
+        return bytes_of(size)
+    whole = bytes_of(2 * half)
+    return whole + (whole - bytes_of(half)) * (size - 2 * half) // half
