@@ -1,12 +1,16 @@
 """The vector mathematics of the compiled kernels, and where these are kept."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba.core.codegen import get_host_cpu_features
 
 from models.ops.kernels import numba_runtime, numba_scan
 from models.ops.kernels.numba_runtime import compiled, exp, exp2, run_tasks, sigmoid, softplus
@@ -39,6 +43,25 @@ def test_within_a_few_units_in_the_last_place(dtype, tolerance):
         (step, np.log1p(np.exp(exact))),
     ]:
         assert np.max(np.abs(y - expected) / expected) < tolerance
+
+
+def test_vectors_are_as_wide_as_the_cpu_has_them():
+    if "+avx512f" not in get_host_cpu_features().split(","):
+        pytest.skip("a CPU without vectors of 512 bits")
+    apply(np.zeros(1, np.float32))
+    assembly = "".join(_apply.inspect_asm().values())
+    assert assembly.count("%zmm") > assembly.count("%ymm")
+
+
+@pytest.mark.parametrize("chosen", [{"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}, {"NUMBA_ENABLE_AVX": "0"}])
+def test_what_a_person_chose_for_numba_stays(chosen):
+    code = (
+        "from numba.core import config; before = config.CPU_NAME, config.CPU_FEATURES;"
+        "import models.ops.kernels.numba_runtime;"
+        "assert (config.CPU_NAME, config.CPU_FEATURES) == before, before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | chosen, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_whole_range_of_exponents():

@@ -23,9 +23,11 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from numba.core import cgutils, config, types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
@@ -35,6 +37,19 @@ _OPTIONS: Any = {"fastmath": _FASTMATH, "error_model": "numpy"}
 _IN_ORDER: Any = _OPTIONS | {"fastmath": _FASTMATH - {"reassoc"}}  # for sums whose order is their point
 
 _config: Any = config
+
+
+def _use_whole_vectors() -> None:
+    """Where a CPU has vectors of 512 bits, LLVM keeps to halves of them on Intel's, of which the first ones lowered
+    their clock for whole ones. The libraries that multiply matrices, most of a transformer's work, take whole ones: so
+    do all arms. Left alone where a person has chosen (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, NUMBA_ENABLE_AVX)."""
+    features = get_host_cpu_features()
+    if "+avx512f" in features.split(",") and _config.CPU_NAME is _config.CPU_FEATURES is None:
+        _config.CPU_NAME = llvm.get_host_cpu_name()
+        _config.CPU_FEATURES = f"{features},-prefer-256-bit"
+
+
+_use_whole_vectors()
 
 
 def _cache_folder() -> Path:
