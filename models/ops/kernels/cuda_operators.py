@@ -2,7 +2,8 @@
 forward and backward, and keeps its graph whole around it.
 
 torch has to be told what an operator returns, by tensors without data, and what its gradients are, which is an operator
-too. Both are the libraries' own code: the first with no kernel launched, the second given what the forward pass kept.
+too. Both are the code that runs uncompiled, the libraries' own but for Mamba-2's: the first with no kernel launched,
+the second given what the forward pass kept.
 
 An operator returns new memory, and tensors only: an empty one stands for what there is not.
 
