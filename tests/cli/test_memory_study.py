@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from conftest import InProcess, with_a_stand_in
 
+from experiments import capacity
 from experiments.report import content
 from experiments.report.document import Table
 from experiments.report.numbers import DASH, number
@@ -139,8 +140,11 @@ def test_the_report_of_a_gpu_shows_what_the_process_holds(run: Path, result: dic
     assert train[5:] == ["620", DASH]
 
 
-def test_a_cell_that_fails_is_recorded_and_its_neighbours_run(in_process: InProcess, corpus: Path, tmp_path: Path):
-    """A context whose cache no machine can hold."""
+def test_a_cell_that_fails_is_recorded_and_its_neighbours_run(
+    in_process: InProcess, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context whose cache no machine can hold, where nothing told so before."""
+    monkeypatch.setattr(capacity, "check", lambda experiment: None)
     absurd = settings(corpus, "memory.contexts=[8, 1099511627776]", "memory.batches=[1]", "memory.train_contexts=[8]")
     code, _, stderr = in_process(
         "run", "memory", "--profile", "smoke", "--arms", "transformer,mamba", "--out", tmp_path, *absurd
