@@ -72,8 +72,9 @@ def resolve_device(asked: str) -> Literal["cpu", "cuda"]:
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def check(experiment: Experiment) -> None:
-    """Everything that can be known to fail before any work: device, where the text is, models, backends, memory.
+def check(experiment: Experiment, begun: bool = False) -> None:
+    """Everything that can be known to fail before any work: device, where the text is, models, backends, memory. Not
+    memory where a run was begun: what it asks for is settled, and cells that do not fit fail alone.
 
     Raises EnvironmentLacksError, SpecError, CorpusError, ConfigError, BackendUnavailableError.
     """
@@ -90,7 +91,8 @@ def check(experiment: Experiment) -> None:
         _check_positions(config, experiment)
         for block in config.kinds:
             MIXERS[block.mixer.kind].select(block.mixer, torch.device(experiment.device))
-    capacity.check(experiment)
+    if not begun:
+        capacity.check(experiment)
 
 
 def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> None:
@@ -131,7 +133,7 @@ def run(
     made. `into` continues that run, and tries its failed cells again. Cells that fail are recorded and their
     neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
     """
-    check(experiment)
+    check(experiment, begun=into is not None)
     _check_out(into.path if into else out, begun=into is not None)
     if experiment.study == "comparison" and len(experiment.arms) == 1 and not experiment.learning_rates:
         listener(Event("note", "one arm: it will be trained and measured, and compared with nothing"))

@@ -161,6 +161,10 @@ def test_a_cell_that_fails_is_recorded_and_its_neighbours_run(
     assert value(result, arm="transformer", phase="prefill", metric="peak_bytes", context=8) > 0
     assert value(result, arm="transformer", phase="train", metric="peak_bytes") > 0
     assert "4 planned cells gave no result" in (directory / "report.md").read_text()
+    monkeypatch.undo()
+    code, _, stderr = in_process("resume", directory)  # they are tried again, and nothing else is refused for them
+    assert code == 5
+    assert "4 cells failed, first transformer/seed0/prefill-1099511627776-b1" in stderr
 
 
 def test_what_a_stand_in_does_decides_nothing(run: Path, tmp_path: Path) -> None:
