@@ -31,6 +31,7 @@ from models.ops.experts import by_device as experts
 from models.ops.kernels import cuda_mamba2, cuda_operators
 from models.ops.kernels.triton_cross_entropy import softmax_gradient
 from models.ops.kernels.triton_trapezoid import step as trapezoid_kernel
+from models.ops.kernels.tuning import compile_side_by_side
 from models.ops.projections import added_in_place as residual_step
 from models.ops.projections import no_branches as suits_step
 from models.ops.projections import time_innermost as channel_projections
@@ -49,6 +50,8 @@ __all__ = [
     "linear_step", "mamba2_inner", "projections", "residual_step", "rms_norm", "rotary_qkv", "selective_scan",
     "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
+
+compile_side_by_side()
 
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses
 Kernel = TypeVar("Kernel", bound=Callable)

@@ -3,13 +3,15 @@ and keeps to the fastest wherever the kernel's key comes back.
 
 The keys of mamba_ssm's kernels have sizes of the model in them, but neither length nor batch. So a check on eight
 tokens must not be what is timed: its choice would serve thousands. And compiling ten configurations of a dozen kernels
-takes minutes, which work whose speed does not count should not wait for.
+takes minutes on one core, which work whose speed does not count should not wait for.
 """
 
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +21,34 @@ def keep_choices() -> None:
     """Let processes that start from here share what Triton chose, beside the kernels that it compiled, instead of
     timing all again in each. Has an effect only before kernels are imported."""
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+
+
+def compile_side_by_side() -> None:
+    """From here on, compile the configurations of a kernel on all cores before the first of them is timed, instead of
+    each by itself between two timings. Needs Triton."""
+    from triton.runtime.autotuner import Autotuner  # pyright: ignore[reportMissingImports]
+
+    timing = Autotuner._bench
+
+    @wraps(timing)
+    def compiled_first(autotuner: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
+        # each call of a kernel has a dictionary of its own of what it is given
+        if getattr(autotuner, "compiled_for", None) is not autotuner.nargs:
+            autotuner.compiled_for = autotuner.nargs
+            _compile_all(autotuner, *args, **kwargs)
+        return timing(autotuner, *args, config=config, **kwargs)
+
+    Autotuner._bench = compiled_first
+
+
+def _compile_all(autotuner: Any, *args: Any, **kwargs: Any) -> None:
+    """Every configuration, for these arguments. One that does not compile is left to the timing, which passes it over
+    or raises."""
+    from triton import AsyncCompileMode  # pyright: ignore[reportMissingImports]
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for config in autotuner.prune_configs(kwargs):
+            autotuner.fn.run(*args, **{**kwargs, **config.all_kwargs(), "warmup": True})
 
 
 @contextmanager
