@@ -118,6 +118,11 @@ def short(name: str, most: int = 26) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
+def legend_columns(names: Sequence[str], layout: Layout) -> int:
+    longest = max(len(short(name)) for name in names)
+    return max(1, min(len(names), (36 if layout == "narrow" else 84) // (longest + 7)))
+
+
 def legend(figure: Figure, names: Sequence[str], layout: Layout, handles: list | None = None) -> None:
     if handles is None:
         handles = [
@@ -132,13 +137,10 @@ def legend(figure: Figure, names: Sequence[str], layout: Layout, handles: list |
             )
             for at in range(len(names))
         ]
-    longest = max(len(short(name)) for name in names)
-    room = 36 if layout == "narrow" else 84
-    columns = max(1, min(len(names), room // (longest + 7)))
     # labels are set afterwards: matplotlib leaves out those that begin with an underscore
     drawn = figure.legend(
         handles, [str(at) * (len(short(name))) for at, name in enumerate(names)], loc="outside upper left",
-        ncols=columns, frameon=False, handlelength=2.6, borderaxespad=0.2, columnspacing=1.4,
+        ncols=legend_columns(names, layout), frameon=False, handlelength=2.6, borderaxespad=0.2, columnspacing=1.4,
     )  # fmt: skip
     for text, name in zip(drawn.get_texts(), names, strict=True):
         text.set_text(short(name))

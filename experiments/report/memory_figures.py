@@ -1,5 +1,7 @@
 """Figures of the memory study."""
 
+import math
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,6 +18,7 @@ from experiments.report.drawing import (
     SIZES,
     Layout,
     legend,
+    legend_columns,
     loglog,
     panels,
     short,
@@ -72,7 +75,9 @@ def training_split(record: Record, layout: Layout) -> Figure:
     """Stacked counts per arm and context, and the measured peak as a line across the bar."""
     lines = [(arm, context) for arm in record.arms for context in record.contexts("train", "peak_bytes")
              if record.over_seeds("train", "peak_bytes", arm, context=context)]  # fmt: skip
-    figure, (axes,) = panels(layout, 1, 0.24 * len(lines) + 0.9, stacked=False)
+    names = [*PARTS.values(), "measured peak"]
+    of_legend = math.ceil(len(names) / legend_columns(names, layout))
+    figure, (axes,) = panels(layout, 1, 0.24 * len(lines) + 0.19 * of_legend + 0.6, stacked=False)
     top = 0.0
     for row, (arm, context) in enumerate(lines):
         left = 0.0
@@ -92,7 +97,7 @@ def training_split(record: Record, layout: Layout) -> Figure:
         Patch(facecolor=ARMS[at], hatch=HATCHES[at], edgecolor=PAPER, linewidth=0) for at in range(len(PARTS))
     ]
     handles.append(Line2D([], [], color=INK, linewidth=1.8))
-    legend(figure, [*PARTS.values(), "measured peak"], layout, handles)
+    legend(figure, names, layout, handles)
     return figure
 
 
