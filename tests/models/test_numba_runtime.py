@@ -1,7 +1,7 @@
 """The vector mathematics of the compiled kernels, and where these are kept."""
 
-import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +77,8 @@ def test_the_whole_range_of_exponents():
     ends = apply(np.array([-np.inf, -1e30, -90, 0, 90, 1e30, np.inf], np.float32))[1]
     assert ends.tolist() == pytest.approx([2.0**-125] * 3 + [1] + [2.0**127] * 3, rel=1e-5)
     assert ends[3] == 1
+    steps = apply(np.array([-np.inf, -1e30, 0, 1e30, np.inf], np.float32))[3]
+    assert steps.tolist() == pytest.approx([0, 0, np.log(2), 1e30, np.inf], rel=1e-6, abs=1e-37)
 
 
 @given(st.floats(width=32))
@@ -94,6 +96,15 @@ def test_no_task_is_no_call():
     assert all(first == last for first, last in calls)
 
 
-def test_a_kernel_is_kept_under_the_contents_of_what_it_calls():
-    digest = hashlib.sha256(Path(numba_runtime.__file__).read_bytes()).hexdigest()[:12]
-    assert f"numba-{digest}" in numba_scan._forward.stats.cache_path
+def test_a_kernel_is_kept_under_the_contents_of_all_that_may_be_compiled_into_it(tmp_path):
+    here = Path(numba_runtime.__file__).parent
+    assert f"numba-{numba_runtime.version_of(here)}" in numba_scan._forward.stats.cache_path
+    for file in here.glob("numba_*.py"):
+        shutil.copy(file, tmp_path)
+    versions = {numba_runtime.version_of(here), numba_runtime.version_of(tmp_path)}
+    assert len(versions) == 1
+    for file in tmp_path.iterdir():
+        with file.open("a") as changed:
+            changed.write("#")
+        versions.add(numba_runtime.version_of(tmp_path))
+    assert len(versions) == 1 + len(list(tmp_path.iterdir())) > 10

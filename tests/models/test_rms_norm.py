@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,11 +25,15 @@ def draw(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> tuple[Ten
     return x, torch.randn(shape[-1], generator=generator, dtype=torch.float64)
 
 
+def gradient(shape: torch.Size) -> Tensor:
+    """That of the output."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
 def differentiate(form, x: Tensor, weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
     x, weight = (t.detach().to(dtype).requires_grad_() for t in (x, weight))
     y = form(x, weight, EPS)
-    along = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
-    (y * along).sum().backward()
+    y.backward(gradient(y.shape).to(dtype))
     assert x.grad is not None
     assert weight.grad is not None
     return [y.detach(), x.grad, weight.grad]
@@ -67,7 +71,11 @@ def test_agrees_with_the_reference(form, dtype, shape):
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 70), st.integers(1, 40), st.floats(1e-3, 1e3), st.integers(0, 2**31))
 def test_the_compiled_form_agrees_at_any_shape_and_scale(rows, width, scale, seed):
-    check(FORMS["numba"], *draw((rows, width), seed, scale), torch.float32)
+    x, weight = draw((rows, width), seed, scale)
+    terms = gradient(x.shape) * ops.reference(x, torch.ones_like(weight), EPS)
+    # the bound is relative to the largest sum over rows: draws in which all of these sums cancel say nothing
+    assume(terms.sum(0).abs().max() > 0.05 * terms.abs().sum(0).max())
+    check(FORMS["numba"], x, weight, torch.float32)
 
 
 @fast

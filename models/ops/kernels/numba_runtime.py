@@ -52,13 +52,21 @@ def _use_whole_vectors() -> None:
 _use_whole_vectors()
 
 
-def _cache_folder() -> Path:
-    """Where compiled kernels are kept: a folder named after this file's contents.
+def version_of(folder: Path) -> str:
+    """Of the files in it that have compiled kernels."""
+    contents = hashlib.sha256()
+    for file in sorted(folder.glob("numba_*.py")):
+        contents.update(hashlib.sha256(file.read_bytes()).digest())
+    return contents.hexdigest()[:12]
 
-    numba recompiles a kernel when the kernel's own file changes, but not when a function that it calls does, and
-    would go on running the old `exp2` below.
+
+def _cache_folder() -> Path:
+    """Where compiled kernels are kept: a folder named after the contents of all of them.
+
+    numba recompiles a kernel when the kernel's own file changes, but not when a function of another file that is
+    compiled into it does, and would go on running the old one.
     """
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    version = version_of(Path(__file__).parent)
     beside = Path(__file__).parent / "__pycache__"
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sequence-lab"
     for base in [Path(_config.CACHE_DIR)] if _config.CACHE_DIR else [beside, home]:
@@ -229,7 +237,7 @@ def _softplus(x):
             p = p * q + np.float32(1.0 / 5.0)
             p = p * q + np.float32(1.0 / 3.0)
             p = p * q + np.float32(1.0)
-            positive = x if x > np.float32(0.0) else x * np.float32(0.0)
+            positive = x if x > np.float32(0.0) else np.float32(0.0)
             return positive + np.float32(2.0) * s * p
 
         return fast
