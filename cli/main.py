@@ -118,7 +118,7 @@ def run(
     3 the machine lacks something, 5 some cells failed, 130 interrupted (repeat the command to go on).
     """
     from cli.progress import Progress
-    from experiments import runner
+    from experiments import capacity, runner
     from experiments.spec import load
     from experiments.studies import STUDIES
 
@@ -128,6 +128,7 @@ def run(
     )  # fmt: skip
     if dry_run:
         runner.check(spec)
+        capacity.check(spec)
         cells = [cell.name for cell in STUDIES[spec.study].plan(spec)]
         if as_json:
             print_json({"spec": spec.resolved(), "cells": cells})

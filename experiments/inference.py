@@ -109,10 +109,14 @@ def trained(directory: RunDirectory, arms: Sequence[str] = (), seed: int | None 
     finished = [arm for arm in known if places[arm].is_dir() or directory.result_file(makers[arm]).is_file()]
     for arm in arms or known:
         if arm not in finished:
-            remedy = f"trained are: {', '.join(finished)}" if finished else "no arm of it was; lab resume goes on"
+            remedy = (
+                f"trained are: {', '.join(finished)}"
+                if finished
+                else f"no arm of it was; lab resume {directory.path} goes on"
+            )
             raise SpecError(f"arm '{arm}', seed {seed} of {directory.path.name} was never trained to the end; {remedy}")
-        if gone := checkpoint.missing(places[arm]):
-            raise SpecError(f"{gone[0]} is missing; lab resume {directory.path} makes the model again")
+        if gone := checkpoint.lost(places[arm]):
+            raise SpecError(f"{gone[0]} is missing or damaged; lab resume {directory.path} makes the model again")
     return {arm: places[arm] for arm in arms or known}
 
 

@@ -4,10 +4,9 @@ import errno
 import hashlib
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock, Timeout
 
 from experiments import capacity, cells, report, store
 from experiments.data import corpora, tokenizer
 from experiments.data.batches import require_length
 from experiments.data.dataset import default_cache
 from experiments.data.prepared import Prepared, prepare_all, tokens_per_byte
-from experiments.environment import describe, source_sha256
+from experiments.environment import available_cores, describe, source_sha256
 from experiments.errors import EnvironmentLacksError, LabError, RunFailedError, SpecError
 from experiments.kernels.check import kernels_of, of_this_gpu
 from experiments.measurement.process import CellFailedError, Job, run_fresh, take_turns
@@ -72,13 +72,15 @@ def resolve_device(asked: str) -> Literal["cpu", "cuda"]:
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def check(experiment: Experiment, begun: bool = False) -> None:
-    """Everything that can be known to fail before any work: device, where the text is, models, backends, memory. Not
-    memory where a run was begun: what it asks for is settled, and cells that do not fit fail alone.
+def check(experiment: Experiment) -> None:
+    """Everything that can be known to fail before any work: device, threads, where the text is, models, backends. Not
+    memory (experiments.capacity): what a run that was begun asks for is settled, and its cells fail alone.
 
     Raises EnvironmentLacksError, SpecError, CorpusError, ConfigError, BackendUnavailableError.
     """
     resolve_device(experiment.device)
+    if experiment.threads > (cores := available_cores()):
+        raise EnvironmentLacksError(f"threads = {experiment.threads}, but this process may use {cores} cores only")
     corpora.read(experiment.data)  # finds the files, and reads none
     if experiment.data.tokenizer:
         tokenizer.given(Path(experiment.data.tokenizer))
@@ -91,8 +93,6 @@ def check(experiment: Experiment, begun: bool = False) -> None:
         _check_positions(config, experiment)
         for block in config.kinds:
             MIXERS[block.mixer.kind].select(block.mixer, torch.device(experiment.device))
-    if not begun:
-        capacity.check(experiment)
 
 
 def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> None:
@@ -104,7 +104,7 @@ def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> Non
         refused = f"mode '{mode}' is refused for every arm on a CPU: {reason}"
         if torch.cuda.is_available():
             raise ConfigError(refused)
-        raise EnvironmentLacksError(f"{refused}, and torch sees none here; a CPU has --profile cpu")
+        raise EnvironmentLacksError(f"{refused}, and torch sees no GPU here; a CPU has mode eager and --profile cpu")
     if mode != "eager" and not has_triton():
         raise ConfigError(f"mode '{mode}' is refused for every arm: it needs Triton (pip install triton)")
     for name, config in cells.model_configs(experiment).items() if mode != "eager" else ():
@@ -133,7 +133,7 @@ def run(
     made. `into` continues that run, and tries its failed cells again. Cells that fail are recorded and their
     neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
     """
-    check(experiment, begun=into is not None)
+    check(experiment)
     _check_out(into.path if into else out, begun=into is not None)
     if experiment.study == "comparison" and len(experiment.arms) == 1 and not experiment.learning_rates:
         listener(Event("note", "one arm: it will be trained and measured, and compared with nothing"))
@@ -142,17 +142,29 @@ def run(
         lambda message: listener(Event("note", message)),
     )  # fmt: skip
     _check_lengths(experiment, dataset)
-    with _writable(out, begun=into is not None):
-        directory = into or _unfinished(experiment, dataset, out)
+    directory = into or _unfinished(experiment, dataset, out)
+    if directory is None:
+        capacity.check(experiment)
+    with _writable(out, begun=into is not None), ExitStack() as held:
         if directory is None:
-            directory = _create(experiment, dataset, out, command, listener, cache or default_cache())
+            found = _made_ready(experiment, dataset, listener, cache or default_cache())
+            directory = _new_directory(experiment, dataset, out)
+            held.enter_context(_alone(directory))
+            _begin(directory, experiment, dataset, command, found)
         else:
-            _check_same_machine(directory, experiment, dataset)
+            held.enter_context(_alone(directory))
+            _check_same_run(directory, experiment, dataset)
             listener(Event("note", f"continuing {directory.path}"))
             for file in _keep_tokenizers(directory, experiment, dataset):
                 listener(Event("note", f"{file} was missing and is there again"))
             for group, file in _without_model(directory, experiment).items():
-                listener(Event("note", f"{file} is missing: the model and its measurements are made again", group))
+                listener(
+                    Event(
+                        "note",
+                        f"{file} is missing or damaged: the model and what was measured of it are made again",
+                        group,
+                    )
+                )
                 for cell in STUDIES[experiment.study].plan(experiment):
                     if cell.group == group:
                         directory.forget(cell)
@@ -182,9 +194,8 @@ def run_hash(experiment: Experiment, dataset: Prepared) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
-def _create(
-    experiment: Experiment, dataset: Prepared, out: Path, command: str, listener: Listener, cache: Path
-) -> RunDirectory:
+def _made_ready(experiment: Experiment, dataset: Prepared, listener: Listener, cache: Path) -> dict[str, Any]:
+    """Kernels compiled, each model run once, a GPU's kernels checked: what was found, for the environment."""
     listener(Event("note", "compiling kernels"))
     try:
         backends = run_fresh(cells.compile_kernels, experiment, dataset.first.folder)
@@ -194,23 +205,56 @@ def _create(
     if experiment.device == "cuda":
         called = {kernel for config in cells.model_configs(experiment).values() for kernel in kernels_of(config)}
         kernels = of_this_gpu(cache, lambda text: listener(Event("note", text)), kernels=sorted(called))
+    return {"backends": backends, "kernels": kernels}
+
+
+def _new_directory(experiment: Experiment, dataset: Prepared, out: Path) -> RunDirectory:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = out / f"{stamp}-{experiment.name}-{run_hash(experiment, dataset)}"
-    path.mkdir(parents=True)
-    (path / "spec.toml").write_text(experiment.to_toml(), encoding="utf-8")
-    directory = RunDirectory(path)
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:  # the same command, in the same second
+        raise _in_use(path) from None
+    return RunDirectory(path)
+
+
+@contextmanager
+def _alone(directory: RunDirectory) -> Iterator[None]:
+    """While no other process is at work on the run: two would train the same cells, and time each other."""
+    lock = FileLock(directory.path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise _in_use(directory.path) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _in_use(path: Path) -> RunFailedError:
+    return RunFailedError(f"another process is at work on {path}: wait until it has ended, or stop it")
+
+
+def _begin(
+    directory: RunDirectory, experiment: Experiment, dataset: Prepared, command: str, found: dict[str, Any]
+) -> None:
+    (directory.path / "spec.toml").write_text(experiment.to_toml(), encoding="utf-8")
     _keep_tokenizers(directory, experiment, dataset)
     environment = {
         "created": store.now(),
         "command": command,
-        "repeat": shlex.join(["lab", "run", f"{path}/spec.toml"]),
+        "spec_sha256": _spec_sha256(experiment),
         "folders": cells.folder_hashes(experiment),
     }
     environment |= describe(experiment.device, experiment.threads)
-    environment |= {"backends": backends, "kernels": kernels, "data": dataset.facts}
-    write_json(path / "environment.json", environment)
+    environment |= found | {"data": dataset.facts}
+    write_json(directory.path / "environment.json", environment)
     directory.event("progress", f"started: {command}")
-    return directory
+
+
+def _spec_sha256(experiment: Experiment) -> str:
+    return hashlib.sha256(experiment.to_toml().encode()).hexdigest()
 
 
 def _keep_tokenizers(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> list[Path]:
@@ -225,13 +269,13 @@ def _keep_tokenizers(directory: RunDirectory, experiment: Experiment, dataset: P
 
 
 def _without_model(directory: RunDirectory, experiment: Experiment) -> dict[str, Path]:
-    """Groups of cells whose model was made and has lost a file, and that file."""
+    """Groups of cells whose model was made and has lost a file, or a part of it, and that file."""
     study, found = STUDIES[experiment.study], {}
     for cell in study.plan(experiment):
         if cell.kind == study.MAKES and directory.result(cell) is not None:
             folder = directory.folder(cell)
             folders = dict.fromkeys((folder / "checkpoint", cells.measured_folder(experiment, folder)))
-            gone = [file for one in folders for file in checkpoint.missing(one)]
+            gone = [file for one in folders for file in checkpoint.lost(one)]
             if gone:
                 found[cell.group] = gone[0]
     return found
@@ -247,8 +291,11 @@ def _unfinished(experiment: Experiment, dataset: Prepared, out: Path) -> RunDire
     return None
 
 
-def _check_same_machine(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> None:
+def _check_same_run(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> None:
     then, here = directory.environment(), describe(experiment.device, experiment.threads)
+    if then.get("spec_sha256", _spec_sha256(experiment)) != _spec_sha256(experiment):
+        spec = directory.path / "spec.toml"
+        raise RunFailedError(f"{spec} was changed since the run began: `lab run {spec}` starts a new run of it")
     for key in (
         "source_sha256",
         "cpu",

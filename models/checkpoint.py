@@ -13,6 +13,7 @@ from safetensors.torch import save_file as _save_file
 from models.config import ModelConfig
 from models.errors import ConfigError
 from models.language_model import LanguageModel
+from models.tensor_file import TensorFile
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -25,9 +26,18 @@ def save(model: LanguageModel, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def missing(folder: Path) -> list[Path]:
-    """What `load` needs of the folder and does not find there."""
-    return [folder / name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+def lost(folder: Path) -> list[Path]:
+    """What `load` needs of the folder and does not find there whole: by its ends, no tensor is read."""
+    files = []
+    try:
+        read_config(folder)
+    except ConfigError:
+        files.append(folder / CONFIG)
+    try:
+        TensorFile(folder / WEIGHTS)
+    except (FileNotFoundError, NotADirectoryError, ConfigError):
+        files.append(folder / WEIGHTS)
+    return files
 
 
 def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

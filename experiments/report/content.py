@@ -66,7 +66,7 @@ def document(record: Record) -> Document:
         sections = SAYING[record.study](record) if record.study in SAYING else []
         sections += [verdict(record), results(record), training_curves(record), position(record)]
         sections += [throughput(record), memory(record), samples(record)]
-    sections += [settings(record), troubles(record), repeat(record)]
+    sections += [settings(record), troubles(record), repeat()]
     result, environment = record.result, record.environment
     facts = [("Run", result["run_id"]), ("Experiment", result["experiment"])]
     facts += [("Profile", result["profile"])] if result["profile"] else []
@@ -496,6 +496,7 @@ LABELS = {
     "created": "Started",
     "command": "Command",
     "lab_version": "Lab version",
+    "spec_sha256": "Specification SHA-256",
     "source_sha256": "Source SHA-256",
     "git_commit": "Git commit",
     "git_dirty": "Uncommitted changes",
@@ -534,7 +535,7 @@ def _environment_table(record: Record) -> Table:
     groups = {"packages": "Packages", "backends": "Backends that ran", "data": "Data"}
     table.group("Machine and code")
     for key, value in environment.items():
-        if key in groups or key == "repeat":
+        if key in groups or key == "repeat":  # a command that earlier records kept
             continue
         if key == "kernels" and value is not None:
             _kernels(table, value)
@@ -611,14 +612,12 @@ def troubles(record: Record) -> Section:
     return Section("troubles", "Warnings and failures", "What went wrong or looked odd while this ran.", blocks)
 
 
-def repeat(record: Record) -> Section:
-    command = record.environment.get("repeat")
-    intro = "This command repeats the run with exactly these settings; timings move with the machine."
-    if not command:
-        blocks: list[Block] = [Text("The run directory records no command; `lab run` accepts its spec.toml.")]
-    else:
-        blocks = [Code("Run again", command)]
-    return Section("repeat", "Repeat it", intro, blocks)
+def repeat() -> Section:
+    intro = (
+        "In the folder of this report, this command repeats the run with exactly these settings; timings move with "
+        "the machine."
+    )
+    return Section("repeat", "Repeat it", intro, [Code("Run again", "lab run spec.toml")])
 
 
 def _moment(text: str) -> str:

@@ -236,7 +236,7 @@ def read(run: Path) -> Record:
     if (run / "environment.json").is_file():
         environment = read_json(run / "environment.json")
     else:
-        remarks.append("environment.json is missing: machine, versions and the repeat command are unknown")
+        remarks.append("environment.json is missing: machine and versions are unknown")
     curves: dict[str, dict[int, Curve]] = {}
     evaluations: dict[str, dict[int, dict[str, Any]]] = {}
     for arm in result["arms"]:
@@ -355,6 +355,8 @@ def _rows(raw: list[dict[str, Any]], path: Path, remarks: list[str]) -> list[Row
                 raise damaged(path, f"rows[{at}] has no '{key}'", REBUILT)
         values: dict[str, Any] = {name: one.get(name) for name in COLUMNS}
         for name in ("value", "ci_low", "ci_high", "p5", "p95"):
+            if not isinstance(values[name], int | float | None):
+                raise damaged(path, f"rows[{at}]: '{name}' is no number", REBUILT)
             values[name] = _finite(values[name], None)
         if one.get("value") is not None and values["value"] is None:
             values["reason"] = values["reason"] or "the recorded value is not a finite number"

@@ -175,7 +175,17 @@ def test_cuda_graphs_without_cuda(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, stderr = in_process("run", "compare", *arguments, "--out", tmp_path / "runs")
     assert code == LACKING
-    assert "CUDA graphs need a GPU, and torch sees none here" in one_line(stderr) == stderr.strip()
+    assert "CUDA graphs need a GPU, and torch sees no GPU here" in one_line(stderr) == stderr.strip()
+
+
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+def test_more_threads_than_cores(in_process: InProcess, tmp_path: Path, how: list[str]) -> None:
+    cores = len(os.sched_getaffinity(0))
+    asked = "run", "compare", "--set", f"threads={cores + 1}", "--out", tmp_path / "runs", *how
+    code, stdout, stderr = in_process(*asked)
+    assert (code, stdout) == (LACKING, "")
+    assert one_line(stderr) == f"lab: threads = {cores + 1}, but this process may use {cores} cores only"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])
@@ -186,7 +196,7 @@ def test_more_than_the_memory_there_is(in_process: InProcess, tmp_path: Path, ho
     assert code == LACKING
     said = one_line(stderr)
     assert "reading a prompt of 4 x 100,000,000 tokens takes 'transformer' about 25,400 GB" in said
-    assert "of memory free: choose fewer tokens or a smaller batch" in said
+    assert "of memory free, swap included: choose fewer tokens or a smaller batch" in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -303,7 +313,8 @@ def test_generate_from_a_run_that_trained_nothing(
     shutil.copytree(directory, tmp_path / directory.name, ignore=shutil.ignore_patterns("cells", "result.json"))
     code, stdout, stderr = in_process("generate", "latest", "the", "--out", tmp_path)
     assert (code, stdout) == (USAGE, "")
-    assert "was never trained to the end; no arm of it was; lab resume goes on" in one_line(stderr)
+    resumed = tmp_path / directory.name
+    assert f"was never trained to the end; no arm of it was; lab resume {resumed} goes on" in one_line(stderr)
 
 
 def test_no_runs(in_process: InProcess, tmp_path: Path) -> None:

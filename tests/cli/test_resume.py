@@ -4,12 +4,17 @@ import errno
 import json
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Finished, InProcess
+from filelock import FileLock
 
 from experiments import runner
+from experiments.errors import RunFailedError
+from experiments.spec import load
 
 
 @pytest.mark.parametrize(
@@ -42,7 +47,7 @@ def test_a_run_that_cannot_be_written_is_nowhere_else(
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_what_is_missing_is_run_and_what_is_there_is_kept(
@@ -83,15 +88,19 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
     folder = directory / "cells" / "mamba" / "seed0" / "checkpoint"
     made = contents(folder)
     generating = ("generate", directory, "the", "--tokens", 2)
-    for lost in (folder / "model.safetensors", folder / "config.json", folder):
-        shutil.rmtree(lost) if lost == folder else lost.unlink()
-        gone = folder / "config.json" if lost == folder else lost
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    for lose, gone in [
+        (weights.unlink, weights), (config.unlink, config), (lambda: shutil.rmtree(folder), config),
+        (lambda: os.truncate(weights, 1000), weights), (lambda: os.truncate(config, 10), config),
+        (lambda: os.truncate(weights, weights.stat().st_size - 1), weights),
+    ]:  # fmt: skip
+        lose()
         code, stdout, stderr = in_process(*generating)
         assert (code, stdout) == (2, "")
-        assert stderr == f"lab: {gone} is missing; lab resume {directory} makes the model again\n"
+        assert stderr == f"lab: {gone} is missing or damaged; lab resume {directory} makes the model again\n"
         code, _, stderr = in_process("resume", "--out", out)
         assert code == 0, stderr
-        assert f"mamba/seed0: {gone} is missing: the model and its measurements are made again\n" in stderr
+        assert f"mamba/seed0: {gone} is missing or damaged: the model and what was measured of it are made" in stderr
         assert "[1/1] mamba/seed0/train" in stderr
         assert contents(folder) == made
     file = directory / "tokenizer.json"
@@ -102,3 +111,44 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
     assert code == 0, stderr
     assert f"{file} was missing and is there again\n" in stderr
     assert in_process(*generating)[0] == 0
+
+
+def test_a_run_whose_specification_was_changed_is_not_gone_on_with(
+    in_process: InProcess, smoke: Finished, tmp_path: Path
+) -> None:
+    directory = tmp_path / "moved"
+    shutil.copytree(smoke.directory, directory)
+    shutil.rmtree(directory / "cells" / "mamba" / "seed1")
+    before, spec = contents(directory), directory / "spec.toml"
+    text = spec.read_text(encoding="utf-8")
+    assert "steps = 40\n" in text
+    spec.write_text(text.replace("steps = 40\n", "steps = 41\n"), encoding="utf-8")
+    code, stdout, stderr = in_process("resume", directory)
+    assert (code, stdout) == (1, "")
+    last = stderr.splitlines()[-1]
+    assert last == f"lab: {spec} was changed since the run began: `lab run {spec}` starts a new run of it"
+    after = contents(directory)
+    assert before.keys() == after.keys()
+    assert [path for path in before if before[path] != after[path]] == [spec]
+
+
+def test_two_processes_do_not_work_on_one_run(in_process: InProcess, smoke: Finished, tmp_path: Path) -> None:
+    directory = tmp_path / "runs" / smoke.directory.name
+    shutil.copytree(smoke.directory, directory)
+    (directory / "cells" / "mamba" / "seed1" / "evaluation.json").unlink()
+    before = contents(directory)
+    said = f"lab: another process is at work on {directory}: wait until it has ended, or stop it"
+    with FileLock(directory / ".lock"):
+        code, stdout, stderr = in_process("resume", directory)
+        assert (code, stdout, stderr.splitlines()[-1]) == (1, "", said)
+        assert contents(directory) == before
+
+
+def test_the_same_command_twice_in_a_second_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "datetime", SimpleNamespace(now=lambda zone: datetime(2026, 1, 2, tzinfo=zone)))
+    monkeypatch.setattr(runner, "run_hash", lambda *of: "0123abcd")
+    experiment = load("compare", profile="smoke", device="cpu")
+    made = runner._new_directory(experiment, None, tmp_path)
+    assert made.path == tmp_path / "20260102T000000Z-compare-0123abcd"
+    with pytest.raises(RunFailedError, match=f"^another process is at work on {made.path}: wait until"):
+        runner._new_directory(experiment, None, tmp_path)

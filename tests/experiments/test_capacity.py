@@ -58,10 +58,11 @@ def test_the_largest_work_of_an_arm(name, assignments, largest):
 
 @pytest.fixture
 def free(monkeypatch):
-    """Sets how many bytes of memory are free."""
+    """Sets how many bytes of memory, and of swap, are free."""
 
-    def to(size: int) -> None:
-        monkeypatch.setattr(capacity.psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+    def to(size: float, swap: int = 0) -> None:
+        monkeypatch.setattr(capacity.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(size)))
+        monkeypatch.setattr(capacity.psutil, "swap_memory", lambda: SimpleNamespace(free=swap))
 
     return to
 
@@ -73,17 +74,31 @@ def test_a_run_that_does_not_fit_is_refused(free):
     needed = capacity.least_bytes(config, Work("transformer", "prefill", 1, 4_000_000, "float32"))
     weights, kept = cost.weight_bytes(config, 4), cost.state_bytes(config, 1, 4_000_000, 4)
     assert weights + kept < needed < weights + 4 * kept
-    free(needed)
+    free(needed / capacity.MARGIN + 1)
     capacity.check(experiment)
-    free(needed - 1)
+    free(needed / capacity.MARGIN - 1)
     with pytest.raises(EnvironmentLacksError, match=r"reading a prompt of 1 x 4,000,000 tokens takes 'transformer'"):
         capacity.check(experiment)
+    free(needed / capacity.MARGIN - 1, swap=2)
+    capacity.check(experiment)
 
 
 def test_shapes_are_not_asked_where_all_fits(free, monkeypatch):
     monkeypatch.setattr(capacity, "least_bytes", None)
     free(100 << 30)
     capacity.check(spec.load("compare", profile="cpu", device="cpu"))
+
+
+@pytest.mark.parametrize("assignment", [
+    "arms.transformer.overrides.mixer.backend=torch", "arms.transformer.overrides.mixer.backend=reference",
+    "data.vocabulary=70000",
+])  # fmt: skip
+def test_what_takes_minutes_to_replay_is_not_asked(free, assignment):
+    free(1)
+    one = {"profile": "smoke", "device": "cpu", "arms": ("transformer",)}
+    with pytest.raises(EnvironmentLacksError):
+        capacity.check(spec.load("compare", **one))
+    capacity.check(spec.load("compare", assignments=[assignment], **one))
 
 
 def test_a_gpu_says_so_itself(free):

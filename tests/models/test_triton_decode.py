@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from triton_interpreter import interpreted
@@ -68,7 +68,12 @@ def shapes(draw, widths: list[int], most: int) -> tuple[int, int, int, int, int,
 @given(shape=shapes([1, 6, 64], 50), dtype=st.sampled_from(list(TOLERANCE)))
 @settings(max_examples=60, deadline=None)
 def test_the_form_of_torch_is_the_definition(shape, dtype):
-    agrees(of_slots, *draw(*shape, dtype), shape[-1])
+    q, k, v = draw(*shape, dtype)
+    seen = slice(shape[-1])
+    # the bound is relative to the largest output: where the values cancel in all, one or two numbers, it says nothing
+    largest = reference(*(m.double() for m in (q, k[:, :, seen], v[:, :, seen]))).abs().max()
+    assume(largest > 0.1 * v[:, :, seen].double().abs().max())
+    agrees(of_slots, q, k, v, shape[-1])
 
 
 @pytest.mark.oracle

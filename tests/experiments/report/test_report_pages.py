@@ -641,6 +641,14 @@ def test_unknown_format_names_the_nearest(runs: Runs) -> None:
         (lambda result: "{}", "'schema_version' is missing"),
         (lambda result: json.dumps(result | {"schema_version": 9}), "schema_version 9"),
         (lambda result: json.dumps(result | {"arms": []}), "'arms' is of another kind"),
+        (
+            lambda result: json.dumps(result | {"rows": [result["rows"][0] | {"value": "abc"}]}),
+            r"rows\[0\]: 'value' is no number",
+        ),
+        (
+            lambda result: json.dumps(result | {"rows": [result["rows"][0] | {"p95": [1]}]}),
+            r"rows\[0\]: 'p95' is no number",
+        ),
         (lambda result: json.dumps(result | {"rows": [3]}), r"rows\[0\] has no 'arm'"),
         (lambda result: json.dumps({k: v for k, v in result.items() if k != "arms"}), "'arms' is missing"),
         (lambda result: json.dumps(result | {"rows": result["rows"] + result["rows"][:1]}), "two rows for"),
