@@ -92,7 +92,7 @@ def check(experiment: Experiment) -> None:
     for config in cells.model_configs(experiment).values():
         _check_positions(config, experiment)
         for block in config.kinds:
-            MIXERS[block.mixer.kind].select(block.mixer, torch.device(experiment.device))
+            MIXERS[block.mixer.kind].select(block.mixer, config.width, torch.device(experiment.device))
 
 
 def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> None:

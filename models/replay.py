@@ -120,7 +120,7 @@ def _autocast(device: str, precision: str) -> AbstractContextManager:
 def _without_data(config: ModelConfig, device: str) -> Iterator[None]:
     """Tensors made inside have shapes only; so have tables that are kept for later calls, which must not find them."""
     for block in config.kinds:  # tries the kernels, which takes data
-        MIXERS[block.mixer.kind].select(block.mixer, torch.device(device))
+        MIXERS[block.mixer.kind].select(block.mixer, config.width, torch.device(device))
     forget_tables()
     try:
         with kernels_without_data() if device == "cuda" else nullcontext(), FakeTensorMode():

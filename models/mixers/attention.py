@@ -106,7 +106,7 @@ class Attention(Mixer):
         nn.Module.__init__(self)
         config.check(width)
         self.config = config
-        self.backend = self.select(config, device)
+        self.backend = self.select(config, width, device)
         self.attend = ATTENTION.get(self.backend.name, ATTENTION["sdpa"])
         self.ops = load("numba" if self.backend.name == "numba" else "torch")
         self.heads, self.kv_heads, self.head_width = H, K, P = config.sizes(width)
@@ -118,7 +118,7 @@ class Attention(Mixer):
             self.conv_bias = nn.Parameter(torch.empty((H + 2 * K) * P))
 
     @classmethod
-    def select(cls, config: AttentionConfig, device: torch.device) -> Selection:
+    def select(cls, config: AttentionConfig, width: int, device: torch.device) -> Selection:
         """`numba` is torch's kernel over sequences and a compiled step for single tokens; `auto` takes it on a CPU
         and torch's kernel for both on a GPU, which is no fallback there."""
         asked, names = config.backend, (*ATTENTION, "numba", "auto")

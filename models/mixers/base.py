@@ -62,11 +62,11 @@ class Mixer(nn.Module):
         super().__init__()
         config.check(width)
         self.config = config
-        self.backend = self.select(config, device)
+        self.backend = self.select(config, width, device)
         self.ops = load(self.backend.name)
 
     @classmethod
-    def select(cls, config: Any, device: torch.device) -> Selection:
+    def select(cls, config: Any, width: int, device: torch.device) -> Selection:
         """Raises ConfigError (no such form), BackendUnavailableError (not on this machine)."""
         return select(config.backend, device, cls.forms, cls.operation)
 
@@ -107,10 +107,10 @@ def written(ops: ModuleType, y: Tensor, weight: Tensor, onto: Tensor | None = No
     return ops.linear_step(y, weight) if onto is None else ops.residual_step(onto, y, weight)
 
 
-def within_cuda_limits(config: Any, selection: Selection) -> Selection:
-    """The official CUDA kernels do not take every shape (`config.cuda_limit()` says what stands in the way): `auto`
+def within_cuda_limits(config: Any, width: int, selection: Selection) -> Selection:
+    """The official CUDA kernels do not take every shape (`config.cuda_limit` says what stands in the way): `auto`
     then falls back to torch, aloud. Raises BackendUnavailableError where cuda was asked for by name."""
-    problem = config.cuda_limit() if selection.name == "cuda" else None
+    problem = config.cuda_limit(width) if selection.name == "cuda" else None
     if problem is None:
         return selection
     if selection.asked == "cuda":

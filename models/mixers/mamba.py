@@ -54,11 +54,13 @@ class MambaConfig:
     def check(self, width: int) -> None:
         """Fits every width."""
 
-    def cuda_limit(self) -> str | None:
+    def cuda_limit(self, width: int) -> str | None:
         if self.negative_eigenvalues:
             return "the CUDA kernels have no negative_eigenvalues"
         if not 2 <= self.conv_width <= 4:
             return f"the CUDA convolution has 2 to 4 taps, not conv_width = {self.conv_width}"
+        if (E := self.expand * width) % 8:
+            return f"the CUDA convolution has multiples of 8 channels, not {E}"
         return f"the CUDA scan has states up to 256, not {self.state}" if self.state > 256 else None
 
     def sizes(self, width: int) -> tuple[int, int, int]:
@@ -113,8 +115,8 @@ class Mamba(Mixer):
         self.out_proj = nn.Linear(E, D, bias=False)
 
     @classmethod
-    def select(cls, config: MambaConfig, device: torch.device) -> Selection:
-        return within_cuda_limits(config, super().select(config, device))
+    def select(cls, config: MambaConfig, width: int, device: torch.device) -> Selection:
+        return within_cuda_limits(config, width, super().select(config, width, device))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         for linear in (self.in_proj, self.x_proj, self.out_proj):

@@ -68,12 +68,13 @@ class Mamba2Config:
         divides(self, self.expand * width, "the expanded width", "head_width")
         divides(self, self.expand * width // self.head_width, "the number of heads", "groups")
 
-    def cuda_limit(self) -> str | None:
+    def cuda_limit(self, width: int) -> str | None:
         if self.negative_eigenvalues:
             return "the CUDA kernels have no negative_eigenvalues"
         if not 2 <= self.conv_width <= 4:
             return f"the CUDA convolution has 2 to 4 taps, not conv_width = {self.conv_width}"
-        return None
+        _, _, channels = self.sizes(width)
+        return f"the CUDA convolution has multiples of 8 channels, not {channels}" if channels % 8 else None
 
     def sizes(self, width: int) -> tuple[int, int, int]:
         """E, H, and the channels of the convolution: x, B and C."""
@@ -129,8 +130,8 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(E, width, bias=False)
 
     @classmethod
-    def select(cls, config: Mamba2Config, device: torch.device) -> Selection:
-        return within_cuda_limits(config, super().select(config, device))
+    def select(cls, config: Mamba2Config, width: int, device: torch.device) -> Selection:
+        return within_cuda_limits(config, width, super().select(config, width, device))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         config = self.config

@@ -69,7 +69,7 @@ class Mamba3Config:
         divides(self, self.expand * width, "the expanded width", "head_width")
         divides(self, self.expand * width // self.head_width, "the number of heads", "groups")
 
-    def cuda_limit(self) -> str | None:
+    def cuda_limit(self, width: int) -> str | None:
         odd = [size for size in (self.state, self.head_width) if size & (size - 1)]
         if odd:
             return f"Mamba-3's CUDA kernels have states and heads of a power of two, not {odd[0]}"
@@ -137,9 +137,9 @@ class Mamba3(Mixer):
         self.out_proj = nn.Linear(E, width, bias=False)
 
     @classmethod
-    def select(cls, config: Mamba3Config, device: torch.device) -> Selection:
+    def select(cls, config: Mamba3Config, width: int, device: torch.device) -> Selection:
         if config.rank == 1:
-            return within_cuda_limits(config, super().select(config, device))
+            return within_cuda_limits(config, width, super().select(config, width, device))
         if config.backend not in ("auto", "reference"):
             problem = "the MIMO form (rank above 1) has only 'reference'"
             raise BackendUnavailableError(f"backend '{config.backend}' cannot run this mamba3: {problem}")

@@ -40,7 +40,7 @@ def test_what_is_asked_for_is_what_runs(name):
 
 
 def test_what_is_best_without_a_compiled_form_is_no_fallback():
-    assert LSTM.select(LSTMConfig(), torch.device("cuda")) == kernels.Selection("torch", "auto")
+    assert LSTM.select(LSTMConfig(), 16, torch.device("cuda")) == kernels.Selection("torch", "auto")
     assert model(LSTMConfig(backend="reference")).backend == kernels.Selection("reference", "reference")
 
 
@@ -55,13 +55,27 @@ def test_negative_eigenvalues_are_beyond_the_cuda_kernels(kind, monkeypatch):
     monkeypatch.setattr(kernels, "unavailable", lambda *of: None)
     gpu = torch.device("cuda")
     select = MIXERS[kind().kind].select
-    assert select(kind(), gpu) == kernels.Selection("cuda", "auto")
-    chosen = select(kind(negative_eigenvalues=True), gpu)
+    assert select(kind(), 64, gpu) == kernels.Selection("cuda", "auto")
+    chosen = select(kind(negative_eigenvalues=True), 64, gpu)
     assert (chosen.name, chosen.asked) == ("torch", "auto")
     assert "negative_eigenvalues" in chosen.fallback
     with pytest.raises(BackendUnavailableError, match=r"have no negative_eigenvalues; choose 'torch'") as caught:
-        select(kind(negative_eigenvalues=True, backend="cuda"), gpu)
+        select(kind(negative_eigenvalues=True, backend="cuda"), 64, gpu)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("config", "width", "channels"), [
+    (MambaConfig(), 30, 60), (MambaConfig(), 32, None), (MambaConfig(expand=1), 12, 12),
+    (Mamba2Config(head_width=8, state=10), 32, 84), (Mamba2Config(head_width=4, state=2), 18, None),
+    (Mamba2Config(head_width=8, state=10, groups=2), 32, None),
+])  # fmt: skip
+def test_the_cuda_convolution_has_multiples_of_eight_channels(config, width, channels, monkeypatch):
+    """Of Mamba-2 x, B and C together."""
+    monkeypatch.setattr(kernels, "unavailable", lambda *of: None)
+    config.check(width)
+    chosen = MIXERS[config.kind].select(config, width, torch.device("cuda"))
+    said = f"the CUDA convolution has multiples of 8 channels, not {channels}"
+    assert (chosen.name, chosen.fallback) == (("cuda", None) if channels is None else ("torch", said))
 
 
 @pytest.mark.parametrize("name", ["reference", "torch", "numba"])

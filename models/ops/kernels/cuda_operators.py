@@ -77,8 +77,8 @@ def laid_out(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if before is not None:
         before = before[:, :, 1:].transpose(1, 2).contiguous().transpose(1, 2).to(x.dtype)
     if before is not None or not _suits(x):
-        # flattened first: a slice of one token counts as contiguous with the strides of what it was cut from
-        x = x.reshape(-1).view(x.shape)
+        # not `contiguous`: a slice of one token counts as that, with the strides and the offset in what it was cut from
+        x = x.clone(memory_format=torch.contiguous_format)
     return x.transpose(1, 2), before
 
 
