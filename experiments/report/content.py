@@ -70,7 +70,8 @@ def document(record: Record) -> Document:
     result, environment = record.result, record.environment
     facts = [("Run", result["run_id"]), ("Experiment", result["experiment"])]
     facts += [("Profile", result["profile"])] if result["profile"] else []
-    facts += [("Started", _moment(result["created"])), ("Finished", _moment(result["finished"]))]
+    last = "Written, with cells missing" if record.missing else "Finished"
+    facts += [("Started", _moment(result["created"])), (last, _moment(result["finished"]))]
     arms = list(curves.sweep_rates(record)) if record.sweep else record.arms
     facts += [
         ("Arms", ", ".join(arms)),

@@ -54,9 +54,9 @@ def verdict(record: Record) -> Section:
         "one length, and of decode every arm at every length,"
     )  # fmt: skip
     intro = (
-        f"{shared} took turns in short slices, and ratios are formed turn by turn. Between measured lengths the ratio "
-        "of the speeds is taken as straight in the length, as it is where every earlier token adds as much to the time "
-        "of one arm's token and nothing to the other's."
+        f"{shared} took turns in short slices, and ratios are formed turn by turn: they need not be the quotients of "
+        "the medians below. Between measured lengths the ratio of the speeds is taken as straight in the length, as it "
+        "is where every earlier token adds as much to the time of one arm's token and nothing to the other's."
     )
     blocks: list[Block] = []
     # what a GPU's host decided says least: behind the rest
@@ -70,12 +70,13 @@ def verdict(record: Record) -> Section:
         if one.get("host_bound"):  # likewise
             blocks.append(Verdict("open", one["sentence"], "as much of the host as of the GPU", ""))
             continue
+        measured = "measured by noisy timings" if one.get("noisy") else "measured"  # likewise
         if one["kind"] == "growth":
             sure = not one["ci_low"] <= 1 <= one["ci_high"]
-            blocks.append(Verdict("resolved" if sure else "open", one["sentence"], "measured" if sure else UNCLEAR, ""))
+            blocks.append(Verdict("resolved" if sure else "open", one["sentence"], measured if sure else UNCLEAR, ""))
             continue
         sure = one["ci_low"] == one["ci_high"] or None not in (one["ci_low"], one["ci_high"])
-        standing = "measured" if sure else "open at the longest measured length"
+        standing = measured if sure else "open at the longest measured length"
         blocks.append(Verdict("resolved" if sure else "open", one["sentence"], standing, ""))
     if not any(one["kind"] == "crossover" for one in record.findings):
         blocks.append(Text("No two arms were measured at two lengths, so no crossover can be told."))

@@ -149,9 +149,9 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """Per phase, batch, mode and type: from which length on the other arms are faster than the first, and how decode
     grows with the length; then how far the machine moved meanwhile. host_bound: a GPU waited for its host at a length
-    that decides it, so that the host's speed is in it."""
+    that decides it, so that the host's speed is in it; noisy: the timing was, at such a length."""
     measured: dict[tuple, dict[int, dict[str, np.ndarray]]] = {}
-    waited: set[tuple] = set()  # the arms and lengths at which a GPU waited for its host
+    doubts: dict[str, set[tuple]] = {"host_bound": set(), "noisy": set()}  # arms and lengths of which it was true
     operations = {arm: _operations(config) for arm, config in cells.model_configs(experiment).items()}
     for cell in plan(experiment):
         result = run.result(cell)
@@ -160,16 +160,18 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
         batch = None if cell.kind == "step" else cell.batch  # of training, a matter of the context
         key = (cell.kind, batch, cell.mode, cell.dtype)
         measured.setdefault(key, {}).setdefault(cell.context or 0, {})[cell.arm] = speeds_of_turns(result)
-        if result.get("host_bound"):  # absent in older runs
-            waited.add((*key, cell.arm, cell.context or 0))
+        for doubt, where in doubts.items():
+            if result.get(doubt):  # absent in older runs
+                where.add((*key, cell.arm, cell.context or 0))
     first, *others = experiment.arms
     found = []
     for (kind, batch, mode, dtype), by_context in measured.items():
         head = {"phase": kind, "batch": batch, "mode": mode, "dtype": dtype}
         asked = [row for row in rows if (row["phase"], row["mode"], row["dtype"]) == (PHASES[kind], mode, dtype)]
 
-        def waits(*arms: str, at: Iterable[int], of: tuple = (kind, batch, mode, dtype)) -> bool:
-            return any((*of, arm, length) in waited for arm in arms for length in at)
+        def doubted(*arms: str, at: Iterable[int], of: tuple = (kind, batch, mode, dtype)) -> dict[str, bool]:
+            deciding = {(*of, arm, length) for arm in arms for length in at}
+            return {doubt: not deciding.isdisjoint(where) for doubt, where in doubts.items()}
 
         for other in others:
             both = {at: (arms[first], arms[other]) for at, arms in by_context.items() if {first, other} <= arms.keys()}
@@ -184,14 +186,14 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
                 one["operations"] = dict(zip((first, other), times, strict=True))
                 both = {at: (a / times[0], b / times[1]) for at, (a, b) in both.items()}
             crossing = crossover(both)
-            one |= crossing | {"host_bound": waits(first, other, at=deciding(crossing["tokens"], sorted(both)))}
+            one |= crossing | doubted(first, other, at=deciding(crossing["tokens"], sorted(both)))
             found.append(one | {"sentence": _crossing_sentence(one, sorted(both))})
         for arm in experiment.arms if kind == "decode" else ():
             speeds = {at: arms[arm] for at, arms in by_context.items() if arm in arms}
             if len(speeds) > 1:
                 one = head | {"kind": "growth", "arm": arm} | comparability([r for r in asked if r["arm"] == arm])
                 grown = growth(speeds)
-                one |= grown | {"host_bound": waits(arm, at=(grown["from"], grown["to"]))}
+                one |= grown | doubted(arm, at=(grown["from"], grown["to"]))
                 found.append(one | {"sentence": _growth_sentence(one)})
     return found + _drift(rows, experiment)
 
@@ -303,7 +305,7 @@ def _growth_sentence(one: dict[str, Any]) -> str:
     return (
         f"{one['arm']} decodes a token{batch}, {one['mode']}, in {one['dtype']}, after {one['to']:,} tokens in "
         f"{ratio} times (95% interval {low} to {high}) what it takes after {one['from']:,}{unclear}; at its slowest "
-        f"length it takes {widest} times what it takes at its fastest.{_waiting(one)}"
+        f"length it takes {widest} times what it takes at its fastest.{_doubts(one)}"
     )
 
 
@@ -326,11 +328,12 @@ def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
         where = f", at every length from {contexts[0]:,} to {contexts[-1]:,} tokens"
     else:
         where = f", from about {one['tokens']:,.0f} tokens on"
-    return f"{what}{where}{spread}.{_waiting(one)}"
+    return f"{what}{where}{spread}.{_doubts(one)}"
 
 
-def _waiting(one: dict[str, Any]) -> str:
-    return " At a length that decides this the GPU waited for its host." if one["host_bound"] else ""
+def _doubts(one: dict[str, Any]) -> str:
+    waiting = " At a length that decides this the GPU waited for its host." if one["host_bound"] else ""
+    return waiting + (" At a length that decides this the timing was noisy." if one["noisy"] else "")
 
 
 def _length(value: float | None, contexts: list[int]) -> str:

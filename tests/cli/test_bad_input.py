@@ -134,7 +134,7 @@ def test_unusable_corpus(in_process: InProcess, tmp_path: Path, content: bytes |
     [
         (["corpus=text"], "data.path is empty; corpus 'text' needs a file, a folder or a glob there"),
         (["corpus=txt"], "data.corpus: unknown corpus 'txt': did you mean 'text'?"),
-        (["corpus=text", "path=nowhere.txt"], "data.path: no such file or folder: nowhere.txt"),
+        (["corpus=text", "path=nowhere.txt"], f"data.path: no such file or folder in {os.getcwd()}: nowhere.txt"),
         (["corpus=text", "path=no*where"], "data.path: no file matches no*where"),
         (["path=a.txt"], "data.path = 'a.txt' means nothing to corpus 'stdlib'; set data.corpus = text"),
         (["tokenizer=nowhere.json"], "data.tokenizer: no such file: nowhere.json"),

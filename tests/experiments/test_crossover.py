@@ -42,7 +42,7 @@ def test_faster_or_slower_everywhere():
     # ahead at first only: not faster from any length on
     assert crossover(speeds(one, {64: 20.0, 128: 9.0}))["tokens"] is None
     told = {"arm": "b", "against": "a", "phase": "decode", "mode": "eager", "dtype": "float32", "batch": 1}
-    told |= {"comparable": True, "host_bound": False}
+    told |= {"comparable": True, "host_bound": False, "noisy": False}
     sentence = _crossing_sentence(told | crossover(speeds(one, {64: 20.0, 128: 9.0})), [64, 128])  # faster at 64
     assert sentence.startswith("From none of the lengths on ")
     assert sentence.endswith(", in float32: not at 128 tokens, the longest.")
@@ -87,7 +87,15 @@ def test_growth_is_of_the_time_from_the_shortest_to_the_longest():
     noise = np.exp(0.1 * np.random.default_rng(5).standard_normal((2, 15)))
     spread = growth({64: 100 * noise[0], 128: 50 * noise[1]})
     assert 1.7 < spread["ci_low"] < spread["ratio"] < spread["ci_high"] < 2.3
-    told = {"arm": "b", "mode": "eager", "dtype": "float32", "batch": 1, "comparable": True, "host_bound": False}
+    told = {
+        "arm": "b",
+        "mode": "eager",
+        "dtype": "float32",
+        "batch": 1,
+        "comparable": True,
+        "host_bound": False,
+        "noisy": False,
+    }
     assert "not resolved" not in _growth_sentence(told | spread)
     unclear = growth({64: 100 * noise[0], 128: 100 * noise[1]})
     assert unclear["ci_low"] < 1 < unclear["ci_high"]

@@ -23,11 +23,21 @@ def keep_choices() -> None:
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 
+def _autotuner() -> Any:
+    """The class of Triton's kernels that have a choice; None where there is no Triton, and so no choice."""
+    try:
+        from triton.runtime.autotuner import Autotuner  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return Autotuner
+
+
 def compile_side_by_side() -> None:
     """From here on, compile the configurations of a kernel on all cores before the first of them is timed, instead of
-    each by itself between two timings. Needs Triton."""
-    from triton.runtime.autotuner import Autotuner  # pyright: ignore[reportMissingImports]
-
+    each by itself between two timings."""
+    Autotuner = _autotuner()
+    if Autotuner is None:
+        return
     timing = Autotuner._bench
 
     @wraps(timing)
@@ -54,12 +64,8 @@ def _compile_all(autotuner: Any, *args: Any, **kwargs: Any) -> None:
 @contextmanager
 def untimed(device: torch.device | str) -> Iterator[None]:
     """Where Triton kernels take their smallest configuration, and no choice is made or kept: for what is not timed."""
-    if torch.device(device).type != "cuda":
-        yield
-        return
-    try:
-        from triton.runtime.autotuner import Autotuner  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    Autotuner = _autotuner() if torch.device(device).type == "cuda" else None
+    if Autotuner is None:
         yield
         return
     choosing = Autotuner.run

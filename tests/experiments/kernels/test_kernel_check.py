@@ -402,7 +402,9 @@ def test_a_run_on_a_gpu_records_the_check(gpu, monkeypatch, tmp_path: Path):
     for device, expected in (("cuda", PASS["rows"]), ("cpu", None)):
         experiment = smoke.model_copy(update={"device": device})
         events: list[runner.Event] = []
-        run = runner._create(experiment, dataset, tmp_path / device, "lab run", events.append, tmp_path / "cache")
+        found = runner._made_ready(experiment, dataset, events.append, tmp_path / "cache")
+        run = runner._new_directory(experiment, dataset, tmp_path / device)
+        runner._begin(run, experiment, dataset, "lab run", found)
         recorded = run.environment()["kernels"]
         assert (recorded and recorded["rows"]) == expected
         assert any("checking the kernels" in event.message for event in events) is (device == "cuda")
