@@ -98,9 +98,8 @@ class Record:
 
     @cached_property
     def seeds(self) -> list[int]:
-        found = {row.seed for row in self.rows if row.seed is not None}
-        found.update(seed for by_seed in self.curves.values() for seed in by_seed)
-        return sorted(found)
+        """Those of which something was finished; others may have curves."""
+        return sorted({row.seed for row in self.rows if row.seed is not None})
 
     @property
     def study(self) -> str:

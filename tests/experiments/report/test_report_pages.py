@@ -730,3 +730,14 @@ def test_plain_text_needs_no_matplotlib(runs: Runs) -> None:
         [sys.executable, "-c", code, str(runs("one-seed"))], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_seed_of_which_nothing_is_finished_is_not_counted(make_run: Callable[..., Path]) -> None:
+    run = make_run(seeds=(0, 1), measured=False)
+    shutil.copytree(run / "cells" / "mamba" / "seed1", run / "cells" / "mamba" / "seed2")
+    (run / "cells" / "mamba" / "seed2" / "evaluation.json").unlink()
+    record = read(run)
+    assert list(record.curves["mamba"]) == [0, 1, 2]
+    assert record.seeds == [0, 1]
+    assert "Seeds: 0, 1\n" in render(run, "table")
+    assert ", and 2 seeds. It says nothing" in " ".join(render(run, "table").split())
