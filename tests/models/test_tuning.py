@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
+import gc
 import json
 import os
 import sys
 import threading
+import weakref
 
 import torch
 import triton
@@ -70,29 +72,38 @@ x = torch.ones(8)
 double[1,](x, 8)
 again = len(happened)
 double[1,](x, 8)
-print(json.dumps([happened[:again], happened[again:], double.best_config.kwargs]))
+longer = len(happened)
+double[1,](x, 16)
+calls = happened[:again], happened[again:longer], happened[longer:]
+held = weakref.ref(x)
+del x
+gc.collect()
+assert held() is None, "what a kernel was given is kept"
+print(json.dumps([*calls, double.best_config.kwargs]))
 """
 
 
 @pytest.mark.oracle
 def test_every_configuration_is_compiled_before_the_first_is_timed(tmp_path):
-    first, second, best = chosen(tmp_path, "ahead")
-    assert sorted(first[:3]) == [["compiled", 16], ["compiled", 32], ["compiled", 64]]
-    assert first[3:] == [["launched", 16], ["launched", 32], ["launched", 64], ["launched", 64]]
+    first, second, longer, best = chosen(tmp_path, "ahead")
+    for call in (first, longer):
+        assert sorted(call[:3]) == [["compiled", 16], ["compiled", 32], ["compiled", 64]]
+        assert call[3:] == [["launched", 16], ["launched", 32], ["launched", 64], ["launched", 64]]
     assert second == [["launched", 64]]
     assert best == {"size": 64}
 
 
 @pytest.mark.oracle
 def test_the_choice_is_that_of_compiling_one_at_a_time(tmp_path):
-    first, second, best = chosen(tmp_path, "in turn")
-    assert first[:3] == [["compiled", 16], ["launched", 16], ["compiled", 32]]
+    first, second, longer, best = chosen(tmp_path, "in turn")
+    for call in (first, longer):
+        assert call[:3] == [["compiled", 16], ["launched", 16], ["compiled", 32]]
     assert (second, best) == ([["launched", 64]], {"size": 64})
 
 
 def chosen(folder: Path, how: str) -> list:
     """What happened in the first call of a kernel with four configurations, the last of which does not compile, in the
-    second, and the configuration that was taken."""
+    second, in one of another length, and the configuration that was taken."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: pip install triton")
     script = folder / "choose.py"  # Triton reads a kernel's source from its file

@@ -42,9 +42,9 @@ def compile_side_by_side() -> None:
 
     @wraps(timing)
     def compiled_first(autotuner: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
-        # each call of a kernel has a dictionary of its own of what it is given
-        if getattr(autotuner, "compiled_for", None) is not autotuner.nargs:
-            autotuner.compiled_for = autotuner.nargs
+        chosen = len(autotuner.cache)  # so far: one more when all configurations are timed
+        if getattr(autotuner, "compiled_after", None) != chosen:
+            autotuner.compiled_after = chosen
             _compile_all(autotuner, *args, **kwargs)
         return timing(autotuner, *args, config=config, **kwargs)
 
