@@ -19,7 +19,7 @@ def nearest(name: str, known: Iterable[str], rest: str = "") -> str:
     """A hint for a misspelt `name`: the nearest known name, or where none is near what there is, a few of many. rest:
     where the others are found."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     listed = ", ".join(known[:LISTED])
     if len(known) > LISTED:
         listed += f" and {len(known) - LISTED} more" + (f" ({rest})" if rest else "")
