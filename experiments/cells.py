@@ -50,8 +50,6 @@ from models.language_model import LanguageModel
 from models.ops.kernels.tuning import untimed
 
 Send = Callable[[Any], None]
-GATE_TOKENS = 24
-GPU_GATE_TOKENS = 272  # more than a chunk of any kernel but the selective scan's
 WARM_UP_STEPS = 5  # left out of the reported step time
 
 
@@ -173,8 +171,9 @@ def train_cell(
 
     assert arm.learning_rate is not None  # the specification sees to it
     model = first_model(arm, config, seed, device)
+    tokens = _text(dataset_folder, 2, gates.length(config, device.type) + 1).to(device)
     with untimed(device):
-        passed = gates.check(model, batches.at(0)[0][:2, :GATE_TOKENS].to(device), untrained=arm.start == "scratch")
+        passed = gates.check(model, tokens[:, :-1], untrained=arm.start == "scratch")
     del model
     memory = measure_training(lambda: first_model(arm, config, seed, device), batches, settings, objective, device)
     step_ms, stream = [], StreamHash()
@@ -207,7 +206,7 @@ def train_cell(
 
     splits = {split: quality(model, split).to_dict() for split in evaluation.splits}
     first = first_model(arm, config, seed, device)
-    passed += _gradient_gates(first, batches, settings.precision)
+    passed += _gradient_gates(first, tokens[:1], settings.precision)
     initial = {"expected_loss": math.log(config.vocabulary), "test_bits_per_byte": None, "loss": None}
     if "test" in evaluation.splits:
         before = quality(first, "test")
@@ -238,15 +237,13 @@ def train_cell(
     return result
 
 
-def _gradient_gates(model: LanguageModel, batches: Batches, precision: str) -> list[gates.Gate]:
-    """In float32 and in the precision of training, on as much of the first batch as the reference's backward pass keeps
-    in memory. What did not train has no choice of Triton's, and these few tokens are to make none."""
-    rows, length = (1, GPU_GATE_TOKENS) if model.device.type == "cuda" else (2, GATE_TOKENS)
-    inputs, targets = (tokens[:rows, :length].to(model.device) for tokens in batches.at(0))
+def _gradient_gates(model: LanguageModel, tokens: torch.Tensor, precision: str) -> list[gates.Gate]:
+    """In float32 and in the precision of training. What did not train has no choice of Triton's, and these few tokens
+    are to make none."""
     found = []
     for one in dict.fromkeys(("float32", precision)):
         with nullcontext() if one == precision else untimed(model.device):
-            found.append(gates.check_gradients(model, inputs, targets, one))
+            found.append(gates.check_gradients(model, tokens[:, :-1], tokens[:, 1:], one))
     return found
 
 
@@ -309,10 +306,10 @@ def build_cell(
     device = prepare_process(experiment)
     dataset = Dataset.load(dataset_folder)
     model = first_model(arm, model_config(arm, dataset.vocabulary), seed, device)
-    tokens = _text(dataset_folder, 2, GATE_TOKENS + 1).to(device)
+    tokens = _text(dataset_folder, 2, gates.length(model.config, device.type) + 1).to(device)
     with untimed(device):
         passed = gates.check(model, tokens[:, :-1], untrained=arm.start == "scratch")
-        passed.append(gates.check_gradients(model, tokens[:, :-1], tokens[:, 1:], "float32"))
+        passed.append(gates.check_gradients(model, tokens[:1, :-1], tokens[:1, 1:], "float32"))
     checkpoint.save(model.cast(DTYPES[dtype]), folder / "checkpoint")
     return {"gates": [gate.to_dict() for gate in passed], "backend": asdict(model.backend)}
 

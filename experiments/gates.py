@@ -1,11 +1,12 @@
 """What must hold before a number may be believed: a failed gate blocks the numbers it would have tainted.
 
-Run on the untrained model of a cell, on tokens of the corpus, outside of everything that is timed.
+Run on the model of a cell as it starts, on tokens of the corpus, outside of everything that is timed.
 """
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +15,13 @@ from torch import Tensor
 
 from experiments.kernels.check import TOLERANCES, tolerance
 from experiments.training import autocast, token_loss
+from models.config import ModelConfig
 from models.language_model import LanguageModel
 
+TOKENS = {"cpu": 150, "cuda": 272}  # past two chunks of any form of a CPU, past one of any kernel but the scan's
+LONGEST = 600  # for the sake of the reference's loops
+FEW = 24
+STIR = 0.1  # standard deviation
 LOSS_TOLERANCE = 0.02  # of ln V
 ROUNDING = 1e-5  # absolute, of the same logits
 LOGIT_DEVIATION = 0.25  # standard deviation of the first logits
@@ -51,29 +57,58 @@ def logit_tolerance(operations: Iterable[tuple[str, str]]) -> float:
     return max(LOGIT_TOLERANCE, LOGIT_DEVIATION * math.hypot(*narrow))
 
 
+def length(config: ModelConfig, device_type: str) -> int:
+    """How many tokens a model is checked on: past the chunks of its forms and past its windows, whose borders are where
+    a state, or a ring of keys, goes wrong. Few of one with experts: of more tokens some would be sent elsewhere for
+    less than rounding."""
+    if _has_experts(config):
+        return FEW
+    windows = [getattr(block.mixer, "window", None) or 0 for block in config.kinds]
+    past = max(TOKENS[device_type], min(max(windows) + FEW, LONGEST))
+    return min(past, config.positions or past)
+
+
 @torch.no_grad()
 def check(model: LanguageModel, tokens: Tensor, untrained: bool = True) -> list[Gate]:
-    """tokens (B, T), T >= 8, from the training split. A model that starts from given weights is not `untrained`, and
-    its first loss may be anything."""
+    """tokens (B, T), T >= 8. A model that starts from given weights is not `untrained`, and its first loss may be
+    anything. One that is has weights under which a bias that was left out or a wrong channel does not tell: they are
+    stirred, but for the loss."""
     model.eval()
-    logits = model(tokens)
     limit = logit_tolerance((block.mixer.backend.name, block.mixer.operation) for block in model.blocks)
-    gates = [Gate("fast form = reference", _reference_difference(model, tokens, logits), limit)]
-    if untrained:
-        gates.append(Gate("initial loss near ln(vocabulary)", _prejudice(tokens, logits), LOSS_TOLERANCE))
-    # how many tokens share an expert decides how its products are summed: another last token rounds others otherwise
-    leak = ROUNDING if _has_experts(model) else 0.0
-    if model.config.causal:  # a model that looks ahead cannot decode either
-        gates += [
-            Gate("causality", _leak(model, tokens, logits), leak),
-            Gate("forward = prefill + steps", _split_difference(model, tokens, logits), limit),
-        ]
+    prejudice = _prejudice(tokens, model(tokens)) if untrained else None
+    with _stirred(model) if untrained else nullcontext():
+        logits = model(tokens)
+        gates = [Gate("fast form = reference", _reference_difference(model, tokens, logits), limit)]
+        if prejudice is not None:
+            gates.append(Gate("initial loss near ln(vocabulary)", prejudice, LOSS_TOLERANCE))
+        # how many tokens share an expert decides how its products are summed: another last token rounds others
+        leak = ROUNDING if _has_experts(model.config) else 0.0
+        if model.config.causal:  # a model that looks ahead cannot decode either
+            gates += [
+                Gate("causality", _leak(model, tokens, logits), leak),
+                Gate("forward = prefill + steps", _split_difference(model, tokens, logits), limit),
+            ]
     model.train()
     return gates
 
 
-def _has_experts(model: LanguageModel) -> bool:
-    return any(block.feedforward is not None and block.feedforward.kind == "moe" for block in model.config.kinds)
+def _has_experts(config: ModelConfig) -> bool:
+    return any(block.feedforward is not None and block.feedforward.kind == "moe" for block in config.kinds)
+
+
+@contextmanager
+def _stirred(model: LanguageModel) -> Iterator[None]:
+    """What starts alike in all channels, heads or layers (vectors, and matrices of equal rows) differs inside."""
+    generator = torch.Generator().manual_seed(0)
+    alike = [weight for weight in model.parameters() if weight.ndim < 2 or bool((weight == weight[:1]).all())]
+    before = [weight.clone() for weight in alike]
+    for weight in alike:
+        weight += (STIR * torch.randn(weight.shape, generator=generator)).to(weight)
+    try:
+        yield
+    finally:
+        for weight, old in zip(alike, before, strict=True):
+            weight.copy_(old)
 
 
 def _prejudice(tokens: Tensor, logits: Tensor) -> float:
@@ -136,7 +171,7 @@ def check_gradients(model: LanguageModel, inputs: Tensor, targets: Tensor, preci
     (B, T). After training, on weights that it has not touched: so kernels that choose among configurations run in those
     that trained."""
     operations = [(block.mixer.backend.name, block.mixer.operation) for block in model.blocks]
-    limit = gradient_tolerance(operations, precision, _has_experts(model))
+    limit = gradient_tolerance(operations, precision, _has_experts(model.config))
     found = _gradients(model.eval(), inputs, targets, precision)
     expected = _gradients(_reference(model), inputs, targets, "float32")
     floor = GRADIENT_FLOOR * torch.stack([gradient.norm() for gradient in expected.values()]).norm()

@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from experiments import cells, gates
-from experiments.data.batches import Batches
 from experiments.gates import Gate, check, check_gradients
 from models.language_model import LanguageModel
 from models.ops.kernels import load
@@ -97,6 +95,60 @@ class LeakingMore(LanguageModel):
 
 def test_a_leak_beyond_the_rounding_of_experts() -> None:
     assert "causality" in failed(LeakingMore(preset("moe-tiny"), seed=0))
+
+
+class WithoutBiases(LanguageModel):
+    """In steps."""
+
+    def step(self, token, state):
+        biases = [weight for name, weight in self.named_parameters() if name.endswith("bias")]
+        held = [bias.clone() for bias in biases]
+        torch._foreach_zero_(biases)
+        found = super().step(token, state)
+        torch._foreach_copy_(biases, held)
+        return found
+
+
+@pytest.mark.parametrize("name", ["gpt1-tiny", "mamba2-tiny"])
+def test_what_starts_at_zero_is_not_left_out(name: str) -> None:
+    """Of the model as it starts, all biases of gpt1 are 0."""
+    assert failed(WithoutBiases(preset(name), seed=0)) == ["forward = prefill + steps"]
+
+
+@pytest.mark.parametrize("name", [*TINY, "gpt1"])
+def test_the_weights_are_what_they_were(name: str) -> None:
+    model, other = sound(name), sound(name)
+    failed(model)
+    for weight, before in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, before)
+
+
+def test_a_state_forgotten_between_chunks() -> None:
+    """Which shows past the first 64 tokens only."""
+    model = sound("mamba2-tiny")
+    whole = load("numba").ssd
+
+    def forgetting(x, dt, A, B, C, D, dt_bias, state, negative):
+        parts = zip(*(m.split(64, 1) for m in (x, dt, B, C)), strict=True)
+        each = [whole(x, dt, A, B, C, D, dt_bias, None, negative) for x, dt, B, C in parts]
+        return torch.cat([y for y, _ in each], 1), each[-1][1]
+
+    for block in model.blocks:
+        block.mixer.ops = SimpleNamespace(**vars(block.mixer.ops) | {"ssd": forgetting})
+    length = gates.length(model.config, "cpu")
+    tokens = torch.randint(0, 512, (2, length), generator=torch.Generator().manual_seed(1))
+    assert "fast form = reference" in [gate.name for gate in check(model, tokens) if not gate.passed]
+    assert "fast form = reference" not in [gate.name for gate in check(model, tokens[:, :24]) if not gate.passed]
+
+
+@pytest.mark.parametrize(("name", "overrides", "cpu", "cuda"), [
+    ("mamba2-tiny", {}, 150, 272), ("sliding-tiny", {}, 150, 272), ("sliding-30m", {}, 280, 280),
+    ("sliding-tiny", {"mixer.window": 5000}, 600, 600), ("gpt1-tiny", {"positions": 100}, 100, 100),
+    ("moe-tiny", {}, 24, 24),
+])  # fmt: skip
+def test_how_many_tokens_a_model_is_checked_on(name: str, overrides: dict, cpu: int, cuda: int) -> None:
+    config = preset(name).with_overrides(overrides)
+    assert (gates.length(config, "cpu"), gates.length(config, "cuda")) == (cpu, cuda)
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
@@ -218,10 +270,10 @@ def test_only_the_precision_of_training_takes_the_configurations_that_trained(mo
 
     monkeypatch.setattr(cells, "untimed", recorded)
     monkeypatch.setattr(gates, "check_gradients", check_gradients)
-    batches, model = Batches(np.arange(400) % 512, context=40, batch=3, seed=0), sound("mamba-tiny")
-    cells._gradient_gates(model, batches, "bfloat16")
-    cells._gradient_gates(model, batches, "float32")
-    assert seen == [("float32", True, (2, 24)), ("bfloat16", False, (2, 24)), ("float32", False, (2, 24))]
+    model = sound("mamba-tiny")
+    cells._gradient_gates(model, TOKENS, "bfloat16")
+    cells._gradient_gates(model, TOKENS, "float32")
+    assert seen == [("float32", True, (2, 23)), ("bfloat16", False, (2, 23)), ("float32", False, (2, 23))]
 
 
 def test_nan_fails() -> None:
