@@ -378,12 +378,16 @@ def _run_cells(
 
 def _record(directory: RunDirectory, cell: Cell, outcome: Any, listener: Listener, ended: int, total: int) -> None:
     """outcome: a cell's result, or the CellFailedError that it ended with."""
+    if not isinstance(outcome, CellFailedError):
+        try:
+            directory.finish(cell, outcome)
+        except ValueError as error:  # JSON has no infinity
+            outcome = CellFailedError(f"its result holds a number that is not finite ({error})")
     if isinstance(outcome, CellFailedError):
         directory.fail(cell, str(outcome), outcome.detail)
         directory.event("failure", str(outcome), cell.name)
         listener(Event("failure", str(outcome), cell.name))
     else:
-        directory.finish(cell, outcome)
         directory.event("progress", "finished", cell.name)
         listener(Event("finish", cell=cell.name, done=ended, total=total))
 

@@ -81,6 +81,11 @@ def outgrows(config: ModelConfig, size: int, element_size: int, batch: int = 1) 
     return high
 
 
+def grows(config: ModelConfig) -> bool:
+    """Whether its state grows without end: a window is full one day."""
+    return state_bytes(config, 1, LONGEST, 2) > state_bytes(config, 1, LONGEST // 2, 2)
+
+
 def decode_bytes(config: ModelConfig, batch: int, context: int, element_size: int) -> float:
     """Bytes that one decode step of `batch` sequences has to read: the weights that it touches, and the state that
     holds `context` tokens. What is written is left out."""

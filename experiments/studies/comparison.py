@@ -1,7 +1,8 @@
 """The comparison: arms are trained and evaluated, paired by seed, and the trained models measured."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments import cells
@@ -290,8 +291,8 @@ def _by_shapes(rows: list[dict], one: Question) -> float | None:
 
 
 def _against_shapes(v: dict) -> str:
-    """Said where a measured difference lies on the other side than that of what is stored, so on what comes with it."""
-    if v["by_shapes"] is None or not v["comparable"] or (v["by_shapes"] - 1) * (v["estimate"] - 1) >= 0:
+    """Said where a resolved difference lies on the other side than that of what is stored, so on what comes with it."""
+    if v["by_shapes"] is None or not v["resolved"] or (v["by_shapes"] - 1) * (v["estimate"] - 1) >= 0:
         return ""
     return f" By shapes alone it is {number(v['by_shapes'])} times: what differs lies beside the weights."
 
@@ -325,16 +326,37 @@ def by_seed(
     }  # fmt: skip
 
 
+def paired_means(rows: list[dict], arms: Iterable[str], phase: str, metric: str) -> dict[str, float]:
+    """Over the seeds that all of these arms have; of those arms that have a comparable value at all."""
+    found = {
+        arm: {
+            seed: one["value"] for seed, one in by_seed(rows, arm, phase, metric).items()
+            if one["value"] is not None and one["comparable"]
+        }
+        for arm in arms
+    }  # fmt: skip
+    found = {arm: values for arm, values in found.items() if values}
+    seeds = set.intersection(*map(set, found.values())) if found else set()
+    return {arm: fmean(values[seed] for seed in seeds) for arm, values in found.items()} if seeds else {}
+
+
 def unresolved(verdict: dict) -> str:
     """How it stands with a comparison over several seeds that is open: its own interval may leave out equality."""
     tried = verdict["p"] is not None and verdict["p"] < RESOLVED
     return f"not resolved after correcting for {verdict['tested']} comparisons" if tried else "not resolved"
 
 
+def identical(verdict: dict) -> bool:
+    """Not a difference that is open, but none, over several seeds."""
+    return verdict["n"] > 1 and verdict["estimate"] == verdict["ci_low"] == verdict["ci_high"] == 0
+
+
 def predicts(verdict: dict) -> str:
     """A difference within a sentence, e.g. "mamba predicts better, by 0.210 bits per byte (0.200 to 0.220)"."""
     if not verdict["comparable"]:
         return f"their bits per byte do not compare ({verdict['reason']})"
+    if identical(verdict):
+        return "their bits per byte are the same at every seed"
     ends = [abs(verdict["estimate"]), *sorted(abs(verdict[end] or 0) for end in ("ci_low", "ci_high"))]
     if verdict["resolved"]:
         size, low, high = (f"{end:.3f}" for end in ends)

@@ -5,7 +5,7 @@ Arms are trained, evaluated and measured as in a comparison. Their order in the 
 from itertools import pairwise
 from typing import Any
 
-from experiments.report.numbers import number, size
+from experiments.report.numbers import listed, number, size
 from experiments.spec import Experiment
 from experiments.store import RunDirectory
 from experiments.studies import comparison
@@ -37,9 +37,10 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     for a, b in pairwise(arms):
         one = _step(rows, experiment, a, b, {key[2:]: verdict for key, verdict in told.items() if key[:2] == (a, b)})
         found += [one] if one else []
-    means = {arm: value for arm in arms if (value := _mean(rows, arm, "quality", "test_bits_per_byte")) is not None}
-    if len(found) > 1 and len(means) == len(arms):
-        found.append(_overall(found, told[arms[0], arms[-1], "quality", "test_bits_per_byte"], means))
+    means = comparison.paired_means(rows, arms, "quality", "test_bits_per_byte")
+    whole = told.get((arms[0], arms[-1], "quality", "test_bits_per_byte"))
+    if len(found) > 1 and len(found) == len(arms) - 1 and means and whole:
+        found.append(_overall(found, whole, means, [arm for arm in arms if arm not in means]))
     return found
 
 
@@ -48,7 +49,8 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
     quality = told.get(("quality", "test_bits_per_byte"))
     if quality is None:
         return None
-    figures: dict[str, Any] = {"bits_per_byte": quality["estimate"], "resolved": quality["resolved"]}
+    figures: dict[str, Any] = {key: quality[key] for key in ("resolved", "comparable")}
+    figures["bits_per_byte"] = quality["estimate"]
     parts = [comparison.predicts(quality)]
     for phase, word in (("train", "trains"), ("decode", "decodes")):
         one = told.get((phase, "tokens_per_s"))
@@ -66,14 +68,18 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
     return {"kind": "step", "arm": b, "against": a, **figures, "sentence": f"{a} → {b}: {'; '.join(parts)}."}
 
 
-def _overall(found: list[dict], whole: dict, means: dict[str, float]) -> dict:
+def _overall(found: list[dict], whole: dict, means: dict[str, float], left_out: list[str]) -> dict:
+    """means: of the arms whose bits per byte compare; left_out: the others."""
+    blocked = [one for one in found if not one["comparable"]]
     lower = [one for one in found if one["resolved"] and one["bits_per_byte"] < 0]
     higher = [one for one in found if one["resolved"] and one["bits_per_byte"] > 0]
     best = min(means, key=lambda arm: means[arm])
     text = (
         f"Of {len(found)} steps {len(lower)} lowered bits per byte, {len(higher)} raised them and "
-        f"{len(found) - len(lower) - len(higher)} are not resolved. From {whole['a']} to {whole['b']}: "
+        f"{len(found) - len(lower) - len(higher) - len(blocked)} are not resolved"
+        f"{f'; {len(blocked)} do not compare' if blocked else ''}. From {whole['a']} to {whole['b']}: "
         f"{comparison.predicts(whole)}. The lowest mean is that of {best}, {number(means[best], 3)} bits per byte"
+        f"{f' (not counted: {listed(left_out)})' if left_out else ''}"
     )
     sizable = max(lower, key=lambda one: -one["bits_per_byte"], default=None)
     if sizable:

@@ -185,7 +185,8 @@ def _collapse(rows: list[dict], arm: str, judging: str) -> list[tuple[dict, Comp
     elif all(below):
         outcome = "below"
         told += (
-            f": below it {_at(below)}, if not by half at each. {arm} has begun to read the next token off its input."
+            f": below it {_at(below)}, if not by half at each. So looks an arm that begins to read the next token off "
+            f"its input, and by chance one that does not."
         )
     else:
         outcome, told = "not below", f"{told}: below it {_at(below)}. This run shows no collapse."

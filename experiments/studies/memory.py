@@ -90,7 +90,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     }  # fmt: skip
     found = [one for arm in configs if (one := _loading_against_inference(arm, table, rows, experiment))]
     element = DTYPES[experiment.memory.dtype].itemsize
-    growing = {name for name, config in configs.items() if config.causal and _grows(config)}
+    growing = {name for name, config in configs.items() if config.causal and cost.grows(config)}
     for arm in (name for name in configs if name in growing):
         config = configs[arm]
         for other in configs:
@@ -107,11 +107,6 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
             found.append({"kind": "cache-outweighs-weights", "arm": arm, "batch": batch, "tokens": at,
                           "sentence": text})  # fmt: skip
     return found
-
-
-def _grows(config: ModelConfig) -> bool:
-    """Without end: a window is full one day."""
-    return cost.state_bytes(config, 1, cost.LONGEST, 2) > cost.state_bytes(config, 1, cost.LONGEST // 2, 2)
 
 
 def _loading_against_inference(

@@ -14,6 +14,7 @@ from experiments.spec import Experiment
 from experiments.statistics import Comparison, mean_interval, paired_difference
 from experiments.store import Cell, RunDirectory
 from experiments.studies import comparison
+from models import cost
 from models.config import ModelConfig
 from models.mixers.attention import AttentionConfig
 
@@ -163,6 +164,8 @@ def _difference(one: dict) -> str:
         return f"the losses do not compare ({one['reason']})"
     if one["n"] < 2:
         return f"the loss differs by {one['estimate']:+.3f} nats/token (one seed, not resolved)"
+    if comparison.identical(one):
+        return "the losses are the same at every seed"
     open_ = "" if one["resolved"] else f", {comparison.unresolved(one)}"
     return (
         f"the loss differs by {one['estimate']:+.3f} nats/token ({one['ci_low']:+.3f} to {one['ci_high']:+.3f}{open_})"
@@ -182,8 +185,8 @@ def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str,
         f", the same from {same:,} tokens on"
         if same < longest
         else ", and still grows there"
-        if len(contexts) > 1
-        else ""
+        if cost.grows(cells.model_configs(experiment)[arm])
+        else ", and grows no further"
     )
     text = f"{arm} after {longest:,} tokens: {size(here)} of cache a sequence{grows}, where {base} keeps {size(there)}"
     speeds = {
@@ -204,7 +207,9 @@ def _overall(base: str, after: dict[str, dict]) -> dict:
     """Which windows lose, once they are full."""
     lost = [arm for arm, one in after.items() if one["resolved"] and one["estimate"] > 0]
     won = [arm for arm, one in after.items() if one["resolved"] and one["estimate"] < 0]
-    groups = {"worse than": lost, "better than": won, "not resolved against": [a for a in after if a not in lost + won]}
+    blocked = [arm for arm, one in after.items() if not one["comparable"]]
+    open_ = [arm for arm in after if arm not in lost + won + blocked]
+    groups = {"worse than": lost, "better than": won, "not resolved against": open_, "not comparable with": blocked}
     told = [f"{', '.join(arms)}: {what} {base}" for what, arms in groups.items() if arms]
     sentence = f"Loss at the positions after the window is full. {'; '.join(told)}."
     return {"kind": "overall", "against": base, "worse": lost, "better": won, "sentence": sentence}

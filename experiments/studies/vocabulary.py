@@ -5,7 +5,7 @@ it on average, so each size has a context of its own; sequences begin at the sam
 and every size has the same number of updates. What differs is how much computation the same text takes.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -146,7 +146,13 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     ))  # fmt: skip
     found += [
         _best(
-            arm, by_size(arm, "quality", "test_bits_per_byte"), by_size(arm, "text", "unigram_bits_per_byte"), decided
+            arm,
+            experiment.vocabulary.sizes,
+            comparison.paired_means(
+                rows, [f"{arm}-v{size}" for size in experiment.vocabulary.sizes], "quality", "test_bits_per_byte"
+            ),
+            by_size(arm, "text", "unigram_bits_per_byte"),
+            decided,
         )
         for arm in arms
     ]
@@ -204,10 +210,14 @@ def _text(seen: list[float], steps: int) -> dict | None:
     return {"kind": "text-seen", "arm": None, "low": low, "high": high, "sentence": sentence}
 
 
-def _best(arm: str, values: dict[int, float], unigram: dict[int, float], decided: dict) -> dict | None:
+def _best(
+    arm: str, sizes: Sequence[int], means: dict[str, float], unigram: dict[int, float], decided: dict
+) -> dict | None:
+    """means: of the sizes whose bits per byte compare. The others are not counted, and said to be left out."""
+    values = {size: means[f"{arm}-v{size}"] for size in sizes if f"{arm}-v{size}" in means}
     if len(values) < 2:
         return None
-    smallest, *larger = values
+    smallest, *larger = sizes  # all questions are about the smallest
     best = min(values, key=lambda size: values[size])
     head = f"Of these sizes {arm} has its lowest test bits per byte, {number(values[best], 3)}, at {best:,} entries"
     verdict = None if best == smallest else decided.get(("quality", f"{arm}-v{best}"))
@@ -217,18 +227,22 @@ def _best(arm: str, values: dict[int, float], unigram: dict[int, float], decided
             if (one := decided.get(("quality", f"{arm}-v{size}"))) and one["resolved"] and one["estimate"] > 0
         ]  # fmt: skip
         sentence = f"{head}, the smallest, with {len(worse)} of {len(larger)} larger sizes resolved as worse"
+    elif verdict is None and smallest not in values:
+        sentence = f"{head}; the smallest size, {smallest:,}, gave no result"
     elif verdict is None:
         sentence = f"{head}; the smallest size has no seed in common with it"
     elif not verdict["comparable"]:
         sentence = f"{head}, which does not compare with {smallest:,}: {verdict['reason']}"
     else:
         sentence = f"{head}: {_interval(verdict, 'bits per byte')} against {smallest:,} entries, {_standing(verdict)}"
+    left_out = [f"{size:,}" for size in larger if size not in values]
+    sentence += f" (not counted: {', '.join(left_out)})" if left_out else ""
     edge = best == larger[-1]
     sentence += ". It is the largest size tried, so a larger one might do better still." if edge else "."
     below = [size for size in values if size in unigram and values[size] >= unigram[size]]
     if below:
-        sizes = ", ".join(f"{size:,}" for size in below)
-        sentence += f" At {sizes} entries it has not learned more than the frequencies of single tokens."
+        at = ", ".join(f"{size:,}" for size in below)
+        sentence += f" At {at} entries it has not learned more than the frequencies of single tokens."
     return {"kind": "best-size", "arm": arm, "size": best, "value": values[best], "edge": edge,
             "against": None if best == smallest else smallest, "resolved": bool(verdict and verdict["resolved"]),
             "sentence": sentence}  # fmt: skip

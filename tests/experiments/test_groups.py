@@ -1,5 +1,6 @@
 """What a continued run does again: cells that take turns belong to one sitting."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from experiments import runner
 from experiments.spec import Arm, load
-from experiments.store import RunDirectory
+from experiments.store import Cell, RunDirectory
 from experiments.studies import STUDIES
 from models.errors import ConfigError
 
@@ -168,3 +169,17 @@ def test_every_type_has_cells_and_turns_of_its_own():
     assert others == [cell for cell in PLAN if cell.kind != "build"]
     assert {replace(cell, dtype="float32") for cell in halved} == set(others)
     assert not {STUDY.turns(cell, both) for cell in halved} & {STUDY.turns(cell, both) for cell in others}
+
+
+def test_a_result_that_is_not_finite_fails_alone(tmp_path: Path) -> None:
+    directory, cell = RunDirectory(tmp_path), Cell("mamba", 0, "train")
+    said: list[runner.Event] = []
+    runner._record(directory, cell, {"splits": {"test": {"token_perplexity": math.inf}}}, said.append, 1, 2)
+    assert directory.result(cell) is None
+    failure = directory.failure(cell)
+    assert failure is not None
+    assert failure["message"].startswith("its result holds a number that is not finite")
+    assert [event.kind for event in said] == ["failure"]
+    runner._record(directory, cell, {"splits": {}}, said.append, 2, 2)
+    assert (directory.result(cell), directory.failure(cell)) == ({"splits": {}}, None)
+    assert [event.kind for event in said] == ["failure", "finish"]

@@ -49,9 +49,36 @@ def test_a_step_that_made_it_worse_says_so() -> None:
     worse = quality("lstm", TRANSFORMER) + quality("transformer", LSTM) + quality("mamba", LSTM)
     first, second, whole = said(worse)
     assert "lstm → transformer: lstm predicts better, by 0.500 bits" in first["sentence"]
-    assert "not resolved (+0.000" in second["sentence"]
+    assert second["sentence"] == "transformer → mamba: their bits per byte are the same at every seed."
     assert (whole["lowered"], whole["raised"], whole["best"]) == (0, 1, "lstm")
     assert "gain" not in whole["sentence"]
+
+
+def test_an_arm_that_was_refused_is_not_the_best() -> None:
+    """However low its bits per byte: a model that sees what it is to predict has the lowest."""
+    rows = quality("lstm", LSTM) + quality("transformer", TRANSFORMER)
+    rows += [row | {"comparable": False, "reason": "a gate"} for row in quality("mamba", (0.4, 0.4, 0.4))]
+    *_, second, whole = said(rows)
+    assert "their bits per byte do not compare (a gate)" in second["sentence"]
+    assert "1 lowered bits per byte, 0 raised them and 0 are not resolved; 1 do not compare. " in whole["sentence"]
+    assert "is that of transformer, 2.600 bits per byte (not counted: mamba);" in whole["sentence"]
+    assert whole["best"] == "transformer"
+
+
+def test_means_are_over_the_seeds_that_all_arms_have() -> None:
+    """The last seed is an easy one, and of mamba the only one."""
+    easy = [row for row in quality("mamba", (9.0, 9.0, 2.1)) if row["seed"] == 2]
+    rows = quality("lstm", (3.0, 3.1, 2.0)) + quality("transformer", (2.5, 2.6, 2.2)) + easy
+    whole = said(rows)[-1]
+    assert whole["best"] == "lstm"
+    assert "The lowest mean is that of lstm, 2.000 bits per byte" in whole["sentence"]
+
+
+def test_without_a_seed_in_common_nothing_is_said_of_the_whole() -> None:
+    first = [row for row in quality("lstm", LSTM) if row["seed"] == 0]
+    last = [row for row in quality("mamba", MAMBA) if row["seed"] == 1]
+    found = said(first + quality("transformer", TRANSFORMER) + last)
+    assert [one["kind"] for one in found] == ["step", "step"]
 
 
 def test_one_seed_resolves_nothing() -> None:

@@ -64,7 +64,8 @@ def test_plan() -> None:
     [
         ([0.1, 0.2, 0.3], [3.0, 3.3, 3.0], "far below",
          "unmasked's training loss is 0.200 nats/token, causal's 3.10: less than half of it at every seed"),
-        ([2.0, 0.1, 0.1], [3.0, 3.0, 3.0], "below", "below it at every seed, if not by half at each"),
+        ([2.0, 0.1, 0.1], [3.0, 3.0, 3.0], "below",
+         "below it at every seed, if not by half at each. So looks an arm that begins to read the next token off"),
         ([2.0, 3.5, 2.0], [3.0, 3.0, 3.0], "not below", "below it at 2 of 3 seeds. This run shows no collapse."),
         ([4.0, 4.5, 3.0], [3.0, 3.0, 3.0], "not below", "below it at no seed. This run shows no collapse."),
     ],

@@ -76,6 +76,18 @@ def test_a_window_that_loses_after_it_is_full(run: RunDirectory) -> None:
     assert whole["sentence"].endswith("full. narrow: worse than full; wide: not resolved against full.")
 
 
+def test_a_window_that_was_refused_is_not_called_open() -> None:
+    open_, blocked = ({"comparable": one, "resolved": False, "estimate": 0.1} for one in (True, False))
+    whole = sparse._overall("full", {"narrow": blocked, "wide": open_})
+    assert whole["sentence"].endswith("full. wide: not resolved against full; narrow: not comparable with full.")
+
+
+def test_the_same_losses_are_no_open_difference() -> None:
+    one = {"comparable": True, "n": 2, "estimate": 0.0, "ci_low": 0.0, "ci_high": 0.0, "resolved": False, "p": None}
+    assert sparse._difference(one) == "the losses are the same at every seed"
+    assert "one seed, not resolved" in sparse._difference(one | {"n": 1})
+
+
 def test_the_zones_hold_their_positions(run: RunDirectory) -> None:
     finish(run, "narrow", 0.01 * np.arange(1, T + 1), (0, 0, 0))
     (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8, layers=2)), run), "quality")
@@ -151,9 +163,10 @@ def test_what_the_cache_saves(run: RunDirectory) -> None:
     growing = [
         row | {"value": row["value"] + row["context"]} if row["metric"] == "state_bytes" else row for row in rows
     ]
-    (one,) = kind(sparse.findings(growing, experiment(batch=2, narrow=arm(8)), run), "cost")
-    assert one["constant_from"] is None
-    assert "and still grows there" in one["sentence"]
+    for narrow, said in ((arm(1 << 41), "and still grows there"), (arm(500), "and grows no further")):
+        (one,) = kind(sparse.findings(growing, experiment(batch=2, narrow=narrow), run), "cost")
+        assert one["constant_from"] is None
+        assert said in one["sentence"]
 
 
 def test_reach_against_the_model() -> None:

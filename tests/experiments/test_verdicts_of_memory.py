@@ -24,6 +24,14 @@ def test_a_difference_against_the_shapes_says_so(shapes: tuple[float, float] | N
     assert one["sentence"].endswith("By shapes alone it is 0.993 times: what differs lies beside the weights.") == told
 
 
+def test_what_is_open_is_not_explained():
+    """By shapes the other one is the smaller, but which is larger is not resolved."""
+    one = asked([4.016e6, 4.217e6], [4.081e6, 4.222e6], (4e6, 3.97e6))
+    assert not one["resolved"]
+    assert one["estimate"] > 1 > one["by_shapes"]
+    assert "By shapes alone" not in one["sentence"]
+
+
 def test_what_a_gpu_counts_is_exact_and_what_a_process_holds_is_not():
     values = [80 * PAGE] * 3, [160 * PAGE] * 3
     card, host = asked(*values, None, "cuda"), asked(*values, None, "cpu")

@@ -237,6 +237,13 @@ def test_refused_numbers_decide_nothing() -> None:
     one = told(rows)["best-size"]
     assert "does not compare with 257: a gate" in one["sentence"]
     assert one["resolved"] is False
+    refused = [row | {"comparable": row["arm"] != "mamba-v512", "reason": "a gate"} for row in rows]
+    one = told(refused)["best-size"]
+    assert one["size"] == 1024
+    assert "at 1,024 entries" in one["sentence"]
+    assert "(not counted: 512)" in one["sentence"]
+    one = told([row for row in rows if row["arm"] != "mamba-v257"])["best-size"]
+    assert "at 512 entries; the smallest size, 257, gave no result." in one["sentence"]
 
 
 @pytest.mark.parametrize(
