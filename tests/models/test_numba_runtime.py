@@ -77,8 +77,8 @@ def test_the_whole_range_of_exponents():
     ends = apply(np.array([-np.inf, -1e30, -90, 0, 90, 1e30, np.inf], np.float32))[1]
     assert ends.tolist() == pytest.approx([2.0**-125] * 3 + [1] + [2.0**127] * 3, rel=1e-5)
     assert ends[3] == 1
-    steps = apply(np.array([-np.inf, -1e30, 0, 1e30, np.inf], np.float32))[3]
-    assert steps.tolist() == pytest.approx([0, 0, np.log(2), 1e30, np.inf], rel=1e-6, abs=1e-37)
+    steps = apply(np.array([-1e30, 0, 1e30, np.inf], np.float32))[3]
+    assert steps.tolist() == pytest.approx([0, np.log(2), 1e30, np.inf], rel=1e-6, abs=1e-37)
 
 
 @given(st.floats(width=32))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,6 +197,46 @@ def test_the_number_of_threads_changes_no_bit():
     for other in results[1:]:
         for what, first, again in zip(("y", "last_state", *NAMES), results[0], other, strict=True):
             assert torch.equal(first, again), what
+
+
+def test_where_arrays_lie_changes_no_bit():
+    """The compiler asks at run time whether arrays overlap, from bounds that are too wide for neighbours in memory, and
+    has a second loop for those that might, which must round as the first does."""
+    R, T, E, N, groups, chunks = 1, 3, 300, 5, 2, 1
+    results = {
+        "d_state": (R, N, E), "d_u": (R, T, E), "d_dt": (R, T, E), "d_A": (R, N, E), "d_B": (groups, R, T, N),
+        "d_C": (groups, R, T, N), "d_D": (R, E), "d_z": (R, T, E), "d_dt_bias": (R, E),
+    }  # fmt: skip
+    shapes = results | {
+        "u": (R, T, E), "dt": (R, T, E), "A2": (N, E), "B": (R, T, N), "C": (R, T, N), "D": (E,), "z": (R, T, E),
+        "dt_bias": (E,), "kept": (R, chunks, N, E), "d_out": (R, T, E),
+    }  # fmt: skip
+    generator = np.random.default_rng(0)
+    values = {name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    values["A2"] = -np.abs(values["A2"])
+
+    def differentiated(order: list[str], gaps: np.ndarray) -> dict[str, np.ndarray]:
+        ends = np.cumsum([values[name].size + gap for name, gap in zip(order, gaps, strict=True)])
+        whole = np.empty(ends[-1], np.float32)
+        a = {name: part[: values[name].size] for name, part in zip(order, np.split(whole, ends[:-1]), strict=True)}
+        a = {name: part.reshape(shapes[name]) for name, part in a.items()}
+        for name, part in a.items():
+            part[...] = values[name]
+        numba_scan._backward(
+            a["u"], a["dt"], a["A2"], a["B"], a["C"], a["D"], a["z"], a["dt_bias"], True, False, a["kept"], a["d_out"],
+            a["d_state"], a["d_u"], a["d_dt"], a["d_A"], a["d_B"], a["d_C"], a["d_D"], a["d_z"], a["d_dt_bias"], 0,
+            R * groups,
+        )  # fmt: skip
+        return {name: a[name] for name in results}
+
+    apart = differentiated(list(shapes), np.full(len(shapes), 1000))
+    for _ in range(4000):
+        between = [np.empty(size, np.float32) for size in generator.integers(1, 3000, generator.integers(8))]
+        gaps = generator.choice([0, 0, 0, 1, 4, 16], len(shapes))
+        found = differentiated(list(generator.permutation(list(shapes))), gaps)
+        for name, expected in apart.items():
+            assert np.array_equal(found[name], expected), name
+        del between  # what the kernel allocates itself then lies elsewhere
 
 
 @pytest.mark.parametrize("T", [1, 16, 17, 100])

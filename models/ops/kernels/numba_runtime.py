@@ -237,7 +237,8 @@ def _softplus(x):
             p = p * q + np.float32(1.0 / 5.0)
             p = p * q + np.float32(1.0 / 3.0)
             p = p * q + np.float32(1.0)
-            positive = x if x > np.float32(0.0) else np.float32(0.0)
+            # not 0 itself: with a choice between two values in it, a loop's rounding came to depend on where arrays lie
+            positive = x if x > np.float32(0.0) else x * np.float32(0.0)
             return positive + np.float32(2.0) * s * p
 
         return fast
