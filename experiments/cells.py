@@ -206,7 +206,8 @@ def train_cell(
 
     splits = {split: quality(model, split).to_dict() for split in evaluation.splits}
     first = first_model(arm, config, seed, device)
-    passed += _gradient_gates(first, tokens[:1], settings.precision)
+    tokens = _gradient_tokens(dataset_folder, config, device)
+    passed += _gradient_gates(first, tokens, settings.precision)
     initial = {"expected_loss": math.log(config.vocabulary), "test_bits_per_byte": None, "loss": None}
     if "test" in evaluation.splits:
         before = quality(first, "test")
@@ -235,6 +236,12 @@ def train_cell(
         },
     }  # fmt: skip
     return result
+
+
+def _gradient_tokens(dataset_folder: Path, config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Inputs and one more."""
+    rows, length = gates.gradient_shape(config, device.type)
+    return _text(dataset_folder, rows, length + 1).to(device)
 
 
 def _gradient_gates(model: LanguageModel, tokens: torch.Tensor, precision: str) -> list[gates.Gate]:
@@ -309,7 +316,8 @@ def build_cell(
     tokens = _text(dataset_folder, 2, gates.length(model.config, device.type) + 1).to(device)
     with untimed(device):
         passed = gates.check(model, tokens[:, :-1], untrained=arm.start == "scratch")
-        passed.append(gates.check_gradients(model, tokens[:1, :-1], tokens[:1, 1:], "float32"))
+        tokens = _gradient_tokens(dataset_folder, model.config, device)
+        passed.append(gates.check_gradients(model, tokens[:, :-1], tokens[:, 1:], "float32"))
     checkpoint.save(model.cast(DTYPES[dtype]), folder / "checkpoint")
     return {"gates": [gate.to_dict() for gate in passed], "backend": asdict(model.backend)}
 

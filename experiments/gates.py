@@ -61,8 +61,18 @@ def length(config: ModelConfig, device_type: str) -> int:
     """How many tokens a model is checked on: past the chunks of its forms and past its windows, whose borders are where
     a state, or a ring of keys, goes wrong. Few of one with experts: of more tokens some would be sent elsewhere for
     less than rounding."""
-    if _has_experts(config):
-        return FEW
+    return FEW if _has_experts(config) else _past_borders(config, device_type)
+
+
+def gradient_shape(config: ModelConfig, device_type: str) -> tuple[int, int]:
+    """Rows and tokens that gradients are checked on. With experts too as many on a GPU as its kernels need, where
+    what is allowed has room for tokens that are sent elsewhere."""
+    if _has_experts(config) and device_type == "cpu":
+        return 2, FEW
+    return 1, _past_borders(config, device_type)
+
+
+def _past_borders(config: ModelConfig, device_type: str) -> int:
     windows = [getattr(block.mixer, "window", None) or 0 for block in config.kinds]
     past = max(TOKENS[device_type], min(max(windows) + FEW, LONGEST))
     return min(past, config.positions or past)

@@ -149,6 +149,9 @@ def test_a_state_forgotten_between_chunks() -> None:
 def test_how_many_tokens_a_model_is_checked_on(name: str, overrides: dict, cpu: int, cuda: int) -> None:
     config = preset(name).with_overrides(overrides)
     assert (gates.length(config, "cpu"), gates.length(config, "cuda")) == (cpu, cuda)
+    experts = name.startswith("moe")
+    assert gates.gradient_shape(config, "cpu") == ((2, 24) if experts else (1, cpu))
+    assert gates.gradient_shape(config, "cuda") == (1, 272 if experts else cuda)
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny"])
