@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
-from experiments.report.numbers import SLIGHT, number
+from experiments.report.numbers import SLIGHT, listed, number
 from experiments.rows import PAGE, READ_IN_PAGES, on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
@@ -255,22 +255,23 @@ def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu") -
     """A verdict for every question that the rows can answer; Holm's correction over all of these. device: where the
     memory is, which a GPU's allocator counts to the byte, and a process on a CPU in pages."""
     paged = READ_IN_PAGES if device == "cpu" else set()
+    run = {row["seed"] for row in rows} - {None}
     drafts: list[tuple[dict, Comparison]] = []
     for one in asked:
         a, b = (by_seed(rows, arm, *one[2:4], context=one.context, batch=one.batch) for arm in (one.a, one.b))
-        seeds = [seed for seed in a if seed in b]
+        valued = [{seed for seed, row in side.items() if _compares(row["value"], one.kind)} for side in (a, b)]
+        seeds = [seed for seed in a if seed in valued[0] & valued[1]]
+        if not seeds:
+            continue
         values = [[side[seed]["value"] for seed in seeds] for side in (a, b)]
-        if not seeds or any(v is None for side in values for v in side):
-            continue
-        if one.kind == "ratio" and any(v <= 0 for side in values for v in side):
-            continue
+        lacking = {arm: sorted(run - had) for arm, had in zip((one.a, one.b), valued, strict=True) if run - had}
         pairs = [side[seed] for side in (a, b) for seed in seeds]
         by_shapes = _by_shapes(rows, one)
         head = {
             "id": one.phase if one.metric not in _QUALIFIED else f"{one.phase}-{one.metric}",
             "phase": one.phase, "metric": one.metric, "context": one.context, "batch": one.batch,
             "a": one.a, "b": one.b, "kind": one.kind, "unit": pairs[0]["unit"] if one.kind == "difference" else "x",
-            "direction": pairs[0]["direction"], **comparability(pairs), "by_shapes": by_shapes,
+            "direction": pairs[0]["direction"], **comparability(pairs), "by_shapes": by_shapes, "lacking": lacking,
         }  # fmt: skip
         if one.kind == "difference":
             drafts.append((head, paired_difference(*values)))
@@ -280,7 +281,14 @@ def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu") -
         if one.metric == "state_bytes" and len(seeds) == 1 and told == by_shapes != 1:
             ratio = replace(ratio, exact=True, interval=Interval(told, told, told, 1))  # shapes say it of every seed
         drafts.append((head, ratio))
-    return [verdict | {"sentence": _sentence(verdict) + _against_shapes(verdict)} for verdict in settled(drafts)]
+    return [
+        verdict | {"sentence": _sentence(verdict) + _against_shapes(verdict) + _without(verdict)}
+        for verdict in settled(drafts)
+    ]
+
+
+def _compares(value: float | None, kind: str) -> bool:
+    return value is not None and (kind == "difference" or value > 0)
 
 
 def _by_shapes(rows: list[dict], one: Question) -> float | None:
@@ -295,6 +303,15 @@ def _against_shapes(v: dict) -> str:
     if v["by_shapes"] is None or not v["resolved"] or (v["by_shapes"] - 1) * (v["estimate"] - 1) >= 0:
         return ""
     return f" By shapes alone it is {number(v['by_shapes'])} times: what differs lies beside the weights."
+
+
+def _without(v: dict) -> str:
+    """Which seeds of the run are not in it: an arm that failed there may be the worse for it."""
+    told = [
+        f"seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])} of {arm}"
+        for arm, seeds in v["lacking"].items()
+    ]
+    return f" It leaves out {listed(told)}, where there is no value." if told else ""
 
 
 def comparability(rows: Sequence[dict]) -> dict[str, Any]:

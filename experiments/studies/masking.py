@@ -5,6 +5,7 @@ and tokens of validation text are hidden one at a time, for an encoder to guess 
 to guess from the left."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,7 +97,10 @@ def _blank_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
         nats = -result["pseudo_log_likelihood"] / result["tokens"]
         common = {"n": result["tokens"], "comparable": False, "reason": PSEUDO}
         yield row(cell, "quality", "pseudo_nats_per_token", nats, "nats/token", "lower", **common)
-        yield row(cell, "quality", "pseudo_perplexity", math.exp(nats), "perplexity", "lower", **common)
+        perplexity = _exp(nats)
+        if perplexity is None:
+            common["reason"] = "too large for a number"
+        yield row(cell, "quality", "pseudo_perplexity", perplexity, "perplexity", "lower", **common)
 
 
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
@@ -227,7 +231,7 @@ def _written(rows: list[dict], arm: str, judging: str, way: str) -> list[tuple[d
             f"writes {number(own)}, and the text that really follows {number(truth)}")  # fmt: skip
     if all(worse):
         outcome = "worse than both" if all(than_true) else "worse than the judge's"
-        times = number(math.exp(mine - own))
+        times = _times(mine - own)
         told += (f": {arm}'s costs more than {judging}'s {_at(worse)}, a token being {times} times less likely on "
                  f"(geometric) average, and more than the true text {_at(than_true)}.")  # fmt: skip
     else:
@@ -261,13 +265,25 @@ def _pseudo(rows: list[dict], arm: str) -> list[dict]:
     values = list(_values(rows, arm, "pseudo_nats_per_token").values())
     if not values:
         return []
-    perplexity = math.exp(sum(values) / len(values))
+    nats = sum(values) / len(values)
+    perplexity = _exp(nats)
     over = "one seed" if len(values) == 1 else f"geometric mean over {plural(len(values), 'seed')}"
     return [{
         "kind": "pseudo-perplexity", "arm": arm, "pseudo_perplexity": perplexity, "n": len(values),
-        "sentence": f"{arm}'s pseudo-perplexity is {number(perplexity)} ({over}). It is no perplexity and does not "
+        "sentence": f"{arm}'s pseudo-perplexity is {_times(nats)} ({over}). It is no perplexity and does not "
                     f"compare with one: {PSEUDO}.",
     }]  # fmt: skip
+
+
+def _exp(nats: float) -> float | None:
+    """None where no float64 holds it."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else None
+
+
+def _times(nats: float) -> str:
+    """A factor of likelihoods in words."""
+    factor = _exp(nats)
+    return f"e^{nats:.0f}" if factor is None else number(factor)
 
 
 def _texts(experiment: Experiment, run: RunDirectory) -> list[dict]:

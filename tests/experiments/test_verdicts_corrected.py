@@ -43,3 +43,30 @@ def test_an_open_comparison_says_why_its_interval_may_leave_out_equality(p: floa
     assert comparison.faster(one) == f"0.313 times (0.218 to 0.450, not resolved{why}) as fast"
     said = f"the difference in bits per byte is not resolved{why} (+0.313, +0.218 to +0.450)"
     assert comparison.predicts(one) == said
+
+
+@pytest.mark.parametrize("kind", ["difference", "ratio"])
+def test_a_comparison_names_the_seeds_that_it_leaves_out(kind: str) -> None:
+    """Seed 1 of b has a row without a value, seed 3 of a none at all; 0 and 2 are compared."""
+    rows = quality("a", [2.0, 2.0, 2.0]) + quality("b", [1.0, 9.0, 1.5, 1.0])
+    rows[4] |= {"value": None, "reason": "too large for a number"}
+    (one,) = compared(rows, [Question("a", "b", "quality", "test_bits_per_byte", kind)])
+    estimate = {"difference": -0.75, "ratio": math.sqrt(0.5 * 0.75)}[kind]
+    assert (one["n"], one["estimate"]) == (2, pytest.approx(estimate))
+    assert one["lacking"] == {"a": [3], "b": [1]}
+    assert one["sentence"].endswith(" It leaves out seed 3 of a and seed 1 of b, where there is no value.")
+
+
+def test_a_comparison_of_every_seed_leaves_out_none() -> None:
+    (one,) = compared(
+        quality("a", [2.0, 2.0]) + quality("b", [1.0, 1.5]) + quality("c", [1.0]),
+        [Question("a", "b", "quality", "test_bits_per_byte", "difference")],
+    )
+    assert one["lacking"] == {}
+    assert "leaves out" not in one["sentence"]
+
+
+def test_no_ratio_is_made_of_a_value_that_is_0() -> None:
+    rows = quality("a", [2.0, 0.0]) + quality("b", [1.0, 1.0])
+    (one,) = compared(rows, [Question("a", "b", "quality", "test_bits_per_byte", "ratio")])
+    assert (one["n"], one["lacking"]) == (1, {"a": [1]})
