@@ -2,7 +2,7 @@
 measured. Otherwise the system's killer would come in the middle of it, and not always for the cell.
 
 By shapes alone (models.replay): what a cell holds beside them, its copy of the text and of Python, is not counted, nor
-what else is alive, nor a container's own limit; swap is. So what is refused cannot fit, and what is not refused may not
+what else is alive; swap is. So what is refused cannot fit, and what is not refused may not
 either: the forms of operations that are not the CPU's own, and vocabularies whose loss is made in very many chunks,
 take minutes to replay and are not asked.
 
@@ -16,6 +16,7 @@ import psutil
 
 from experiments import cells
 from experiments.errors import EnvironmentLacksError
+from experiments.limits import free_memory
 from experiments.report.numbers import size
 from experiments.spec import Experiment
 from experiments.studies import STUDIES
@@ -45,7 +46,7 @@ def check(experiment: Experiment) -> None:
     """Raises EnvironmentLacksError. A GPU that is full says so itself, and the cell that filled it fails alone."""
     if experiment.device != "cpu":
         return
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    free = free_memory() + psutil.swap_memory().free
     configs = cells.model_configs(experiment)
     for work in largest(experiment):
         config = configs[work.arm]
@@ -56,7 +57,7 @@ def check(experiment: Experiment) -> None:
             what = "a training step" if work.kind == "train" else "reading a prompt"
             raise EnvironmentLacksError(
                 f"{what} of {work.batch} x {work.context:,} tokens takes '{work.arm}' about {size(needed)} by its "
-                f"shapes, and this machine has {size(free)} of memory free, swap included: choose fewer tokens or a "
+                f"shapes, and {size(free)} of memory are free here, swap included: choose fewer tokens or a "
                 f"smaller batch"
             )
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments import gates
+from experiments import environment, gates
 from experiments.data.batches import Batches, StreamHash
 from experiments.data.dataset import Dataset
 from experiments.errors import RunFailedError
@@ -117,8 +117,9 @@ def prepare_process(experiment: Experiment) -> torch.device:
     keep_freed_memory()
     if experiment.device == "cuda":
         remember_cards()
-    if experiment.threads:
-        torch.set_num_threads(experiment.threads)
+    threads = environment.threads(experiment.threads)
+    if experiment.threads or threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
     return torch.device(experiment.device)
 
 

@@ -8,9 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from experiments.limits import available_cores, total_memory
 from experiments.measurement.card import driver
 
 PACKAGES = (
@@ -30,8 +30,8 @@ def source_sha256() -> str:
     return digest.hexdigest()
 
 
-def describe(device: str, threads: int) -> dict[str, Any]:
-    """JSON-able. `threads` as in the specification, 0 for torch's own choice."""
+def describe(device: str, asked_threads: int) -> dict[str, Any]:
+    """JSON-able. `asked_threads` as in the specification."""
     commit, dirty = _git()
     gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
     return {
@@ -43,9 +43,9 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cores": available_cores(),
-        "threads": threads or torch.get_num_threads(),
+        "threads": threads(asked_threads),
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": total_memory(),
         "device": device,
         "gpu": None if gpu is None else gpu.name,
         "gpu_capability": None if gpu is None else f"{gpu.major}.{gpu.minor}",
@@ -56,9 +56,9 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     }
 
 
-def available_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+def threads(asked: int) -> int:
+    """As the specification asks, where 0 is torch's own choice, which knows no container's share of processor time."""
+    return asked or min(torch.get_num_threads(), available_cores())
 
 
 def cpu_name() -> str:

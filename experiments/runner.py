@@ -21,9 +21,10 @@ from experiments.data import corpora, tokenizer
 from experiments.data.batches import require_length
 from experiments.data.dataset import default_cache
 from experiments.data.prepared import Prepared, prepare_all, tokens_per_byte
-from experiments.environment import available_cores, describe, source_sha256
+from experiments.environment import describe, source_sha256
 from experiments.errors import EnvironmentLacksError, LabError, RunFailedError, SpecError
 from experiments.kernels.check import kernels_of, of_this_gpu
+from experiments.limits import available_cores
 from experiments.measurement.process import CellFailedError, Job, run_fresh, take_turns
 from experiments.result import build_result
 from experiments.spec import Experiment

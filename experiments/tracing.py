@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from experiments import inference, reading, store
 from experiments.errors import EnvironmentLacksError, SpecError
+from experiments.limits import free_memory
 from experiments.spec import assigned
 from models import cost, folders
 from models.config import ModelConfig
@@ -168,7 +168,7 @@ def _preset(name: str, arms: Sequence[str], trained_seed: int | None, settings: 
     if config.vocabulary < BYTES:
         raise SpecError(f"a preset reads bytes, for which model.vocabulary = {config.vocabulary} has no room: "
                         f"--set vocabulary={BYTES} or more")  # fmt: skip
-    size, free = cost.weight_bytes(config, 4), psutil.virtual_memory().available
+    size, free = cost.weight_bytes(config, 4), free_memory()
     if size > free:
         raise EnvironmentLacksError(f"the weights of '{name}' take {size / 1e9:.3g} GB and {free / 1e9:.3g} GB of "
                                     "memory are free: fewer layers will do, such as --set layers=2")  # fmt: skip

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from experiments.data.dataset import writing
-from experiments.environment import available_cores, describe
+from experiments.environment import describe
 from experiments.kernels.verdict import told
+from experiments.limits import available_cores
 from experiments.measurement.process import CellFailedError, run_fresh
 from experiments.store import now, read_json, write_json
 from models.config import ModelConfig

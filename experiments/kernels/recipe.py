@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-import psutil
 import torch
 
-from experiments.environment import available_cores
 from experiments.errors import EnvironmentLacksError, SpecError
+from experiments.limits import available_cores, free_memory
 
 PROJECT, EXTRA = "sequence-lab", "cuda"
 OLDEST = (7, 5)  # what the two packages compile for at the least
@@ -185,7 +184,7 @@ def _installed(requirement: str) -> bool:
 
 
 def _jobs() -> int:
-    return max(1, min(available_cores(), psutil.virtual_memory().available // JOB_BYTES))
+    return max(1, min(available_cores(), free_memory() // JOB_BYTES))
 
 
 def search_path() -> str:

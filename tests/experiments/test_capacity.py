@@ -61,7 +61,7 @@ def free(monkeypatch):
     """Sets how many bytes of memory, and of swap, are free."""
 
     def to(size: float, swap: int = 0) -> None:
-        monkeypatch.setattr(capacity.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(size)))
+        monkeypatch.setattr(capacity, "free_memory", lambda: int(size))
         monkeypatch.setattr(capacity.psutil, "swap_memory", lambda: SimpleNamespace(free=swap))
 
     return to

@@ -169,7 +169,7 @@ def test_a_plan_says_what_it_will_do(able: Path):
 )
 def test_jobs_fit_cores_and_memory(able: Path, monkeypatch, cores, memory, jobs, shares):
     monkeypatch.setattr(recipe, "available_cores", lambda: cores)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory << 30))
+    monkeypatch.setattr(recipe, "free_memory", lambda: memory << 30)
     here = planned(able)
     assert here.jobs == jobs
     assert (here.shares()[CONV], here.shares()[MAMBA]) == shares
