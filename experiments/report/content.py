@@ -432,7 +432,7 @@ def sweep(record: Record) -> Section:
     told = []
     for base, rates in curves.sweep_rates(record).items():
         values = curves.rate_rows(record, base)
-        best = curves.best_rate(record, base) if values else None
+        best = curves.best_rate(record, base)
         for rate, arm in rates.items():
             cell = value_cell(table, record, arm, "quality", "validation_bits_per_byte", None, 1.0)
             lowest = rate == best
@@ -477,7 +477,8 @@ def _sampled(record: Record) -> list[str]:
     if not record.sweep:
         return record.arms
     bases = curves.sweep_rates(record)
-    return [bases[base][curves.best_rate(record, base)] for base in bases if curves.rate_rows(record, base)]
+    chosen = {base: curves.best_rate(record, base) for base in bases}
+    return [bases[base][rate] for base, rate in chosen.items() if rate is not None]
 
 
 def settings(record: Record) -> Section:

@@ -119,7 +119,12 @@ def rate_rows(record: Record, base: str) -> dict[float, Row]:
     return {rate: row for rate, row in found.items() if row is not None and row.value is not None}
 
 
-def best_rate(record: Record, base: str) -> float:
-    """The rate with the lowest mean validation bits per byte. At least one rate must have a result."""
-    values = {rate: row.value for rate, row in rate_rows(record, base).items() if row.value is not None}
-    return min(values, key=lambda rate: values[rate])
+def whole_rates(record: Record, base: str) -> dict[float, Row]:
+    """Those of `rate_rows` with a value at every seed: a mean that lacks one may lack the hardest."""
+    return {rate: row for rate, row in rate_rows(record, base).items() if row.n == len(record.seeds)}
+
+
+def best_rate(record: Record, base: str) -> float | None:
+    """The rate with the lowest mean validation bits per byte, among those with a value at every seed."""
+    values = {rate: row.known for rate, row in whole_rates(record, base).items()}
+    return min(values, key=lambda rate: values[rate], default=None)

@@ -221,7 +221,7 @@ def sweep(record: Record, layout: Layout) -> Figure:
             if known:
                 axes.plot(*zip(*known, strict=True), color=colour, linewidth=0.7, alpha=0.45)
         rows_by_rate = curves.rate_rows(record, base)
-        best = curves.best_rate(record, base) if rows_by_rate else None
+        best = curves.best_rate(record, base)
         xs, ys = [], []
         for rate, row in rows_by_rate.items():
             xs.append(rate)

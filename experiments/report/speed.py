@@ -75,8 +75,12 @@ def verdict(record: Record) -> Section:
             sure = not one["ci_low"] <= 1 <= one["ci_high"]
             blocks.append(Verdict("resolved" if sure else "open", one["sentence"], measured if sure else UNCLEAR, ""))
             continue
-        sure = one["ci_low"] == one["ci_high"] or None not in (one["ci_low"], one["ci_high"])
-        standing = measured if sure else "open at the longest measured length"
+        ends = {one["ci_low"], one["ci_high"]}
+        sure, standing = True, measured
+        if one.get("lost"):  # likewise
+            sure, standing = False, "not measured at every length"
+        elif len(ends) > 1 and ends & {0, None}:
+            sure, standing = False, f"open at the {'longest' if None in ends else 'shortest'} measured length"
         blocks.append(Verdict("resolved" if sure else "open", one["sentence"], standing, ""))
     if not any(one["kind"] == "crossover" for one in record.findings):
         blocks.append(Text("No two arms were measured at two lengths, so no crossover can be told."))

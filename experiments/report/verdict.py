@@ -203,16 +203,19 @@ def _best_rates(record: Record) -> list[Block]:
     """The chosen rates; one at the edge of what was tried and gave a result is no choice yet."""
     blocks: list[Block] = []
     for base in curves.sweep_rates(record):
-        values = curves.rate_rows(record, base)
-        if not values:
-            blocks.append(Verdict("blocked", f"{base}: no learning rate has a result.", "no result", ""))
+        values, best = curves.whole_rates(record, base), curves.best_rate(record, base)
+        lacking = [f"{rate:g}" for rate in curves.rate_rows(record, base) if rate not in values]
+        if best is None:
+            at = " at every seed" if lacking else ""
+            blocks.append(Verdict("blocked", f"{base}: no learning rate has a result{at}.", "no result", ""))
             continue
-        best = curves.best_rate(record, base)
         row = values[best]
         value = interval(row.known, row.ci_low, row.ci_high, least=3)
         numbers = f"Validation bits per byte at {best:g}: {value} bits/byte"
         spread = f" ({WITHIN}); n = {plural(row.n, 'seed')}" if row.ci_low is not None else "; n = 1 seed, no interval"
         sentence = f"{base}: of the rates tried, {best:g} has the lowest mean validation bits per byte."
+        if lacking:
+            sentence += f" Not counted for want of a result at every seed: {listed(lacking)}."
         refused = next((row for row in values.values() if not row.comparable), None)
         if refused is not None:
             blocks.append(Verdict("blocked", sentence, f"not comparable: {refused.reason}", numbers + spread))

@@ -151,14 +151,18 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     grows with the length; then how far the machine moved meanwhile. host_bound: a GPU waited for its host at a length
     that decides it, so that the host's speed is in it; noisy: the timing was, at such a length."""
     measured: dict[tuple, dict[int, dict[str, np.ndarray]]] = {}
+    planned: dict[tuple, dict[str, set[int]]] = {}
     doubts: dict[str, set[tuple]] = {"host_bound": set(), "noisy": set()}  # arms and lengths of which it was true
     operations = {arm: _operations(config) for arm, config in cells.model_configs(experiment).items()}
     for cell in plan(experiment):
-        result = run.result(cell)
-        if cell.kind == "build" or result is None:
+        if cell.kind == "build":
             continue
         batch = None if cell.kind == "step" else cell.batch  # of training, a matter of the context
         key = (cell.kind, batch, cell.mode, cell.dtype)
+        planned.setdefault(key, {}).setdefault(cell.arm, set()).add(cell.context or 0)
+        result = run.result(cell)
+        if result is None:
+            continue
         measured.setdefault(key, {}).setdefault(cell.context or 0, {})[cell.arm] = speeds_of_turns(result)
         for doubt, where in doubts.items():
             if result.get(doubt):  # absent in older runs
@@ -175,17 +179,22 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
 
         for other in others:
             both = {at: (arms[first], arms[other]) for at, arms in by_context.items() if {first, other} <= arms.keys()}
-            if len(both) < 2 or kind == "backward":
+            lengths = planned[kind, batch, mode, dtype]
+            if len(lengths.get(first, set()) & lengths.get(other, set())) < 2 or kind == "backward":
                 continue
+            lost = {arm: [at for at in sorted(lengths[arm]) if arm not in by_context.get(at, {})] for arm in lengths}
             one = head | {"kind": "crossover", "arm": other, "against": first}
+            one["lost"] = {arm: at for arm, at in lost.items() if at and arm in (first, other)}
             one |= comparability([row for row in asked if row["arm"] in (first, other)])
+            if len(both) < 2:
+                one |= {"comparable": False, "reason": "there are no two lengths at which both gave a result"}
             if kind == "forward":
                 times = operations[first], operations[other]
                 if None in times:
                     continue  # more than one kind of operation, of which one was measured
                 one["operations"] = dict(zip((first, other), times, strict=True))
                 both = {at: (a / times[0], b / times[1]) for at, (a, b) in both.items()}
-            crossing = crossover(both)
+            crossing = crossover(both) if len(both) > 1 else NO_CROSSING
             one |= crossing | doubted(first, other, at=deciding(crossing["tokens"], sorted(both)))
             found.append(one | {"sentence": _crossing_sentence(one, sorted(both))})
         for arm in experiment.arms if kind == "decode" else ():
@@ -236,22 +245,33 @@ def _drift(rows: list[dict], experiment: Experiment) -> list[dict]:
 def crossover(speeds: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     """The length from which on b is faster than a, for (a, b) tokens/s of each turn by context length: where the median
     of their ratios, turn by turn, crosses 1 for the last time. Between measured lengths the ratio is taken as straight
-    in the length, which it is where every earlier token adds as much to the time of a token in a, and nothing in b.
-    0: at every measured length; None: not at the longest. The 95% interval resamples the turns of every length."""
+    in the length, which it is where every earlier token adds as much to the time of a token in the one that falls
+    behind, and nothing in the other. 0: at every measured length; None: at none. until: b is faster up to that length
+    instead, at shorter ones and not at the longest. The 95% interval resamples the turns of every length."""
     contexts = sorted(speeds)
     generator = np.random.default_rng(0)
     ratios = [_log_ratios(*speeds[at]) for at in contexts]
-    estimate = _crossing(contexts, [float(np.median(one)) for one in ratios])
+    medians = np.array([np.median(one) for one in ratios])
+    until = bool(medians[-1] <= 0 < medians.max())
+
+    def crossing(ahead: np.ndarray) -> float:
+        return _crossing(contexts, np.where(ahead == 0, TIE, -ahead) if until else ahead)
+
     resampled = np.array([_medians(one, generator) for one in ratios]).T  # (RESAMPLES, contexts)
-    low, high = np.percentile([_crossing(contexts, list(one)) for one in resampled], [2.5, 97.5], method="nearest")
-    return {"tokens": _finite(estimate), "ci_low": _finite(low), "ci_high": _finite(high)}
+    low, high = np.percentile([crossing(one) for one in resampled], [2.5, 97.5], method="nearest")
+    tokens, low, high = (_finite(one) for one in (crossing(medians), low, high))
+    return {"tokens": tokens, "ci_low": low, "ci_high": high, "until": until}
+
+
+TIE = np.finfo(np.float64).tiny  # ahead by so much: at the first length where b is not ahead any more, it is overtaken
+NO_CROSSING = {"tokens": None, "ci_low": None, "ci_high": None, "until": False}
 
 
 def deciding(tokens: float | None, contexts: list[int]) -> list[int]:
     """The measured lengths, ascending, on which a crossing rests: those on both sides of it; where there is none, all
-    that were measured, or the longest."""
-    if tokens is None or tokens == 0:
-        return contexts[-1:] if tokens is None else contexts
+    that were measured."""
+    if not tokens:
+        return contexts
     return [max(at for at in contexts if at <= tokens), min(at for at in contexts if at >= tokens)]
 
 
@@ -280,7 +300,7 @@ def _medians(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return np.median(values[generator.integers(len(values), size=(RESAMPLES, len(values)))], axis=1)
 
 
-def _crossing(contexts: list[int], ahead: list[float]) -> float:
+def _crossing(contexts: list[int], ahead: np.ndarray) -> float:
     """ahead: log of b's speed over a's. Infinity where b is not ahead at the longest length."""
     if ahead[-1] <= 0:
         return np.inf
@@ -321,14 +341,18 @@ def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
         return f"{what}, or slower: the speeds do not compare ({one['reason']})."
     low, high = (_length(one[key], contexts) for key in ("ci_low", "ci_high"))
     spread = "" if low == high else f" (95% interval over the turns: {low} to {high})"
+    every = f"from {contexts[0]:,} to {contexts[-1]:,} tokens"
     if one["tokens"] is None:
-        what = f"From none of the lengths on {what}"
-        where = f": not at {contexts[-1]:,} tokens, the longest"
+        what, where = f"At none of the lengths {every} {what}", ""
     elif one["tokens"] == 0:
-        where = f", at every length from {contexts[0]:,} to {contexts[-1]:,} tokens"
+        where = f", at every length {every}"
+    elif one["until"]:
+        where, spread = f", up to about {one['tokens']:,.0f} tokens", f"{spread} and not from there to {contexts[-1]:,}"
     else:
         where = f", from about {one['tokens']:,.0f} tokens on"
-    return f"{what}{where}{spread}.{_doubts(one)}"
+    lost = [f"{arm} at {listed([f'{at:,}' for at in lengths])}" for arm, lengths in one["lost"].items()]
+    rests = f" Not counted, for want of a result: {listed(lost)} tokens." if lost else ""
+    return f"{what}{where}{spread}.{rests}{_doubts(one)}"
 
 
 def _doubts(one: dict[str, Any]) -> str:

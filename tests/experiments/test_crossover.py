@@ -35,20 +35,49 @@ def test_a_cache_that_grows_is_overtaken_where_its_time_says(crossing: float, gr
     assert found["ci_low"] == found["ci_high"] == found["tokens"]
 
 
+TOLD = {"arm": "b", "against": "a", "phase": "decode", "mode": "eager", "dtype": "float32", "batch": 1,
+        "comparable": True, "host_bound": False, "noisy": False, "lost": {}}  # fmt: skip
+FASTER = "b decodes faster than a at batch 1, eager, in float32"
+
+
 def test_faster_or_slower_everywhere():
     one, two = {64: 10.0, 128: 10.0}, {64: 20.0, 128: 11.0}
-    assert crossover(speeds(one, two)) == {"tokens": 0, "ci_low": 0, "ci_high": 0}
-    assert crossover(speeds(two, one)) == {"tokens": None, "ci_low": None, "ci_high": None}
-    # ahead at first only: not faster from any length on
-    assert crossover(speeds(one, {64: 20.0, 128: 9.0}))["tokens"] is None
-    told = {"arm": "b", "against": "a", "phase": "decode", "mode": "eager", "dtype": "float32", "batch": 1}
-    told |= {"comparable": True, "host_bound": False, "noisy": False}
-    sentence = _crossing_sentence(told | crossover(speeds(one, {64: 20.0, 128: 9.0})), [64, 128])  # faster at 64
-    assert sentence.startswith("From none of the lengths on ")
-    assert sentence.endswith(", in float32: not at 128 tokens, the longest.")
+    always, never = crossover(speeds(one, two)), crossover(speeds(two, one))
+    assert always == {"tokens": 0, "ci_low": 0, "ci_high": 0, "until": False}
+    assert never == {"tokens": None, "ci_low": None, "ci_high": None, "until": False}
+    assert _crossing_sentence(TOLD | always, [64, 128]) == f"{FASTER}, at every length from 64 to 128 tokens."
+    sentence = _crossing_sentence(TOLD | never, [64, 128])
+    assert sentence == f"At none of the lengths from 64 to 128 tokens {FASTER}."
     # of two crossings the last one counts
     found = crossover(speeds({64: 10.0, 128: 10.0, 256: 10.0}, {64: 20.0, 128: 5.0, 256: 20.0}))
     assert found["tokens"] == pytest.approx(128 + 128 * 0.5 / (0.5 + 1), rel=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(crossing=st.floats(65, 4000), grows=st.floats(0.01, 1), noise=st.sampled_from([0.0, 0.02]))
+def test_the_crossing_is_the_same_whichever_arm_comes_first(crossing: float, grows: float, noise: float):
+    cache = {c: 1 / (1 + grows * c) for c in CONTEXTS}
+    both = speeds(cache, dict.fromkeys(CONTEXTS, 1 / (1 + grows * crossing)), noise)
+    overtaking = crossover(both)
+    overtaken = crossover({at: (b, a) for at, (a, b) in both.items()})
+    assert overtaking["tokens"] is not None
+    assert (overtaking.pop("until"), overtaken.pop("until")) == (False, True)
+    assert overtaken == {end: pytest.approx(at, rel=1e-9) for end, at in overtaking.items()}
+
+
+def test_what_is_faster_at_shorter_lengths_only_is_so_up_to_one():
+    found = crossover(speeds({64: 10.0, 128: 10.0}, {64: 20.0, 128: 8.0}))
+    assert found["tokens"] == found["ci_low"] == found["ci_high"] == pytest.approx(64 + 64 * 0.5 / (0.5 + 0.25))
+    sentence = _crossing_sentence(TOLD | found, [64, 128])
+    assert sentence == f"{FASTER}, up to about 107 tokens and not from there to 128."
+    # a tie at the longest is not faster
+    assert crossover(speeds({64: 10.0, 128: 10.0}, {64: 20.0, 128: 10.0})) == {
+        "tokens": 128, "ci_low": 128, "ci_high": 128, "until": True,
+    }  # fmt: skip
+    lost = {"a": [256], "b": [32, 512]}
+    assert _crossing_sentence(TOLD | found | {"lost": lost}, [64, 128]) == (
+        f"{sentence} Not counted, for want of a result: a at 256 and b at 32 and 512 tokens."
+    )
 
 
 def test_a_crossing_rests_on_the_lengths_around_it():
@@ -57,7 +86,7 @@ def test_a_crossing_rests_on_the_lengths_around_it():
     assert deciding(200.0, lengths) == [128, 256]
     assert deciding(128.0, lengths) == [128, 128]
     assert deciding(0, lengths) == lengths  # at every length
-    assert deciding(None, lengths) == [256]  # not at the longest
+    assert deciding(None, lengths) == lengths  # at none
 
 
 def test_noise_widens_the_interval_around_the_truth():

@@ -104,6 +104,30 @@ def test_an_operation_is_compared_by_itself_however_many_a_model_has(
     assert crossing["tokens"] == pytest.approx(160)
 
 
+def test_a_crossing_names_the_lengths_that_an_arm_has_no_result_at(tmp_path: Path) -> None:
+    """The transformer has none at 256: nothing says that it is faster there."""
+    one = experiment(contexts=(64, 128, 256), modes=("eager",))
+    run = RunDirectory(tmp_path)
+    for cell in speed.plan(one):
+        if cell.kind == "decode" and (cell.arm, cell.context) != ("attention", 256):
+            run.finish(cell, timed(1, ({"attention": 1.0, "scan": 2.0}[cell.arm],) * 6))
+    crossing = next(found for found in speed.findings([], one, run) if found["kind"] == "crossover")
+    assert (crossing["tokens"], crossing["lost"]) == (None, {"attention": [256]})
+    assert crossing["sentence"].startswith("At none of the lengths from 64 to 128 tokens scan decodes faster")
+    assert crossing["sentence"].endswith(" Not counted, for want of a result: attention at 256 tokens.")
+
+
+def test_without_two_lengths_in_common_the_question_is_told_as_open(tmp_path: Path) -> None:
+    one = experiment(contexts=(64, 128), modes=("eager",))
+    run = RunDirectory(tmp_path)
+    for cell in speed.plan(one):
+        if cell.kind == "decode" and (cell.arm, cell.context) != ("attention", 128):
+            run.finish(cell, timed(1, (1.0,) * 6))
+    crossing = next(found for found in speed.findings([], one, run) if found["kind"] == "crossover")
+    assert not crossing["comparable"]
+    assert "there are no two lengths at which both gave a result" in crossing["sentence"]
+
+
 def test_what_may_not_be_compared_taints_its_own_phase_mode_and_type(tmp_path: Path) -> None:
     one = experiment(contexts=(64, 256), modes=("eager", "compiled"), dtypes=("float32", "bfloat16"))
     ms = {(arm, at): 1.0 for arm in one.arms for at in (64, 256)}
@@ -141,5 +165,6 @@ def test_one_turn_that_was_disturbed_moves_no_estimate() -> None:
 
 def test_as_fast_is_not_faster() -> None:
     equal, faster = (np.ones(3), np.ones(3)), (np.ones(3), np.full(3, 2.0))
-    assert speed.crossover({8: faster, 16: equal})["tokens"] is None
+    assert speed.crossover({8: equal, 16: equal})["tokens"] is None
+    assert speed.crossover({8: faster, 16: equal}) == {"tokens": 16, "ci_low": 16, "ci_high": 16, "until": True}
     assert speed.crossover({8: equal, 16: faster})["tokens"] == 8  # from there on, and not at it

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from synthetic_run import CONTEXT, HOSTILE, REFUSED, TEST_BYTES, UNLISTED, VARIANTS
 
 from experiments.errors import EnvironmentLacksError, RunFailedError, SpecError
-from experiments.report import FORMATS, Format, content, figures, formats, frame, render, write_report
+from experiments.report import FORMATS, Format, content, curves, figures, formats, frame, render, write_report
 from experiments.report.document import Cell, Table, Verdict
 from experiments.report.numbers import DASH
 from experiments.report.record import read
@@ -477,6 +477,27 @@ def test_sweep_edge_counts_only_rates_with_a_result(make_run: Callable[..., Path
     text = render(make_run(rates=(1e-3, 2e-3, 4e-3), lost=lost), "md")
     assert text.count("at the grid's edge (the highest rate with a result)") == 1
     assert text.count("inside the grid") == 1
+
+
+def test_sweep_chooses_no_rate_that_lacks_a_seed(make_run: Callable[..., Path]) -> None:
+    """Its mean may be the lowest for want of the hardest seed."""
+    run = make_run(rates=(1e-3, 2e-3, 4e-3), lost=("mamba-lr0.002/seed2/train",))
+    record = read(run)
+    assert curves.best_rate(record, "transformer") == 2e-3
+    rows = curves.rate_rows(record, "mamba")
+    assert min(rows, key=lambda rate: rows[rate].known) == 2e-3
+    assert curves.best_rate(record, "mamba") in (1e-3, 4e-3)
+    text = render(run, "md")
+    assert "Not counted for want of a result at every seed: 0.002." in text
+    assert text.count("Not counted") == text.count("at the grid's edge") == text.count("inside the grid") == 1
+
+
+def test_sweep_without_a_rate_at_every_seed_chooses_none(make_run: Callable[..., Path]) -> None:
+    lost = tuple(f"mamba-lr{rate}/seed{seed}/train" for seed, rate in enumerate((0.001, 0.002, 0.004)))
+    run = make_run(rates=(1e-3, 2e-3, 4e-3), lost=lost)
+    assert curves.best_rate(read(run), "mamba") is None
+    for format in ("md", "html", "table"):
+        assert "mamba: no learning rate has a result at every seed." in " ".join(render(run, format).split())
 
 
 def test_sweep_chooses_no_rate_of_an_arm_that_may_not_be_compared(make_run: Callable[..., Path]) -> None:
