@@ -3,7 +3,7 @@
 from experiments.report.document import Block, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.numbers import DASH, count, interval, number, scale
 from experiments.report.record import Record, Row
-from experiments.report.tables import WITHIN
+from experiments.report.tables import WITHIN, settled
 
 HISTORY = {  # by the family of the model: since when, and what was new
     "lstm": ("1997", "A recurrent cell with gates: a memory of fixed size, carried from token to token."),
@@ -48,7 +48,7 @@ def sections(record: Record) -> list[Section]:
     if quality(record):
         blocks.append(Figure("lineage", _alt(record), _caption(record)))
     for one in steps:
-        tone, standing = ("resolved", "quality resolved") if one["resolved"] else ("open", "quality not resolved")
+        tone, standing = settled(one, "quality")
         blocks.append(Verdict(tone, one["sentence"], standing, ""))
     if not steps:
         blocks.append(Text("No arm can be compared with the one before it: a step takes two trained neighbours."))

@@ -123,7 +123,12 @@ def _judged_cell(table: Table, record: Record, arm: str, way: str) -> Cell:
     row = judged(record, arm, way)
     if row is None:
         return table.cell(DASH, "not judged in this run")
-    return table.cell(interval(row.known, row.ci_low, row.ci_high), "one seed, so no interval" if row.n == 1 else None)
+    refused = None if row.comparable else f"not comparable across arms: {row.reason}"
+    judging = record.row(judge(record), "quality", "test_bits_per_byte")
+    if judging is not None and not judging.comparable:
+        refused = f"its judge is not to be relied on: {judging.reason}"
+    alone = "one seed, so no interval" if row.n == 1 else None
+    return table.cell(interval(row.known, row.ci_low, row.ci_high), refused, alone)
 
 
 def texts(record: Record) -> Section:

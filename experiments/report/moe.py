@@ -3,6 +3,7 @@
 from experiments.report.document import Block, Figure, Section, Text, Verdict
 from experiments.report.numbers import number, scale
 from experiments.report.record import Record
+from experiments.report.tables import settled
 
 
 def sections(record: Record) -> list[Section]:
@@ -21,7 +22,7 @@ def sections(record: Record) -> list[Section]:
     if by_kind["bytes"]:
         blocks.append(Figure("moe", _alt(record), _caption(record)))
     for one in by_kind["bought"]:
-        tone, standing = ("resolved", "quality resolved") if one["resolved"] else ("open", "quality not resolved")
+        tone, standing = settled(one, "quality")
         blocks.append(Verdict(tone, one["sentence"], standing, ""))
     if not by_kind["bought"]:
         blocks.append(Text("This run has no arm with experts beside one without, so nothing is compared."))

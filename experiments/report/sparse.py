@@ -3,6 +3,7 @@
 from experiments.report.document import Block, Figure, Section, Text, Verdict
 from experiments.report.numbers import count, number
 from experiments.report.record import Record
+from experiments.report.tables import settled
 
 CUT = 3  # times the largest difference: beyond it intervals are cut off in the figure
 
@@ -21,7 +22,7 @@ def sections(record: Record) -> list[Section]:
         blocks.append(Figure("sparse", _alt(record), _caption(record)))
     for one in by_kind["quality"]:
         judged = one["after"] or one["before"]
-        tone, standing = ("resolved", "resolved") if judged["resolved"] else ("open", "not resolved")
+        tone, standing = settled(judged)
         blocks.append(
             Verdict(tone, one["sentence"], f"after the window is full: {standing}" if one["after"] else standing, "")
         )

@@ -10,6 +10,7 @@ from experiments.report.document import Cell, Column, Table, Tone
 from experiments.report.numbers import DASH, MINUS, count, interval, number, percent, places, plural, probability, scale
 from experiments.report.record import Record, Row
 from experiments.rows import PAGE, READ_IN_PAGES
+from experiments.statistics import mean_interval
 
 ARROW = {"lower": "↓", "higher": "↑"}
 ARROWS = "↓: lower is better, ↑: higher"
@@ -129,6 +130,14 @@ def standing(one: dict[str, Any]) -> tuple[Tone, str]:
     return "open", "not resolved"
 
 
+def settled(one: dict[str, Any], what: str = "") -> tuple[Tone, str]:
+    """How a study's finding stands that rests on a comparison, of `what` in it."""
+    what = f"{what} " if what else ""
+    if not one.get("comparable", True):  # absent in older records
+        return "blocked", f"{what}not comparable"
+    return ("resolved", f"{what}resolved") if one["resolved"] else ("open", f"{what}not resolved")
+
+
 def pair(one: dict[str, Any]) -> str:
     return f"{one['b']} {MINUS if one['kind'] == 'difference' else '/'} {one['a']}"
 
@@ -172,10 +181,7 @@ def evidence(record: Record, one: dict[str, Any]) -> str:
         return f"{place(one)}: {refused.removeprefix(REFUSED)}"
     context = _context_of(record, one["phase"], one["context"])
     batch = {} if one.get("batch") is None else {"batch": one["batch"]}
-    found = (
-        record.over_seeds(one["phase"], one["metric"], arm, context=context, **batch) for arm in (one["a"], one["b"])
-    )
-    rows = [next(iter(rows), None) for rows in found]
+    rows = _over_pairs(record, one, context=context, **batch)
     factor, unit = line_scale(rows)
     told = []
     for row in rows:
@@ -190,6 +196,27 @@ def evidence(record: Record, one: dict[str, Any]) -> str:
         p = probability(one["p_holm"])
         parts.append(f"p {p if p.startswith('<') else f'= {p}'} after Holm's correction")
     return "; ".join(parts)
+
+
+def _over_pairs(record: Record, one: dict[str, Any], **where: Any) -> list[Row | None]:
+    """What the two arms have, over the seeds that both have: a mean over others too would be of another comparison."""
+    rows: list[Row | None] = []
+    single = {
+        arm: {
+            row.seed: row.value for row in record.rows
+            if (row.arm, row.phase, row.metric) == (arm, one["phase"], one["metric"]) and row.seed is not None
+            and row.value is not None and all(getattr(row, name) == value for name, value in where.items())
+        }
+        for arm in (one["a"], one["b"])
+    }  # fmt: skip
+    for arm, other in ((one["a"], one["b"]), (one["b"], one["a"])):
+        row = next(iter(record.over_seeds(one["phase"], one["metric"], arm, **where)), None)
+        both = [value for seed, value in single[arm].items() if seed in single[other]]
+        if row is not None and 0 < len(both) < row.n:
+            mean = mean_interval(both)
+            row = replace(row, value=mean.estimate, ci_low=mean.low, ci_high=mean.high, n=mean.n)
+        rows.append(row)
+    return rows
 
 
 def main_table(record: Record) -> Table:
@@ -332,6 +359,7 @@ def placing(record: Record) -> Table:
         [Column("Method", key=True), Column("Bits per byte", numeric=True), Column("n", numeric=True)],
     )
     fixed = "computed once, without a seed: no interval"
+    most = max((row.n for row in record.over_seeds("quality", "test_bits_per_byte")), default=0)
     lines: list[tuple[float, list[Cell]]] = []
     given = record.result["baselines"] or {}
     for key, title in (
@@ -349,7 +377,8 @@ def placing(record: Record) -> Table:
             row = record.row(arm, "quality", metric)
             if row is not None and row.value is not None and not _sees_its_answer(record, arm):
                 cell = value_cell(table, record, arm, "quality", metric, None, 1.0)
-                lines.append((row.value, [Cell(f"{arm}, {title}"), cell, Cell(str(row.n))]))
+                fewer = "fewer seeds than other arms have, which moves its place" if row.n < most else None
+                lines.append((row.value, [Cell(f"{arm}, {title}"), cell, table.cell(str(row.n), fewer)]))
     for _, cells in sorted(lines, key=lambda line: -line[0]):
         table.add(*cells)
     return table

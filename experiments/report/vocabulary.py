@@ -3,7 +3,7 @@
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Tone, Verdict
 from experiments.report.numbers import DASH, count, number
 from experiments.report.record import Record, Row
-from experiments.report.tables import WITHIN, comparisons, value_cell
+from experiments.report.tables import WITHIN, comparisons, settled, value_cell
 from experiments.report.verdict import limits
 
 
@@ -49,7 +49,7 @@ def verdict(record: Record) -> Section:
 def _block(one: dict) -> Verdict:
     tone: Tone
     if one["kind"] in ("best-size", "bytes-per-s"):
-        tone, standing = ("resolved", "resolved") if one["resolved"] else ("open", "not resolved")
+        tone, standing = settled(one)
         if one["kind"] == "best-size" and one["against"] is None:
             tone, standing = "resolved", "measured"
     else:

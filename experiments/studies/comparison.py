@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
-from experiments.report.numbers import SLIGHT, listed, number
+from experiments.report.numbers import SLIGHT, listed, number, plural
 from experiments.rows import PAGE, READ_IN_PAGES, on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
@@ -343,18 +343,29 @@ def by_seed(
     }  # fmt: skip
 
 
-def paired_means(rows: list[dict], arms: Iterable[str], phase: str, metric: str) -> dict[str, float]:
-    """Over the seeds that all of these arms have; of those arms that have a comparable value at all."""
-    found = {
-        arm: {
-            seed: one["value"] for seed, one in by_seed(rows, arm, phase, metric).items()
-            if one["value"] is not None and one["comparable"]
-        }
-        for arm in arms
+class PairedMeans(NamedTuple):
+    """Means of several arms over the same seeds. counted: arms whose values compare; means: none where these have no
+    seed in common; over: in words, after "bits per byte", where that is not every seed of the run."""
+
+    counted: list[str]
+    means: dict[str, float]
+    over: str
+
+
+def paired_means(rows: list[dict], arms: Iterable[str], phase: str, metric: str) -> PairedMeans:
+    """Over the seeds that all these arms have a value of, leaving out arms with none or with one that is refused."""
+    found = {arm: by_seed(rows, arm, phase, metric) for arm in arms}
+    compared = {
+        arm: {seed: one["value"] for seed, one in ones.items() if one["value"] is not None}
+        for arm, ones in found.items() if all(one["comparable"] for one in ones.values())
     }  # fmt: skip
-    found = {arm: values for arm, values in found.items() if values}
-    seeds = set.intersection(*map(set, found.values())) if found else set()
-    return {arm: fmean(values[seed] for seed in seeds) for arm, values in found.items()} if seeds else {}
+    compared = {arm: values for arm, values in compared.items() if values}
+    run = {row["seed"] for row in rows} - {None}
+    seeds = sorted(set.intersection(*map(set, compared.values()))) if compared else []
+    means = {arm: fmean(values[seed] for seed in seeds) for arm, values in compared.items()} if seeds else {}
+    common = f" (over {plural(len(seeds), 'seed')} of {len(run)}, which all of these have)"
+    over = common if len(seeds) < len(run) else ""
+    return PairedMeans(list(compared), means, over)
 
 
 def unresolved(verdict: dict) -> str:

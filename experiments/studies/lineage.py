@@ -9,7 +9,7 @@ from experiments.report.numbers import listed, number, size
 from experiments.spec import Experiment
 from experiments.store import RunDirectory
 from experiments.studies import comparison
-from experiments.studies.comparison import Question
+from experiments.studies.comparison import PairedMeans, Question
 
 MAKES, plan, turns, together = comparison.MAKES, comparison.plan, comparison.turns, comparison.together
 lengths, work, rows = comparison.lengths, comparison.work, comparison.rows
@@ -37,10 +37,10 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     for a, b in pairwise(arms):
         one = _step(rows, experiment, a, b, {key[2:]: verdict for key, verdict in told.items() if key[:2] == (a, b)})
         found += [one] if one else []
-    means = comparison.paired_means(rows, arms, "quality", "test_bits_per_byte")
+    quality = comparison.paired_means(rows, arms, "quality", "test_bits_per_byte")
     whole = told.get((arms[0], arms[-1], "quality", "test_bits_per_byte"))
-    if len(found) > 1 and len(found) == len(arms) - 1 and means and whole:
-        found.append(_overall(found, whole, means, [arm for arm in arms if arm not in means]))
+    if len(found) > 1 and len(found) == len(arms) - 1 and quality.counted and whole:
+        found.append(_overall(found, whole, quality, [arm for arm in arms if arm not in quality.counted]))
     return found
 
 
@@ -50,6 +50,7 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
     if quality is None:
         return None
     figures: dict[str, Any] = {key: quality[key] for key in ("resolved", "comparable")}
+    figures["identical"] = comparison.identical(quality)
     figures["bits_per_byte"] = quality["estimate"]
     parts = [comparison.predicts(quality)]
     for phase, word in (("train", "trains"), ("decode", "decodes")):
@@ -68,17 +69,23 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
     return {"kind": "step", "arm": b, "against": a, **figures, "sentence": f"{a} → {b}: {'; '.join(parts)}."}
 
 
-def _overall(found: list[dict], whole: dict, means: dict[str, float], left_out: list[str]) -> dict:
-    """means: of the arms whose bits per byte compare; left_out: the others."""
+def _overall(found: list[dict], whole: dict, quality: PairedMeans, left_out: list[str]) -> dict:
+    """quality: of the arms whose bits per byte compare; left_out: the others."""
     blocked = [one for one in found if not one["comparable"]]
     lower = [one for one in found if one["resolved"] and one["bits_per_byte"] < 0]
     higher = [one for one in found if one["resolved"] and one["bits_per_byte"] > 0]
-    best = min(means, key=lambda arm: means[arm])
+    same = [one for one in found if one["comparable"] and one["identical"]]
+    open_ = len(found) - len(lower) - len(higher) - len(blocked) - len(same)
+    best = min(quality.means, key=lambda arm: quality.means[arm], default=None)
+    if best is None:
+        lowest = "No seed has a value of every arm, so no mean is named as the lowest"
+    else:
+        lowest = f"The lowest mean is that of {best}, {number(quality.means[best], 3)} bits per byte{quality.over}"
     text = (
-        f"Of {len(found)} steps {len(lower)} lowered bits per byte, {len(higher)} raised them and "
-        f"{len(found) - len(lower) - len(higher) - len(blocked)} are not resolved"
-        f"{f'; {len(blocked)} do not compare' if blocked else ''}. From {whole['a']} to {whole['b']}: "
-        f"{comparison.predicts(whole)}. The lowest mean is that of {best}, {number(means[best], 3)} bits per byte"
+        f"Of {len(found)} steps {len(lower)} lowered bits per byte, {len(higher)} raised them and {open_} are not "
+        f"resolved"
+        f"{f'; {len(same)} changed nothing' if same else ''}{f'; {len(blocked)} do not compare' if blocked else ''}. "
+        f"From {whole['a']} to {whole['b']}: {comparison.predicts(whole)}. {lowest}"
         f"{f' (not counted: {listed(left_out)})' if left_out else ''}"
     )
     sizable = max(lower, key=lambda one: -one["bits_per_byte"], default=None)

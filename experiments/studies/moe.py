@@ -128,6 +128,7 @@ def _bought(told: list[dict], experiment: Experiment, configs: dict[str, ModelCo
     return {
         "kind": "bought", "arm": sparse, "against": dense, "loaded_ratio": loaded, "touched_ratio": touched,
         "bits_per_byte": quality["estimate"] if quality else None, "resolved": bool(quality and quality["resolved"]),
+        "comparable": quality is None or quality["comparable"],
         "sentence": f"{sparse} against {dense} ({_match(a, b)}): {'; '.join(parts)}.",
     }  # fmt: skip
 

@@ -20,7 +20,7 @@ from experiments.rows import row
 from experiments.spec import Arm, Experiment
 from experiments.store import Cell, RunDirectory
 from experiments.studies import comparison
-from experiments.studies.comparison import Question
+from experiments.studies.comparison import PairedMeans, Question
 from experiments.training import DTYPES
 from models import cost
 
@@ -144,24 +144,23 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     found.append(_text(
         [size for arm in arms for size in by_size(arm, "text", "bytes_seen").values()], experiment.training.steps
     ))  # fmt: skip
+    sizes = experiment.vocabulary.sizes
+
+    def paired(arm: str, phase: str, metric: str) -> PairedMeans:
+        return comparison.paired_means(rows, [f"{arm}-v{size}" for size in sizes], phase, metric)
+
     found += [
         _best(
-            arm,
-            experiment.vocabulary.sizes,
-            comparison.paired_means(
-                rows, [f"{arm}-v{size}" for size in experiment.vocabulary.sizes], "quality", "test_bits_per_byte"
-            ),
-            by_size(arm, "text", "unigram_bits_per_byte"),
+            arm, sizes, paired(arm, "quality", "test_bits_per_byte"), by_size(arm, "text", "unigram_bits_per_byte"),
             decided,
-        )
-        for arm in arms
-    ]
+        ) for arm in arms
+    ]  # fmt: skip
     found += [
         _parameters(arm, by_size(arm, "model", "parameters"), by_size(arm, "model", "embedding_parameters"))
         for arm in arms
     ]
     found += [
-        _speed(arm, phase, by_size(arm, phase, "bytes_per_s"), rows, decided) for phase in PHASES for arm in arms
+        _speed(arm, phase, sizes, paired(arm, phase, "bytes_per_s"), rows, decided) for phase in PHASES for arm in arms
     ]  # fmt: skip
     text = experiment.vocabulary.text_bytes
     found += [_state(arm, by_size(arm, "model", "state_bytes_per_byte"), text) for arm in arms]
@@ -211,15 +210,20 @@ def _text(seen: list[float], steps: int) -> dict | None:
 
 
 def _best(
-    arm: str, sizes: Sequence[int], means: dict[str, float], unigram: dict[int, float], decided: dict
+    arm: str, sizes: Sequence[int], quality: PairedMeans, unigram: dict[int, float], decided: dict
 ) -> dict | None:
-    """means: of the sizes whose bits per byte compare. The others are not counted, and said to be left out."""
-    values = {size: means[f"{arm}-v{size}"] for size in sizes if f"{arm}-v{size}" in means}
-    if len(values) < 2:
+    """quality: of the sizes whose bits per byte compare. The others are not counted, and said to be left out."""
+    if len(quality.counted) < 2:
         return None
     smallest, *larger = sizes  # all questions are about the smallest
+    values = _by_size(arm, sizes, quality)
+    if not values:
+        sentence = f"At which size {arm} predicts best is not said: no seed has a value of every size."
+        return {"kind": "best-size", "arm": arm, "size": None, "value": None, "edge": False, "against": smallest,
+                "resolved": False, "comparable": False, "sentence": sentence}  # fmt: skip
     best = min(values, key=lambda size: values[size])
-    head = f"Of these sizes {arm} has its lowest test bits per byte, {number(values[best], 3)}, at {best:,} entries"
+    lowest = f"{number(values[best], 3)}{quality.over}"
+    head = f"Of these sizes {arm} has its lowest test bits per byte, {lowest}, at {best:,} entries"
     verdict = None if best == smallest else decided.get(("quality", f"{arm}-v{best}"))
     if best == smallest:
         worse = [
@@ -245,7 +249,11 @@ def _best(
         sentence += f" At {at} entries it has not learned more than the frequencies of single tokens."
     return {"kind": "best-size", "arm": arm, "size": best, "value": values[best], "edge": edge,
             "against": None if best == smallest else smallest, "resolved": bool(verdict and verdict["resolved"]),
-            "sentence": sentence}  # fmt: skip
+            "comparable": verdict is None or verdict["comparable"], "sentence": sentence}  # fmt: skip
+
+
+def _by_size(arm: str, sizes: Sequence[int], found: PairedMeans) -> dict[int, float]:
+    return {size: found.means[f"{arm}-v{size}"] for size in sizes if f"{arm}-v{size}" in found.means}
 
 
 def _interval(one: dict, unit: str) -> str:
@@ -263,7 +271,7 @@ def _interval(one: dict, unit: str) -> str:
 def _standing(one: dict) -> str:
     if one["n"] < 2:
         return "not resolved: one seed says nothing about the spread over seeds"
-    return "resolved" if one["resolved"] else "not resolved"
+    return "resolved" if one["resolved"] else comparison.unresolved(one)
 
 
 def _parameters(arm: str, total: dict[int, float], embedding: dict[int, float]) -> dict | None:
@@ -286,14 +294,16 @@ def _parameters(arm: str, total: dict[int, float], embedding: dict[int, float]) 
             "sentence": sentence}  # fmt: skip
 
 
-def _speed(arm: str, phase: str, values: dict[int, float], rows: list[dict], decided: dict) -> dict | None:
-    if len(values) < 2:
-        return None
-    first, *_, last = values
+def _speed(
+    arm: str, phase: str, sizes: Sequence[int], speeds: PairedMeans, rows: list[dict], decided: dict
+) -> dict | None:
+    """speeds: of the sizes whose bytes per second compare."""
+    first, *_, last = sizes
     one = decided.get((phase, f"{arm}-v{last}"))
-    best = max(values, key=lambda size: values[size])
-    if one is None or one["a"] != f"{arm}-v{first}":
+    if one is None:
         return None
+    values = _by_size(arm, sizes, speeds)
+    best = max(values, key=lambda size: values[size], default=None)
     if not one["comparable"]:
         sentence = f"How many bytes per second {arm} {PHASES[phase]} does not compare between sizes: {one['reason']}."
     else:
@@ -302,10 +312,14 @@ def _speed(arm: str, phase: str, values: dict[int, float], rows: list[dict], dec
         times = _interval(one, "the bytes of text per second")
         sentence = (
             f"At {last:,} entries {arm} {PHASES[phase]} {times} that it does at {first:,}, {_standing(one)}; of "
-            f"tokens, {number(ratio)} times as many. It has its most bytes per second at {best:,} entries."
+            f"tokens, {number(ratio)} times as many."
         )
+        left_out = [f"{size:,}" for size in sizes if f"{arm}-v{size}" not in speeds.counted]
+        if best is not None:
+            sentence += f" It has its most bytes per second at {best:,} entries{speeds.over}"
+            sentence += f" (not counted: {', '.join(left_out)})." if left_out else "."
     return {"kind": "bytes-per-s", "arm": arm, "phase": phase, "ratio": one["estimate"], "resolved": one["resolved"],
-            "fastest": best, "sentence": sentence}  # fmt: skip
+            "comparable": one["comparable"], "fastest": best, "sentence": sentence}  # fmt: skip
 
 
 def _state(arm: str, values: dict[int, float], text_bytes: int) -> dict | None:

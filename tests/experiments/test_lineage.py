@@ -51,6 +51,7 @@ def test_a_step_that_made_it_worse_says_so() -> None:
     assert "lstm → transformer: lstm predicts better, by 0.500 bits" in first["sentence"]
     assert second["sentence"] == "transformer → mamba: their bits per byte are the same at every seed."
     assert (whole["lowered"], whole["raised"], whole["best"]) == (0, 1, "lstm")
+    assert "0 lowered bits per byte, 1 raised them and 0 are not resolved; 1 changed nothing. " in whole["sentence"]
     assert "gain" not in whole["sentence"]
 
 
@@ -71,7 +72,29 @@ def test_means_are_over_the_seeds_that_all_arms_have() -> None:
     rows = quality("lstm", (3.0, 3.1, 2.0)) + quality("transformer", (2.5, 2.6, 2.2)) + easy
     whole = said(rows)[-1]
     assert whole["best"] == "lstm"
-    assert "The lowest mean is that of lstm, 2.000 bits per byte" in whole["sentence"]
+    assert (
+        "The lowest mean is that of lstm, 2.000 bits per byte (over 1 seed of 3, which all of these have)"
+        in whole["sentence"]
+    )
+
+
+def test_an_arm_that_was_refused_at_one_seed_is_not_counted_at_any() -> None:
+    """It would take its seed from the others too: of the last seed alone transformer's mean is 2.700."""
+    refused = [row | {"comparable": row["seed"] == 2, "reason": "a gate"} for row in quality("mamba", (1.0, 1.0, 1.0))]
+    whole = said(quality("lstm", LSTM) + quality("transformer", TRANSFORMER) + refused)[-1]
+    assert whole["best"] == "transformer"
+    assert "is that of transformer, 2.600 bits per byte (not counted: mamba)" in whole["sentence"]
+
+
+def test_arms_that_each_lack_another_seed_have_no_lowest() -> None:
+    rows = [
+        row for at, (arm, values) in enumerate((("lstm", LSTM), ("transformer", TRANSFORMER), ("mamba", MAMBA)))
+        for row in quality(arm, values) if row["seed"] != at
+    ]  # fmt: skip
+    whole = said(rows)[-1]
+    assert whole["kind"] == "overall"
+    assert whole["best"] is None
+    assert whole["sentence"].endswith("No seed has a value of every arm, so no mean is named as the lowest.")
 
 
 def test_without_a_seed_in_common_nothing_is_said_of_the_whole() -> None:

@@ -246,6 +246,28 @@ def test_refused_numbers_decide_nothing() -> None:
     assert "at 512 entries; the smallest size, 257, gave no result." in one["sentence"]
 
 
+def test_no_seed_in_common_is_no_best_size() -> None:
+    rows = rows_of(three([3.0, 3.1, 3.2], [2.0, 2.1, 2.2], [2.5, 2.6, 2.7]), "quality", "test_bits_per_byte")
+    lost = {"mamba-v257": 0, "mamba-v512": 1, "mamba-v1024": 2}
+    one = told([row for row in rows if row["seed"] != lost[row["arm"]]])["best-size"]
+    assert (one["size"], one["resolved"], one["comparable"]) == (None, False, False)
+    assert one["sentence"] == "At which size mamba predicts best is not said: no seed has a value of every size."
+
+
+def test_the_most_bytes_per_second_are_those_of_a_size_that_compares_over_the_same_seeds() -> None:
+    tokens = rows_of(three([100.0, 40.0], [90.0, 91.0], [40.0, 25.0]), "train", "tokens_per_s", "higher")
+    text = rows_of(three([100.0, 50.0], [150.0, 151.0], [120.0, 55.0]), "train", "bytes_per_s", "higher")
+    refused = [row | {"comparable": row["arm"] != "mamba-v512", "reason": "a gate"} for row in text]
+    one = told(tokens, refused)["bytes-per-s"]
+    assert one["fastest"] == 1024
+    assert one["sentence"].endswith("It has its most bytes per second at 1,024 entries (not counted: 512).")
+    # 512 lacks the slow seed: over its only one it is slower than 1,024
+    text = rows_of(three([100.0, 50.0], [110.0, 0.0], [120.0, 55.0]), "train", "bytes_per_s", "higher")
+    one = told(tokens, [row for row in text if row["value"] or row["seed"] is None])["bytes-per-s"]
+    assert one["fastest"] == 1024
+    assert "at 1,024 entries (over 1 seed of 2, which all of these have)." in one["sentence"]
+
+
 @pytest.mark.parametrize(
     ("seen", "said"),
     [
