@@ -240,7 +240,10 @@ def models(as_json: AsJson = False) -> None:
     listed = []
     for name, config in PRESETS.items():
         count = cost.parameters(config)
-        state = {str(T): cost.state_bytes(config, 1, T, 2) for T in (1024, 16384)}
+        state = {
+            str(T): None if config.positions and config.positions < T else cost.state_bytes(config, 1, T, 2)
+            for T in (1024, 16384)
+        }
         listed.append({
             "model": name, "mixer": anatomy.mixers(config), "feedforward": anatomy.feedforwards(config),
             "layers": config.layers, "width": config.width, "parameters": count.total,
@@ -252,7 +255,7 @@ def models(as_json: AsJson = False) -> None:
     typer.echo(f"{'model':<18}{'mixer':<26}{'feed-forward':<14}{'width':>6}{'parameters':>15}{'active':>15}"
                f"{'state at 1k':>13}{'at 16k':>12}   (16-bit state, MB = 10^6)")  # fmt: skip
     for one in listed:
-        short, long = (size(one["state_bytes_16bit"][T]) for T in ("1024", "16384"))
+        short, long = ("-" if held is None else size(held) for held in one["state_bytes_16bit"].values())
         typer.echo(f"{one['model']:<18}{one['mixer']:<26}{one['feedforward']:<14}{one['width']:>6}"
                    f"{one['parameters']:>15,}{one['active']:>15,}{short:>13}{long:>12}")  # fmt: skip
 
@@ -265,7 +268,12 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def inspect(
     model: Annotated[str, typer.Argument(help="A preset (see lab models) or a model folder.")],
     dtype: Annotated[str, typer.Option(help="Of the weights and the state: bf16, fp16 or fp32.")] = "bf16",
-    context: Annotated[int, typer.Option(min=1, help="Tokens, for the bytes of the state and the FLOPs.")] = 4096,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens, for the bytes of the state and the FLOPs; 4096, or fewer where it has fewer positions."
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences, for the bytes of the state.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -281,6 +289,9 @@ def inspect(
         raise SpecError(f"unknown dtype '{dtype}': {nearest(dtype, DTYPES)}")
     kind = getattr(torch, DTYPES[dtype])
     config = configuration(model)
+    context = context or min(4096, config.positions or 4096)
+    if context > (config.positions or context):
+        raise SpecError(f"'{model}' has {config.positions} positions: --context {context} is beyond them")
     parts, totals = anatomy.anatomy(config, kind), anatomy.summary(config, kind, context, batch)
     if as_json:
         print_json({"model": model, "dtype": dtype, **totals, "parts": [asdict(part) for part in parts]})

@@ -59,7 +59,7 @@ def verdict(record: Record) -> Section:
 def _told(one: dict[str, Any]) -> Verdict:
     if one["kind"] == "pseudo-perplexity":
         return Verdict("blocked", one["sentence"], "not comparable with a perplexity", "")
-    value = interval(one["difference"], one["ci_low"], one["ci_high"], sign=True)
+    value = interval(one["difference"], one["ci_low"], one["ci_high"], sign=True, neutral=0.0)
     unit = "of the tokens" if one["kind"] == "blanks" else "nats/token"
     numbers = f"{one['arm']} {MINUS} {one['against']}: {value} {unit}; n = {plural(one['n'], 'paired seed')}"
     if one["p_holm"] is not None:

@@ -31,6 +31,23 @@ def number(value: float, at: int | None = None, sign: bool = False) -> str:
     return f"+{text}" if sign and rounded > 0 else text
 
 
+def apart(value: float, neutral: float, at: int) -> int:
+    """At least `at` decimal places: as many as it takes that a value beside `neutral` is not printed as that."""
+    while abs(value - neutral) > 1e-9 and round(value, at) == neutral:
+        at += 1
+    return at
+
+
+def times(value: float) -> str:
+    """What is as much as something else is 1.00 times that, and nothing else is."""
+    return number(value, apart(value, 1.0, places(value)))
+
+
+def signed(value: float, at: int) -> str:
+    """With a sign, at `at` decimal places or more: 0 is printed of none that is not."""
+    return f"{value:+.{apart(value, 0.0, at)}f}"
+
+
 def interval(
     value: float,
     low: float | None,
@@ -39,12 +56,18 @@ def interval(
     factor: float = 1.0,
     sign: bool = False,
     least: int | None = None,
+    neutral: float | None = None,
 ) -> str:
     """`value [low, high]` times `factor`, all with the same decimal places, at least `least`; else `value` alone. A
-    bound far below or above the others has two digits of its own, or none behind the point."""
+    bound far below or above the others has two digits of its own, or none behind the point. neutral: what means no
+    difference, and is printed of nothing else."""
     value *= factor
+
+    def clear(value: float, at: int) -> str:
+        return number(value, at if neutral is None else apart(value, neutral * factor, at), sign)
+
     if low is None or high is None:
-        return number(value, places(value) if least is None else max(least, places(value)), sign)
+        return clear(value, places(value) if least is None else max(least, places(value)))
     low, high = low * factor, high * factor
     at = places(max(abs(value), abs(low), abs(high)))
     at = at if least is None else max(at, least)
@@ -55,7 +78,7 @@ def interval(
         at = places(value, 2)
     lowest = max(at, places(low, 2)) if 0 < low < 0.5 * 10.0**-at else at
     highest = min(at, 0) if high >= 1000 * max(abs(value), 1) else at
-    return f"{number(value, at, sign)} [{number(low, lowest, sign)}, {number(high, highest, sign)}]"
+    return f"{clear(value, at)} [{clear(low, lowest)}, {clear(high, highest)}]"
 
 
 def count(value: float) -> str:

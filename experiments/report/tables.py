@@ -161,7 +161,8 @@ def estimate(one: dict[str, Any]) -> str:
         return DASH
     values = (one["estimate"], one["ci_low"], one["ci_high"])
     factor, unit = scale(values, one["unit"])
-    text = interval(*values, factor=factor, sign=one["kind"] == "difference")
+    difference = one["kind"] == "difference"
+    text = interval(*values, factor=factor, sign=difference, neutral=0.0 if difference else 1.0)
     if unit == "×":
         value, _, limits = text.partition(" ")
         return f"{value}× {limits}".rstrip()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
-from experiments.report.numbers import SLIGHT, listed, number, plural
+from experiments.report.numbers import SLIGHT, apart, listed, number, plural, signed, times
 from experiments.rows import PAGE, READ_IN_PAGES, on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
@@ -387,20 +387,22 @@ def predicts(verdict: dict) -> str:
         return "their bits per byte are the same at every seed"
     ends = [abs(verdict["estimate"]), *sorted(abs(verdict[end] or 0) for end in ("ci_low", "ci_high"))]
     if verdict["resolved"]:
-        size, low, high = (f"{end:.3f}" for end in ends)
+        size, low, high = (f"{end:.{apart(end, 0.0, 3)}f}" for end in ends)
         return f"{verdict['better']} predicts better, by {size} bits per byte ({low} to {high})"
-    spread = f"{verdict['ci_low']:+.3f} to {verdict['ci_high']:+.3f}" if verdict["n"] > 1 else "one seed"
-    return f"the difference in bits per byte is {unresolved(verdict)} ({verdict['estimate']:+.3f}, {spread})"
+    size = signed(verdict["estimate"], 3)
+    low, high = (signed(verdict[end], 3) if verdict["n"] > 1 else "" for end in ("ci_low", "ci_high"))
+    spread = f"{low} to {high}" if verdict["n"] > 1 else "one seed"
+    return f"the difference in bits per byte is {unresolved(verdict)} ({size}, {spread})"
 
 
 def faster(verdict: dict) -> str:
     """A ratio of speeds within a sentence, e.g. "1.4 times (1.3 to 1.5) as fast"."""
-    size = f"{number(verdict['estimate'])} times"
+    size = f"{times(verdict['estimate'])} times"
     if not verdict["comparable"]:
         return f"{size} as fast (not comparable: {verdict['reason']})"
     if verdict["n"] < 2:
         return f"{size} as fast (one seed, not resolved)"
-    spread = f"{number(verdict['ci_low'])} to {number(verdict['ci_high'])}"
+    spread = f"{times(verdict['ci_low'])} to {times(verdict['ci_high'])}"
     return f"{size} ({spread}{'' if verdict['resolved'] else f', {unresolved(verdict)}'}) as fast"
 
 
@@ -436,12 +438,15 @@ def _sentence(v: dict) -> str:
         "bytes_per_s": f"bytes of text per second in {'training' if v['phase'] == 'train' else v['phase']}",
     }[v["metric"]]
     seeds = f"{v['n']} paired seed{'s' if v['n'] > 1 else ''}"
+    shown = {
+        end: signed(v[end], 4) if v["kind"] == "difference" else times(v[end])
+        for end in ("estimate", "ci_low", "ci_high") if v[end] is not None
+    }  # fmt: skip
     if v["kind"] == "difference":
-        size = f"{v['b']} differs from {v['a']} in {what} by {v['estimate']:+.4f}"
-        interval = f"95% interval {v['ci_low']:+.4f} to {v['ci_high']:+.4f}, {seeds}" if v["n"] > 1 else seeds
+        size = f"{v['b']} differs from {v['a']} in {what} by {shown['estimate']}"
     else:
-        size = f"{v['b']} has {number(v['estimate'])} times {v['a']}'s {what}"
-        interval = f"95% interval {number(v['ci_low'])} to {number(v['ci_high'])}, {seeds}" if v["n"] > 1 else seeds
+        size = f"{v['b']} has {shown['estimate']} times {v['a']}'s {what}"
+    interval = f"95% interval {shown['ci_low']} to {shown['ci_high']}, {seeds}" if v["n"] > 1 else seeds
     if not v["comparable"]:
         return f"{v['a']} and {v['b']} do not compare in {what}: {v['reason']}. For the record: {size} ({interval})."
     if v["n"] < 2 and not v["exact"]:

@@ -97,16 +97,22 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
             if configs[other].causal and other not in growing:
                 size = cost.state_bytes(configs[other], 1, cost.LONGEST, element)  # of a window, when it is full
                 at = cost.outgrows(config, size, element)
-                text = f"{arm}'s cache outweighs {other}'s state ({shown(size)} a sequence) from {at:,} tokens on"
+                text = _outweighs(arm, f"{other}'s state ({shown(size)} a sequence)", at, config)
                 found.append({"kind": "cache-outweighs-state", "arm": arm, "against": other, "tokens": at,
                               "sentence": f"{text}, whatever the batch."})  # fmt: skip
         weights = cost.weight_bytes(config, element)
         for batch in experiment.memory.batches:
             at = cost.outgrows(config, weights, element, batch)
-            text = f"At batch {batch} {arm}'s cache outweighs its own weights ({shown(weights)}) from {at:,} tokens on."
+            text = _outweighs(arm, f"its own weights ({shown(weights)})", at, config)
             found.append({"kind": "cache-outweighs-weights", "arm": arm, "batch": batch, "tokens": at,
-                          "sentence": text})  # fmt: skip
+                          "sentence": f"At batch {batch} {text}."})  # fmt: skip
     return found
+
+
+def _outweighs(arm: str, what: str, at: int | None, config: ModelConfig) -> str:
+    if at is None:
+        return f"{arm}'s cache never outweighs {what}: the model has {config.positions:,} positions"
+    return f"{arm}'s cache outweighs {what} from {at:,} tokens on"
 
 
 def _loading_against_inference(

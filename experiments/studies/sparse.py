@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import cells
 from experiments.report.curves import binned
-from experiments.report.numbers import number, size
+from experiments.report.numbers import number, signed, size
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, mean_interval, paired_difference
 from experiments.store import Cell, RunDirectory
@@ -163,13 +163,12 @@ def _difference(one: dict) -> str:
     if not one["comparable"]:
         return f"the losses do not compare ({one['reason']})"
     if one["n"] < 2:
-        return f"the loss differs by {one['estimate']:+.3f} nats/token (one seed, not resolved)"
+        return f"the loss differs by {signed(one['estimate'], 3)} nats/token (one seed, not resolved)"
     if comparison.identical(one):
         return "the losses are the same at every seed"
     open_ = "" if one["resolved"] else f", {comparison.unresolved(one)}"
-    return (
-        f"the loss differs by {one['estimate']:+.3f} nats/token ({one['ci_low']:+.3f} to {one['ci_high']:+.3f}{open_})"
-    )
+    size, low, high = (signed(one[end], 3) for end in ("estimate", "ci_low", "ci_high"))
+    return f"the loss differs by {size} nats/token ({low} to {high}{open_})"
 
 
 def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str, arm: str) -> dict | None:

@@ -15,7 +15,7 @@ from experiments import cells
 from experiments.data.dataset import Dataset
 from experiments.data.places import PlacedBatches, token_bytes
 from experiments.data.prepared import tokens_per_byte
-from experiments.report.numbers import number, plural, scale
+from experiments.report.numbers import apart, number, plural, scale, times
 from experiments.rows import row
 from experiments.spec import Arm, Experiment
 from experiments.store import Cell, RunDirectory
@@ -260,12 +260,15 @@ def _interval(one: dict, unit: str) -> str:
     """Estimate of a verdict with its interval."""
     estimate, low, high = one["estimate"], one["ci_low"], one["ci_high"]
     sign = one["kind"] == "difference"
-    size = f"{number(estimate, 3, sign=True)} {unit}" if sign else f"{number(estimate)} times {unit}"
+    size = f"{_signed(estimate)} {unit}" if sign else f"{times(estimate)} times {unit}"
     if low is None:
         return f"{size} ({plural(one['n'], 'paired seed')})"
-    at, signed = (3, True) if sign else (None, False)
-    ends = f"{number(low, at, signed)} to {number(high, at, signed)}"
+    ends = " to ".join(_signed(end) if sign else times(end) for end in (low, high))
     return f"{size} (95% interval {ends}, {plural(one['n'], 'paired seed')})"
+
+
+def _signed(value: float) -> str:
+    return number(value, apart(value, 0.0, 3), sign=True)
 
 
 def _standing(one: dict) -> str:

@@ -207,6 +207,7 @@ def test_inspect_adds_up(in_process: InProcess, name: str) -> None:
     assert found["state_bytes"] == cost.state_bytes(config, 3, 64, 4)
     code, stdout, _ = in_process("inspect", name)
     assert code == 0
+    assert f"FLOPs per token at {config.positions or 4096} tokens: " in stdout
     assert f"{cost.parameters(config).total:,}" in stdout
 
 
@@ -216,6 +217,7 @@ def test_models_lists_every_preset(in_process: InProcess) -> None:
     listed = {one["model"]: one for one in json.loads(stdout)}
     assert list(listed) == list(PRESETS)
     assert listed["hybrid-1m"]["mixer"] == "mamba x6 + attention x1"
+    assert listed["gpt1"]["state_bytes_16bit"] == {"1024": None, "16384": None}  # it has 100 positions
     assert listed["moe-1m"]["feedforward"] == "moe"
     assert listed["moe-1m"]["active"] < listed["moe-1m"]["parameters"]
 
@@ -225,6 +227,7 @@ def test_models_lists_every_preset(in_process: InProcess) -> None:
     [
         (["inspect", "phi3-mni"], "unknown model 'phi3-mni': did you mean 'phi3-mini'?"),
         (["inspect", "./nowhere"], "nowhere"),
+        (["inspect", "gpt1", "--context", "101"], "'gpt1' has 100 positions: --context 101 is beyond them"),
         (["inspect", "gpt1", "--dtype", "bf61"], "unknown dtype 'bf61': did you mean 'bf16'?"),
         (["run", "compare", "--arms", "hybrid", "--set", "arms.hybrid.overrides.hybrid.pattern=MMX", "--dry-run"],
          "unknown letter 'X' in hybrid.pattern 'MMX': known: 2, 3, A, L, M, S"),

@@ -72,6 +72,21 @@ def test_a_cache_outweighs_the_weights_the_sooner_the_more_sequences_there_are()
     assert told == {batch: 2 * WEIGHTS // (batch * 2 * WIDTH * 2) + 1 for batch in (1, 4)}
 
 
+def test_a_cache_cannot_outweigh_what_takes_more_tokens_than_a_model_has_positions(monkeypatch) -> None:
+    """A token takes 2 x 64 numbers of 2 bytes: 100 of them more than the scan's state, and less than the weights."""
+    short = ATTENTION.with_overrides({"positions": 100})
+    scan = preset("mamba-tiny")
+    held = cost.state_bytes(scan, 1, 1, 2)
+    assert held < 100 * 2 * WIDTH * 2 < 2 * WEIGHTS
+    monkeypatch.setattr(cells, "model_configs", lambda experiment: {"attention": short, "scan": scan})
+    state, weights = memory.findings([], experiment(dtype="bfloat16"), NOWHERE)
+    assert state["tokens"] == held // (2 * WIDTH * 2) + 1
+    assert f"from {state['tokens']:,} tokens on, whatever the batch." in state["sentence"]
+    assert weights["tokens"] is None
+    assert "attention's cache never outweighs its own weights" in weights["sentence"]
+    assert weights["sentence"].endswith(": the model has 100 positions.")
+
+
 def test_an_arm_that_sees_what_follows_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = ATTENTION.with_overrides({"mixer.causal": False})
     configs = {"attention": ATTENTION, "encoder": encoder, "scan": preset("mamba-tiny")}

@@ -244,6 +244,13 @@ def test_outgrows_is_the_first_length_that_does(name, size):
         assert at == 1 or cost.state_bytes(config, 3, at - 1, 4) <= size
 
 
+def test_what_has_no_positions_left_outgrows_nothing():
+    gpt1 = preset("gpt1")
+    full = cost.state_bytes(gpt1, 1, gpt1.positions, 4)
+    assert cost.outgrows(gpt1, full - 1, 4) == gpt1.positions
+    assert cost.outgrows(gpt1, full, 4) is None
+
+
 def counted_flops(config: ModelConfig, backend: str, context: int, *, batch: int = 2) -> tuple[int, int]:
     """Of a forward, and of a forward with its backward, on the meta device."""
     model = LanguageModel(config.with_backend(backend), seed=None)

@@ -65,6 +65,29 @@ def test_factor_and_least_places() -> None:
     assert numbers.interval(0.5, 0.4, 0.6, sign=True) == "+0.500 [+0.400, +0.600]"
 
 
+@given(st.floats(-1e3, 1e3), st.floats(0, 1), st.floats(0, 1), st.sampled_from([0.0, 1.0]))
+def test_what_means_no_difference_is_printed_of_nothing_else(
+    value: float, below: float, above: float, neutral: float
+) -> None:
+    """However near: a bound that leaves out 0, or a ratio's 1, does so as it is printed."""
+    assume(all(x == neutral or abs(x - neutral) > 1e-8 for x in (value, value - below, value + above)))
+    text = numbers.interval(value, value - below, value + above, neutral=neutral)
+    found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", text)
+    assert found
+    for shown, true in zip(found.groups(), (value, value - below, value + above), strict=True):
+        assert np.sign(parsed(shown) - neutral) == np.sign(true - neutral)
+    assert np.sign(parsed(numbers.times(value)) - 1) == np.sign(value - 1) or abs(value - 1) <= 1e-8
+    assert np.sign(float(numbers.signed(value, 3))) == np.sign(value) or abs(value) <= 1e-8
+
+
+def test_digits_that_keep_a_bound_apart() -> None:
+    assert numbers.interval(-0.0911, -0.1619, -0.0003, neutral=0.0) == "−0.091 [−0.162, −0.0003]"
+    assert numbers.interval(1.0121, 1.0004, 1.0242, neutral=1.0) == "1.012 [1.0004, 1.024]"
+    assert numbers.interval(1.0121, 1.0, 1.0242, neutral=1.0) == "1.012 [1.000, 1.024]"
+    assert (numbers.times(0.99996), numbers.times(1.00042), numbers.times(1.0)) == ("0.99996", "1.0004", "1.00")
+    assert (numbers.signed(-0.00001234, 4), numbers.signed(0.0, 4)) == ("-0.00001", "+0.0000")
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(9.996, "10.0"), (0.0999999, "0.100"), (999.6, "1,000"), (0, "0"), (-0.0, "0"), (1234567, "1,230,000")],
