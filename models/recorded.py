@@ -18,6 +18,7 @@ from torch import Tensor
 from models.block import Block
 from models.errors import ConfigError
 from models.language_model import LanguageModel
+from models.ops.attention import kept_tables
 from models.state import KVCache, ModelState, Place, RecurrentState, State
 
 WARM_UP = 3  # runs before recording, in which kernels are loaded and choose their configurations
@@ -25,7 +26,8 @@ WARM_UP = 3  # runs before recording, in which kernels are loaded and choose the
 
 class Recording:
     """Repeats `operation` from a CUDA graph when called, on the tensors that it read and wrote while it was recorded.
-    To the graph they are addresses: so this holds the operation, and the operation has to hold them.
+    To the graph they are addresses: so this holds the operation, and the operation has to hold them, but for the tables
+    of rotary angles, whose place a longer one would take; those this holds too.
 
     Before it is recorded, which computes nothing, the operation runs WARM_UP times, each time after `before`. pool: a
     `torch.cuda.graph_pool_handle()` of which all recordings take what they make in between; none may need what is left
@@ -38,7 +40,8 @@ class Recording:
     ) -> None:  # fmt: skip
         if device.type != "cuda":
             raise ConfigError("a CUDA graph is recorded, which needs a GPU")
-        graph, aside = torch.cuda.CUDAGraph(), _stream(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        graph, aside = torch.cuda.CUDAGraph(), _stream(index)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
@@ -47,7 +50,7 @@ class Recording:
         torch.cuda.current_stream(device).wait_stream(aside)
         with torch.cuda.graph(graph, pool=pool, stream=aside):
             operation()
-        self.operation, self.replay = operation, graph.replay
+        self.operation, self.tables, self.replay = operation, kept_tables(), graph.replay
 
     def __call__(self) -> None:
         self.replay()
@@ -129,9 +132,9 @@ class RecordedDecode(RepeatableStep):
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """What every recording warms up and is made on. Torch keeps a workspace for matrix products, tens of megabytes, for
-    each stream that has seen one: another stream for every recording would each time cost another workspace."""
+def _stream(device: int) -> torch.cuda.Stream:
+    """What every recording on a GPU warms up and is made on. Torch keeps a workspace for matrix products, tens of
+    megabytes, for each stream that has seen one: another stream for every recording would cost another each time."""
     return torch.cuda.Stream(device)
 
 

@@ -147,6 +147,10 @@ def _rotary_table(positions: int, width: int, base: float, device: torch.device)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
+def kept_tables() -> tuple[Tensor, ...]:
+    return tuple(table for pair in _tables.values() for table in pair)
+
+
 def forget_tables() -> None:
     _tables.clear()
 

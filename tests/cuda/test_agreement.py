@@ -46,7 +46,12 @@ FORMS = {"mamba": "cuda", "mamba2": "cuda", "mamba3": "cuda", "hybrid": "cuda+sd
 def test_the_forms_are_those_of_a_gpu(name: str) -> None:
     """Of what follows, the rest would hold for the fallbacks just as well."""
     chosen = on_the_gpu(name, on_the_cpu(name)).backend
-    assert (chosen.name, chosen.fallback) == (FORMS.get(name.removesuffix("-tiny"), "sdpa"), None)
+    assert (chosen.name, chosen.fallback) == (FORMS.get(name.partition("-")[0], "sdpa"), None)
+
+
+def test_mamba_2_is_met_as_one_operation_and_in_parts() -> None:
+    whole, parts = (on_the_gpu(name, on_the_cpu(name)).blocks[0].mixer for name in ("mamba2-whole", "mamba2-tiny"))
+    assert (whole.is_one_operation, parts.is_one_operation) == (True, False)
 
 
 def differentiated(model: LanguageModel, precision: str) -> tuple[float, Tensor, dict[str, Tensor]]:

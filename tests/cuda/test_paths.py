@@ -125,7 +125,7 @@ def test_the_scan_without_data_makes_what_the_kernels_make() -> None:
     assert [(x.shape, x.dtype, x.stride()) for x in made] == [(x.shape, x.dtype, x.stride()) for x in shapes]
 
 
-@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny", "mamba2-tiny"])
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny", "mamba2-whole"])
 def test_speed_of_the_phases(name: str, tmp_path: Path) -> None:
     written(name, tmp_path, "bfloat16")
     cells = {}
@@ -201,7 +201,7 @@ def test_a_recorded_decode_writes_the_same_tokens(name: str, tmp_path: Path) -> 
         assert torch.equal(recorded(), ordinary())
 
 
-@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny", "mamba2-tiny", "mamba3-tiny"])
+@pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny", "mamba2-tiny", "mamba2-whole", "mamba3-tiny"])
 def test_compiled_numbers_are_the_eager_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a loss and its gradients, under autocast too, of prefill, and of steps that are repeated, also from a
     recording; of one sequence, whose products of a step are sums. In the configurations that the compiler begins with:

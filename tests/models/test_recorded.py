@@ -20,7 +20,7 @@ from models.mixers.lstm import LSTM, LSTMConfig
 from models.mixers.mamba import MambaConfig
 from models.mixers.mamba2 import Mamba2Config
 from models.mixers.mamba3 import Mamba3Config
-from models.ops.attention import forget_tables
+from models.ops.attention import forget_tables, kept_tables
 from models.ops.kernels import load
 from models.recorded import RecordedDecode, Recording, RepeatableStep
 
@@ -243,6 +243,7 @@ def graphs(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(recorded, "_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: on("stream", stream))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: on(f"recording in {pool}", stream))
@@ -268,6 +269,33 @@ def test_a_recording_holds_what_its_graph_reads_and_writes(graphs):
     assert alive() is not None
     del take
     assert alive() is None
+
+
+def test_a_recording_holds_rotary_tables_whose_place_longer_ones_take(graphs):
+    forget_tables()
+    made = model(CASES["attention"])
+
+    def read(tokens: int) -> None:
+        made(torch.zeros(1, tokens, dtype=torch.int64))
+
+    take = Recording(lambda: read(16), torch.device("cuda"))
+    short = [weakref.ref(table) for table in kept_tables()]
+    assert len(short) == 2
+    read(32)
+    assert not {id(table) for table in kept_tables()} & {id(table()) for table in short}
+    assert all(table() is not None for table in short)
+    del take
+    assert all(table() is None for table in short)
+
+
+def test_recordings_of_a_gpu_are_made_on_one_stream_however_it_is_named(graphs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(recorded, "_stream", lambda device: asked.append(device) or stream)
+    for name in ("cuda", "cuda:3", "cuda:1"):
+        Recording(lambda: None, torch.device(name))
+    assert asked == [3, 3, 1]
 
 
 def test_a_recorded_decode_goes_with_whoever_used_it(graphs, monkeypatch):
