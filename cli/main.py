@@ -403,7 +403,8 @@ def generate(
 ) -> None:
     """Continue a prompt with the trained arms of a run, one after the other, or with the model in a folder.
 
-    The text appears as it is made; at the end come the speeds of this one call and the bytes of each state.
+    The text appears as it is made; at the end come the speeds, of prefill the fastest of up to ten readings of the
+    prompt and of decode those of this text alone, and the bytes of each state.
     """
     from experiments import inference, runner
     from models.generation import Sampling

@@ -42,10 +42,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What an arm wrote, from this one call alone: the speeds are of one pass each.
+    """What an arm wrote, in this one call.
 
-    prefill_tokens_per_s: tokens of the prompt over the time to the first new token. decode_tokens_per_s: of the tokens
-    after the first; None where there is only one. state_bytes: the cache or state at the end.
+    prefill_tokens_per_s: tokens of the prompt over the least time to the first new token of up to ten readings.
+    decode_tokens_per_s: of the tokens after the first, written once; None where there is only one. state_bytes: the
+    cache or state at the end.
     """
 
     arm: str

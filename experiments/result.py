@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiments.cells import model_configs
+from experiments.cells import WARM_UP_STEPS, model_configs
 from experiments.errors import RunFailedError
 from experiments.kernels.check import doubt, kernels_of
 from experiments.spec import Experiment
@@ -61,6 +61,7 @@ def build_result(run: RunDirectory, experiment: Experiment, facts: dict[str, Any
             *_warnings(run, cells, environment, made, doubts),
             *_unmatched(experiment),
             *_little_text(experiment, facts),
+            *_few_steps(experiment),
         ],
         "baselines": facts["baselines"] if tested else None,
         "arms": _arms(experiment, environment, made),
@@ -125,6 +126,9 @@ def _doubts(experiment: Experiment, environment: dict[str, Any], made: Results) 
     return doubts
 
 
+_RANGE = {("quality", "share"): (0.0, 1.0), ("quality", "perplexity"): (1.0, None)}
+
+
 def _over_seeds(rows: list[dict]) -> list[dict]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -138,8 +142,10 @@ def _over_seeds(rows: list[dict]) -> list[dict]:
         one["reason"] = next((row["reason"] for row in group if row["reason"]), None)
         if values:
             interval = mean_interval(values)
-            low = None if interval.low is None else max(0.0, interval.low)  # nothing that a row counts is below 0
-            one |= {"value": interval.estimate, "ci_low": low, "ci_high": interval.high}
+            least, most = _RANGE.get((one["phase"], one["unit"]), (0.0, None))  # nothing that a row counts is below 0
+            low = None if interval.low is None else max(least, interval.low)
+            high = interval.high if interval.high is None or most is None else min(most, interval.high)
+            one |= {"value": interval.estimate, "ci_low": low, "ci_high": high}
         summary.append(one)
     return summary
 
@@ -185,3 +191,10 @@ def _little_text(experiment: Experiment, facts: dict[str, Any]) -> list[str]:
     if not tested or facts["baselines"]["bytes"] >= LITTLE_TEXT:
         return []
     return [f"the test text has only {facts['baselines']['bytes']:,} bytes: its bits per byte say little of other text"]
+
+
+def _few_steps(experiment: Experiment) -> list[str]:
+    steps = experiment.training.steps
+    if not experiment.trains or steps > WARM_UP_STEPS:
+        return []
+    return [f"training has {steps} steps, so the times of its steps are of the first ones, which take longer"]

@@ -99,6 +99,13 @@ class Evaluation(Settings):
     sample_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=0.8, ge=0)
 
+    @field_validator("splits")
+    @classmethod
+    def _some(cls, splits: tuple[Split, ...]) -> tuple[Split, ...]:
+        if not splits or len(set(splits)) != len(splits):
+            raise ValueError("name validation, test or both, each once: without one no quality is evaluated")
+        return splits
+
 
 class Measurement(Settings):
     """Load, prefill and decode, each cell in a fresh process. See docs/method.md."""
@@ -278,6 +285,13 @@ class Experiment(Settings):
         if 0 in rates:
             raise ValueError("a rate of 0 learns nothing")
         return rates
+
+    @model_validator(mode="after")
+    def _sweeps_leave_the_test_text_alone(self) -> "Experiment":
+        if self.learning_rates and self.evaluation.splits != ("validation",):
+            raise ValueError("a sweep over learning_rates chooses on the validation split, and the test split is not "
+                             'for choosing: set evaluation.splits=["validation"]')  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _weights_have_their_tokenizer(self) -> "Experiment":

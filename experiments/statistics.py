@@ -96,7 +96,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 def more_seeds(compared: Sequence[Comparison], which: int) -> int | None:
     """How many more seeds would resolve one of `compared`, which is open, after Holm's correction over all of them, if
-    estimate and spread of each stayed as they are. None: cannot be said, or beyond MOST_SEEDS."""
+    estimate and spread of each stayed as they are: an even chance, where they are the true ones. None: cannot be said,
+    or beyond MOST_SEEDS."""
     if compared[which].p is None:
         return None
     more = range(1, MOST_SEEDS - len(compared[which].differences) + 1)

@@ -124,7 +124,7 @@ def standing(one: dict[str, Any]) -> tuple[Tone, str]:
     if one["ci_low"] is None or one["ci_high"] is None:
         return "open", "not resolved: one seed has no interval" if one["n"] == 1 else "not resolved: no interval"
     if one["more_seeds"]:
-        return "open", f"not resolved, about {plural(one['more_seeds'], 'more seed')} would"
+        return "open", f"not resolved, even odds with about {plural(one['more_seeds'], 'more seed')}"
     if not one["ci_low"] <= neutral <= one["ci_high"]:
         return "open", "not resolved after the correction for several comparisons"
     return "open", "not resolved"

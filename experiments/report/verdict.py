@@ -10,6 +10,7 @@ from experiments.report.record import Record
 from experiments.report.tables import WITHIN, estimate, evidence, place, standing, widened_by_pages
 from experiments.rows import PAGE
 
+TESTED = ("test_bits_per_byte", "test_masked_token_loss")
 HEADLINES = 8  # verdicts told one by one; the table of comparisons has every one
 
 
@@ -86,6 +87,8 @@ def verdict(record: Record) -> Section:
         rest = len(record.verdicts) - len(chosen)
         if rest > 0:
             blocks.append(Text(f"{plural(rest, 'further comparison')}: see the table of paired comparisons."))
+        if record.measured and not any(record.has("quality", metric) for metric in TESTED):
+            blocks.append(Text("Quality on the test text was not evaluated: nothing says which arm predicts better."))
         if not record.verdicts:
             alone = len(record.arms) < 2
             said = "This run has one arm, so it compares nothing." if alone else "This run recorded no comparison."

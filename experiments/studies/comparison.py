@@ -321,10 +321,11 @@ def comparability(rows: Sequence[dict]) -> dict[str, Any]:
 
 
 def settled(drafts: Sequence[tuple[dict, Comparison]]) -> list[dict]:
-    """What each head asked, with its comparison and whether that is resolved after Holm's correction over all."""
-    every = [comparison for _, comparison in drafts]
-    corrected = holm([one.p for one in every])
-    return [_verdict(head, every, at, corrected[at]) for at, (head, _) in enumerate(drafts)]
+    """What each head asked, with its comparison and whether that is resolved after Holm's correction over all that may
+    be compared. The others have an estimate, for the record, and no p."""
+    told = [comparison if head["comparable"] else replace(comparison, p=None) for head, comparison in drafts]
+    corrected = holm([one.p for one in told])
+    return [_verdict(head, told, at, corrected[at]) for at, (head, _) in enumerate(drafts)]
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
@@ -460,6 +461,10 @@ def _sentence(v: dict) -> str:
         return f"{size} ({interval})."
     if v["p"] is None:
         return f"{size}: no difference at any seed."
-    seeds_word = "seed" if v["more_seeds"] == 1 else "seeds"
-    more = f"about {v['more_seeds']} more {seeds_word} would" if v["more_seeds"] else "more seeds might"
-    return f"{size} ({interval}): {unresolved(v)}; {more} resolve it if the difference is real."
+    more = "more seeds might resolve it if the difference is real"
+    if v["more_seeds"]:
+        more = (
+            f"with about {plural(v['more_seeds'], 'more seed')} its chance of being resolved is even, if estimate and "
+            f"spread are what they seem"
+        )
+    return f"{size} ({interval}): {unresolved(v)}; {more}."

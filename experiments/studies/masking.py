@@ -97,10 +97,7 @@ def _blank_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
         nats = -result["pseudo_log_likelihood"] / result["tokens"]
         common = {"n": result["tokens"], "comparable": False, "reason": PSEUDO}
         yield row(cell, "quality", "pseudo_nats_per_token", nats, "nats/token", "lower", **common)
-        perplexity = _exp(nats)
-        if perplexity is None:
-            common["reason"] = "too large for a number"
-        yield row(cell, "quality", "pseudo_perplexity", perplexity, "perplexity", "lower", **common)
+        yield row(cell, "quality", "pseudo_perplexity", _exp(nats), "perplexity", "lower", **common)
 
 
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
@@ -112,7 +109,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """Of each arm without a mask its training loss and what it writes, of each encoder its blanks; beside the judge's.
-    Holm's correction covers all of these comparisons."""
+    Holm's correction covers all of these comparisons that may be made."""
     judging, context = judge(experiment), experiment.training.context
     drafts: list[tuple[dict, Comparison]] = []
     for arm in _having(experiment, "unmasked"):
@@ -120,10 +117,13 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
         drafts += [one for way in (GREEDY, SAMPLED) for one in _written(rows, arm, judging, way)]
     for arm in _having(experiment, "masked"):
         drafts += _blanks(rows, arm, judging)
-    corrected = holm([compared.p for _, compared in drafts])
+    standings = [_standing(rows, finding["arm"], judging) for finding, _ in drafts]
+    corrected = holm([
+        compared.p if standing["comparable"] else None
+        for (_, compared), standing in zip(drafts, standings, strict=True)
+    ])  # fmt: skip
     found = []
-    for (finding, compared), p in zip(drafts, corrected, strict=True):
-        standing = _standing(rows, finding["arm"], judging)
+    for (finding, compared), standing, p in zip(drafts, standings, corrected, strict=True):
         decided = compared.exact or (p is not None and p < comparison.RESOLVED)
         found.append(finding | standing | {
             "against": judging, "difference": compared.interval.estimate, "ci_low": compared.interval.low,
@@ -152,7 +152,7 @@ def _values(rows: list[dict], arm: str, metric: str, mode: str | None = None, co
     wanted = (arm, metric, mode, context)
     return {
         r["seed"]: r["value"] for r in rows
-        if (r["arm"], r["metric"], r["mode"], r["context"]) == wanted and r["seed"] is not None
+        if (r["arm"], r["metric"], r["mode"], r["context"]) == wanted and None not in (r["seed"], r["value"])
     }  # fmt: skip
 
 
@@ -265,12 +265,13 @@ def _pseudo(rows: list[dict], arm: str) -> list[dict]:
     values = list(_values(rows, arm, "pseudo_nats_per_token").values())
     if not values:
         return []
-    nats = sum(values) / len(values)
-    perplexity = _exp(nats)
-    over = "one seed" if len(values) == 1 else f"geometric mean over {plural(len(values), 'seed')}"
+    each = [one for nats in values if (one := _exp(nats)) is not None]
+    perplexity = sum(each) / len(each) if len(each) == len(values) else None
+    told = f"above e^{min(values):.0f}" if perplexity is None else number(perplexity)
+    over = "one seed" if len(values) == 1 else f"mean over {plural(len(values), 'seed')}"
     return [{
         "kind": "pseudo-perplexity", "arm": arm, "pseudo_perplexity": perplexity, "n": len(values),
-        "sentence": f"{arm}'s pseudo-perplexity is {_times(nats)} ({over}). It is no perplexity and does not "
+        "sentence": f"{arm}'s pseudo-perplexity is {told} ({over}). It is no perplexity and does not "
                     f"compare with one: {PSEUDO}.",
     }]  # fmt: skip
 

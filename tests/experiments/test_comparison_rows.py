@@ -23,9 +23,11 @@ ARMS = {
 
 
 def experiment(device: str = "cpu", rates: tuple[float, ...] = ()) -> Experiment:
+    splits = ("validation",) if rates else ("validation", "test")
     return Experiment.model_validate({
         "name": "x", "title": "x", "device": device, "arms": ARMS, "learning_rates": rates,
-        "training": Training(context=48, batch=3, accumulate=4), "evaluation": Evaluation(sample_tokens=5),
+        "training": Training(context=48, batch=3, accumulate=4),
+        "evaluation": Evaluation(sample_tokens=5, splits=splits),
         "measurement": Measurement(contexts=(32, 128), decode_tokens=7),
     })  # fmt: skip
 
@@ -68,6 +70,10 @@ def test_there_is_no_ratio_to_nothing(arm: str, at: int) -> None:
     rows = [row for name in ARMS for row in held(name, values[name], context=128, batch=1)]
     assert [one["estimate"] for one in comparison.verdicts(rows, experiment())] == [1]
     values[arm][at] = 0.0
+    rows = [row for name in ARMS for row in held(name, values[name], context=128, batch=1)]
+    (one,) = comparison.verdicts(rows, experiment())
+    assert (one["estimate"], one["n"], one["lacking"]) == (1, 2, {arm: [at]})
+    values[arm] = [0.0, 0.0, 0.0]
     rows = [row for name in ARMS for row in held(name, values[name], context=128, batch=1)]
     assert comparison.verdicts(rows, experiment()) == []
 

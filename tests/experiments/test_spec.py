@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from experiments.cells import model_config
 from experiments.errors import SpecError
-from experiments.spec import PROFILES, Arm, Data, Experiment, catalog, load
+from experiments.spec import PROFILES, Arm, Data, Evaluation, Experiment, catalog, load
 
 # what a file can hold: TOML forbids lone surrogates
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 ARMS = {"a": Arm(model="mamba-tiny", learning_rate=1e-3)}
+VALIDATION = Evaluation(splits=("validation",))
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +80,7 @@ def test_layers() -> None:
         ("data.path=/some/where", lambda e: e.data.path, "/some/where"),
         ("arms.mamba.learning_rate=0.5", lambda e: e.arms["mamba"].learning_rate, 0.5),
         ("arms.mamba.overrides.mixer.state=8", lambda e: e.arms["mamba"].overrides, {"mixer": {"state": 8}}),
-        ("evaluation.splits=[]", lambda e: e.evaluation.splits, ()),
+        ('evaluation.splits=["test"]', lambda e: e.evaluation.splits, ("test",)),
     ],
 )
 def test_assignments(assignment: str, get: Any, expected: Any) -> None:
@@ -101,6 +102,9 @@ def test_the_last_assignment_wins() -> None:
         ("seeds=[-1]", "must not be negative"),
         ("learning_rates=[-1e-3]", "must not be negative"),
         ("learning_rates=[1e-3, 0.0]", "a rate of 0 learns nothing"),
+        ("learning_rates=[1e-3]", 'set evaluation.splits=["validation"]'),
+        ("evaluation.splits=[]", "name validation, test or both, each once"),
+        ('evaluation.splits=["test", "test"]', "name validation, test or both, each once"),
         ("training.steps=2.5", "training.steps"),
         ("training.beta1=1", "training.beta1"),
         ("data.vocabulary=256", "data.vocabulary"),
@@ -131,14 +135,16 @@ def test_seeds_and_arms() -> None:
 
 
 def test_a_sweep_trains_every_arm_at_every_rate() -> None:
-    sweep = Experiment(name="x", title="x", arms=ARMS | {"b": ARMS["a"]}, learning_rates=(1e-3, 2e-3))
-    rates = {name: arm.learning_rate for name, arm in sweep.cells().items()}
-    assert rates == {"a-lr0.001": 1e-3, "a-lr0.002": 2e-3, "b-lr0.001": 1e-3, "b-lr0.002": 2e-3}
+    arms, rates = ARMS | {"b": ARMS["a"]}, (1e-3, 2e-3)
+    sweep = Experiment(name="x", title="x", arms=arms, learning_rates=rates, evaluation=VALIDATION)
+    trained = {name: arm.learning_rate for name, arm in sweep.cells().items()}
+    assert trained == {"a-lr0.001": 1e-3, "a-lr0.002": 2e-3, "b-lr0.001": 1e-3, "b-lr0.002": 2e-3}
 
 
 def test_rates_that_would_share_a_folder_are_refused_or_told_apart() -> None:
     try:
-        sweep = Experiment(name="x", title="x", arms=ARMS, learning_rates=(0.1234567, 0.1234568))
+        rates = (0.1234567, 0.1234568)
+        sweep = Experiment(name="x", title="x", arms=ARMS, learning_rates=rates, evaluation=VALIDATION)
     except ValueError:
         return
     assert len(sweep.cells()) == 2

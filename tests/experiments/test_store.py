@@ -10,7 +10,7 @@ import pytest
 
 from experiments.cells import model_config
 from experiments.errors import RunFailedError
-from experiments.result import build_result
+from experiments.result import _few_steps, _over_seeds, build_result
 from experiments.runner import run_hash
 from experiments.spec import Experiment, load
 from experiments.store import RunDirectory, write_json
@@ -339,6 +339,8 @@ def test_every_field_is_in_the_hash_of_a_run(study: str, path: tuple[str, ...]) 
     base = EXPERIMENTS[study]
     if path[-1] == "start":  # weights need their tokenizer
         base = base.model_copy(update={"data": base.data.model_copy(update={"tokenizer": "x"})})
+    if path[-1] == "learning_rates":  # and a sweep leaves the test text alone
+        base = base.model_copy(update={"evaluation": base.evaluation.model_copy(update={"splits": ("validation",)})})
     changed = base.resolved()
     table = changed
     for key in path[:-1]:
@@ -371,3 +373,25 @@ def test_what_the_process_holds_on_a_card_is_a_row_of_every_phase_on_a_gpu_only(
         assert process["reason"] == ("not listed" if phase == "load" else None)
         assert process["context"] == row(result, "mamba", None, phase, "load_ms" if phase == "load" else "peak_bytes")[
             "context"]  # fmt: skip
+
+
+def test_no_interval_reaches_beyond_what_a_quantity_can_be(run: RunDirectory) -> None:
+    def over_seeds(metric: str, unit: str, values: tuple[float, float]) -> dict[str, Any]:
+        shared = {"arm": "a", "phase": "quality", "metric": metric, "unit": unit, "context": None, "batch": None,
+                  "mode": None, "dtype": None, "comparable": True, "reason": None}  # fmt: skip
+        (one,) = _over_seeds([shared | {"seed": seed, "value": value} for seed, value in enumerate(values)])
+        return one
+
+    accuracy = over_seeds("test_masked_accuracy", "share", (0.91, 0.95))
+    assert (accuracy["value"], accuracy["ci_high"]) == (pytest.approx(0.93), 1.0)
+    assert accuracy["ci_low"] == pytest.approx(0.93 - 12.706 * 0.02, rel=1e-3)
+    perplexity = over_seeds("test_token_perplexity", "perplexity", (1.2, 1.4))
+    assert (perplexity["ci_low"], perplexity["ci_high"]) == (1.0, pytest.approx(1.3 + 12.706 * 0.1, rel=1e-3))
+    loss = over_seeds("test_loss_at_position", "nats/token", (0.1, 0.5))
+    assert (loss["ci_low"], loss["ci_high"] > 1) == (0.0, True)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(5, True), (6, False)])
+def test_a_training_of_few_steps_says_that_its_times_are_of_the_first(steps: int, said: bool) -> None:
+    few = EXPERIMENT.model_copy(update={"training": EXPERIMENT.training.model_copy(update={"steps": steps})})
+    assert bool(_few_steps(few)) == said

@@ -45,6 +45,17 @@ def test_an_open_comparison_says_why_its_interval_may_leave_out_equality(p: floa
     assert comparison.predicts(one) == said
 
 
+def test_what_was_refused_takes_no_part_in_the_correction() -> None:
+    """With it the other's p would be 0.06."""
+    refused = [row | {"comparable": False, "reason": "a gate"} for row in quality("a", with_p(0.04))]
+    rows = quality("base", [1.0, 1.0, 1.0]) + refused + quality("b", with_p(0.03))
+    one, other = compared(rows, [Question("base", b, "quality", "test_bits_per_byte", "difference") for b in "ab"])
+    assert (one["p"], one["p_holm"], one["resolved"], one["tested"]) == (None, None, False, 1)
+    assert one["estimate"] == pytest.approx(other["estimate"], rel=0.3)
+    assert (other["p_holm"], other["resolved"], other["tested"]) == (pytest.approx(0.03), True, 1)
+    assert one["sentence"].startswith("base and a do not compare in test bits per byte: a gate. For the record: a ")
+
+
 @pytest.mark.parametrize("kind", ["difference", "ratio"])
 def test_a_comparison_names_the_seeds_that_it_leaves_out(kind: str) -> None:
     """Seed 1 of b has a row without a value, seed 3 of a none at all; 0 and 2 are compared."""

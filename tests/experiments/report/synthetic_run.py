@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments.spec import Arm, Data, Experiment, Measurement, Training
+from experiments.spec import Arm, Data, Evaluation, Experiment, Measurement, Training
 
 CONTEXT = 256
 VOCABULARY = 2048
@@ -46,6 +46,7 @@ def experiment(options: Options) -> Experiment:
         learning_rates=options.rates,
         data=Data(vocabulary=VOCABULARY),
         training=Training(context=CONTEXT, steps=options.steps, validate_every=20),
+        evaluation=Evaluation(splits=("validation",) if options.rates else ("validation", "test")),
         measurement=Measurement(enabled=options.measured, contexts=options.contexts),
     )
 

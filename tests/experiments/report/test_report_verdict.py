@@ -129,3 +129,11 @@ def test_pairs_that_share_no_arm_are_told_one_by_one_as_far_as_there_is_room(rec
     shown, rest = told(record, chain)
     assert [block.sentence for block in shown] == [f"{at + 1} against {at}." for at in range(HEADLINES)]
     assert rest == ["2 further comparisons: see the table of paired comparisons."]
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_run_that_evaluated_no_test_text_says_so(make_run: Callable[..., Path], evaluated: bool) -> None:
+    made = read(make_run(seeds=(0,)))
+    rows = [row for row in made.rows if evaluated or row.metric != "test_bits_per_byte"]
+    texts = [block.text for block in verdict(replace(made, rows=rows)).blocks if isinstance(block, Text)]
+    assert any("Quality on the test text was not evaluated" in text for text in texts) != evaluated
