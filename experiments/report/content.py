@@ -34,6 +34,7 @@ from experiments.report.tables import (
     main_table,
     placing,
     residuals,
+    room,
     seed_counts,
     tells_card,
     training_context,
@@ -358,9 +359,7 @@ def memory(record: Record) -> Section:
             "are measured, lines are the analytic figure."
         )
         blocks.append(Figure("state", _state_alt(record), caption))
-    written = record.spec.get("measurement", {}).get("decode_tokens")
-    room = f" A cache or state has room for the {written} tokens that are decoded, too." if written else ""
-    table = Table(f"Memory, mean over n seeds with {WITHIN}.{room} {ARROWS}", context_columns(record))
+    table = Table(f"Memory, mean over n seeds with {WITHIN}.{room(record)} {ARROWS}", context_columns(record))
     present = [one for one in LOADING if one.metric.endswith("_bytes") and record.has(one.phase, one.metric)]
     if present:
         table.group("Loading")

@@ -3,7 +3,7 @@
 from experiments.report.document import Block, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.numbers import DASH, count, interval, number, scale
 from experiments.report.record import Record, Row
-from experiments.report.tables import WITHIN, settled
+from experiments.report.tables import WITHIN, room, settled
 
 HISTORY = {  # by the family of the model: since when, and what was new
     "lstm": ("1997", "A recurrent cell with gates: a memory of fixed size, carried from token to token."),
@@ -40,7 +40,8 @@ def sections(record: Record) -> list[Section]:
         "Architectures in the order of history, with as many parameters each beside the embeddings, trained on the "
         "same batches. Each is compared with the one before it: how well it predicts unseen text (bits per byte, lower "
         "is better), how fast it trains and writes, and how many bytes it keeps of what it has read. In parentheses "
-        "stand 95% intervals over paired seeds; Holm's correction covers the steps, question by question."
+        "stand 95% intervals over paired seeds; Holm's correction covers the steps, and the way from the first arm to "
+        f"the last, question by question.{room(record)}"
     )
     whole = [one["sentence"] for one in record.findings if one["kind"] == "overall"]
     steps = [one for one in record.findings if one["kind"] == "step"]

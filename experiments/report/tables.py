@@ -440,6 +440,12 @@ def comparisons(record: Record) -> Table:
     return table
 
 
+def room(record: Record) -> str:
+    """What the bytes of a cache after so many tokens hold beside these, as a sentence to follow another."""
+    written = record.spec.get("measurement", {}).get("decode_tokens")
+    return f" A cache or state has room for the {written} tokens that are decoded, too." if written else ""
+
+
 def context_columns(record: Record) -> list[Column]:
     columns = [Column("Quantity", key=True)]
     columns += [Column(arm, numeric=True) for arm in record.arms]

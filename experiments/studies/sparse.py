@@ -181,7 +181,7 @@ def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str,
     here, there = (kept[name][longest] / batch for name in (arm, base))
     same = min(at for at, held in kept[arm].items() if held == kept[arm][longest])
     grows = (
-        f", the same from {same:,} tokens on"
+        f", as much as after {same:,}"
         if same < longest
         else ", and still grows there"
         if cost.grows(cells.model_configs(experiment)[arm])
