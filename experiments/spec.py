@@ -5,6 +5,7 @@ merges file, profile and `--set` assignments, validates strictly, and returns an
 `to_toml()` is the resolved specification that a run directory keeps and that `lab run` accepts again.
 """
 
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -101,9 +102,9 @@ class Evaluation(Settings):
 
     @field_validator("splits")
     @classmethod
-    def _some(cls, splits: tuple[Split, ...]) -> tuple[Split, ...]:
-        if not splits or len(set(splits)) != len(splits):
-            raise ValueError("name validation, test or both, each once: without one no quality is evaluated")
+    def _once(cls, splits: tuple[Split, ...]) -> tuple[Split, ...]:
+        if len(set(splits)) != len(splits):
+            raise ValueError("each may appear once")
         return splits
 
 
@@ -453,10 +454,29 @@ def load(
         raw["seeds"] = list(range(seeds))
     for assignment in assignments:
         _assign(raw, assignment)
+    _from_here(raw)
     try:
         return Experiment.model_validate(raw)
     except ValidationError as error:
         raise SpecError(f"{source}: {_first_problem(error)}") from None
+
+
+def _from_here(raw: dict[str, Any]) -> None:
+    """Paths that are relative to the folder of this process become absolute, so that what is kept of a run means the
+    same wherever it is read: where text and tokenizer are, and models that are folders."""
+    data, arms = raw.get("data"), raw.get("arms", {})
+    for table, key in [(data, "path"), (data, "tokenizer"), *((arm, "model") for arm in arms.values())]:
+        value = table.get(key) if isinstance(table, dict) else None
+        if isinstance(value, str) and value.strip() and not value.startswith("~"):
+            table[key] = os.path.abspath(value) if key != "model" or _is_folder(value) else value
+
+
+def _is_folder(model: str) -> bool:
+    if not os.path.isdir(model):  # no preset is one, and most models are presets
+        return False
+    from models.folders import is_folder  # imports torch, without which a specification can be read
+
+    return is_folder(model)
 
 
 def _read(name_or_path: str) -> tuple[str, str]:

@@ -28,12 +28,13 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def configuration(name_or_folder: str) -> ModelConfig:
-    """Of a preset, or of the model in a folder: anything with a slash, or that is a folder and no preset. Raises
-    ConfigError, for a misspelt preset with the nearest name."""
-    path = Path(name_or_folder)
-    if name_or_folder not in PRESETS and (os.sep in name_or_folder or os.path.isdir(path)):
-        return read_config(path)
-    return preset(name_or_folder)
+    """Of a preset, or of the model in a folder. Raises ConfigError, for a misspelt preset with the nearest name."""
+    return read_config(Path(name_or_folder)) if is_folder(name_or_folder) else preset(name_or_folder)
+
+
+def is_folder(name_or_folder: str) -> bool:
+    """Whether a model is named by its folder: by anything with a slash, or that is a folder and no preset."""
+    return name_or_folder not in PRESETS and (os.sep in name_or_folder or os.path.isdir(name_or_folder))
 
 
 def tokenizer_file(folder: Path) -> Path:

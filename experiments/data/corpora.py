@@ -198,8 +198,7 @@ def _files(pattern: str) -> dict[str, Path]:
     if os.path.exists(path):
         raise CorpusError(f"data.path: {path} is neither a regular file nor a folder")
     if not any(wildcard in path for wildcard in "*?["):
-        where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
-        raise CorpusError(f"data.path: no such file or folder{where}: {path}")
+        raise CorpusError(f"data.path: no such file or folder: {path}")
     matches = sorted(match for match in glob.iglob(path, recursive=True) if os.path.isfile(match))
     if not matches:
         raise CorpusError(f"data.path: no file matches {path}")

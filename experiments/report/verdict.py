@@ -87,7 +87,7 @@ def verdict(record: Record) -> Section:
         rest = len(record.verdicts) - len(chosen)
         if rest > 0:
             blocks.append(Text(f"{plural(rest, 'further comparison')}: see the table of paired comparisons."))
-        if record.measured and not any(record.has("quality", metric) for metric in TESTED):
+        if record.verdicts and not any(record.has("quality", metric) for metric in TESTED):
             blocks.append(Text("Quality on the test text was not evaluated: nothing says which arm predicts better."))
         if not record.verdicts:
             alone = len(record.arms) < 2

@@ -128,16 +128,19 @@ def test_unusable_corpus(in_process: InProcess, tmp_path: Path, content: bytes |
     assert said in one_line(stderr)
 
 
+HERE = os.getcwd()
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         (["corpus=text"], "data.path is empty; corpus 'text' needs a file, a folder or a glob there"),
         (["corpus=txt"], "data.corpus: unknown corpus 'txt': did you mean 'text'?"),
-        (["corpus=text", "path=nowhere.txt"], f"data.path: no such file or folder in {os.getcwd()}: nowhere.txt"),
-        (["corpus=text", "path=no*where"], "data.path: no file matches no*where"),
-        (["path=a.txt"], "data.path = 'a.txt' means nothing to corpus 'stdlib'; set data.corpus = text"),
-        (["tokenizer=nowhere.json"], "data.tokenizer: no such file: nowhere.json"),
+        (["corpus=text", "path=nowhere.txt"], f"data.path: no such file or folder: {HERE}/nowhere.txt"),
+        (["corpus=text", "path=no*where"], f"data.path: no file matches {HERE}/no*where"),
+        (["path=a.txt"], f"data.path = '{HERE}/a.txt' means nothing to corpus 'stdlib'; set data.corpus = text"),
+        (["tokenizer=nowhere.json"], f"data.tokenizer: no such file: {HERE}/nowhere.json"),
     ],
 )
 def test_data_that_is_not_there_is_refused_before_any_work(
@@ -196,7 +199,7 @@ def test_more_than_the_memory_there_is(in_process: InProcess, tmp_path: Path, ho
     assert code == LACKING
     said = one_line(stderr)
     assert "reading a prompt of 4 x 100,000,000 tokens takes 'transformer' about 25,400 GB" in said
-    assert "of memory free, swap included: choose fewer tokens or a smaller batch" in said
+    assert "of memory are free here, swap included: choose fewer tokens or a smaller batch" in said
     assert not (tmp_path / "runs").exists()
 
 

@@ -81,7 +81,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
     code, stdout, stderr = in_process("resume", "--out", out)
     assert code == 0
     assert f"{directory} has every cell; nothing is left to run" in stderr
-    assert "train" not in stderr
+    assert "/train" not in stderr
     assert "mamba" in stdout
     assert in_process("report", "latest", "--out", out)[:2] == in_process("report", "--out", out)[:2] == (0, stdout)
 
