@@ -39,7 +39,7 @@ from experiments.measurement.process import side_by_side
 from experiments.measurement.speed import Subject, measure_speed
 from experiments.objectives import Objective
 from experiments.spec import Arm, Experiment, Measurement
-from experiments.store import AGAIN
+from experiments.store import again
 from experiments.training import DTYPES, token_loss, train
 from models import checkpoint, folders, replay
 from models.config import ModelConfig
@@ -85,7 +85,7 @@ def kept_config(folder: Path) -> ModelConfig:
     try:
         return checkpoint.read_config(folder / "checkpoint")
     except ConfigError as error:
-        raise RunFailedError(f"{error}; delete that folder {AGAIN}") from None
+        raise RunFailedError(f"{error}; delete that folder {again(folder)}") from None
 
 
 def folder_hashes(experiment: Experiment) -> dict[str, str]:

@@ -113,11 +113,11 @@ def trained(directory: RunDirectory, arms: Sequence[str] = (), seed: int | None 
             remedy = (
                 f"trained are: {', '.join(finished)}"
                 if finished
-                else f"no arm of it was; lab resume {directory.path} goes on"
+                else f"no arm of it was; {store.resumes(directory.path)} goes on"
             )
             raise SpecError(f"arm '{arm}', seed {seed} of {directory.path.name} was never trained to the end; {remedy}")
         if gone := checkpoint.lost(places[arm]):
-            raise SpecError(f"{gone[0]} is missing or damaged; lab resume {directory.path} makes the model again")
+            raise SpecError(f"{gone[0]} is missing or damaged; {store.resumes(directory.path)} makes the model again")
     return {arm: places[arm] for arm in arms or known}
 
 

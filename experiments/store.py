@@ -10,6 +10,7 @@ docs/result-schema.md describes every field.
 
 import json
 import os
+import shlex
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,9 +21,6 @@ from experiments.data.prepared import tokens_per_byte
 from experiments.errors import LabError, RunFailedError, SpecError
 from experiments.spec import Experiment, load
 
-AGAIN = "and lab resume: the cell is done again"
-LOG_AGAIN = f"delete evaluation.json beside it {AGAIN}"
-REBUILT = "lab resume builds it again"
 NO_STEPS = "it has no training step"
 INTERRUPTED = "interrupted"  # the event of a run that was
 
@@ -84,19 +82,19 @@ class RunDirectory:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         file = self.result_file(cell)
-        return read_json(file, f"delete that file {AGAIN}") if file.is_file() else None
+        return read_json(file, f"delete that file {again(file)}") if file.is_file() else None
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
         file = self.failure_file(cell)
-        return read_json(file, f"delete that file {AGAIN}") if file.is_file() else None
+        return read_json(file, f"delete that file {again(file)}") if file.is_file() else None
 
     def losses(self, cell: Cell) -> list[float]:
         """Of every step of its training."""
         log = self.folder(cell) / "metrics.jsonl"
-        lines = [parsed(line, log, LOG_AGAIN) for line in read_text(log, LOG_AGAIN).splitlines()]
+        lines = [parsed(line, log, log_again(log)) for line in read_text(log, log_again(log)).splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
         if not losses:
-            raise damaged(log, NO_STEPS, LOG_AGAIN)
+            raise damaged(log, NO_STEPS, log_again(log))
         return losses
 
     def forget(self, cell: Cell) -> None:
@@ -111,7 +109,7 @@ class RunDirectory:
     def last_cell_at(self) -> str | None:
         """When the last of the cells ended: a run that is only looked at again has not lasted longer."""
         try:
-            lines = (self.path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (self.path / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return None
         times = [event["time"] for line in lines if (event := _event(line)) and event.get("cell")]
@@ -124,7 +122,7 @@ class RunDirectory:
         """The tokenizer that the arm reads with. Raises SpecError where it is gone."""
         file = self.path / self.experiment().tokenizer_file(arm)
         if not file.is_file():
-            raise SpecError(f"{file} is missing; lab resume {self.path} puts it there again")
+            raise SpecError(f"{file} is missing; {resumes(self.path)} puts it there again")
         return file
 
     def seen_by(self, arm: str) -> Experiment:
@@ -150,7 +148,7 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     try:
         experiment = run.experiment()
         file = run.path / "result.json"
-        status = read_json(file, REBUILT)["status"] if file.is_file() else "unfinished"
+        status = read_json(file, rebuilt(file))["status"] if file.is_file() else "unfinished"
     except LabError as error:
         return {"run": run.path.name, "status": "damaged", "profile": "", "arms": [], "problem": str(error)}
     arms = list(experiment.cells())
@@ -159,6 +157,24 @@ def summary(run: RunDirectory) -> dict[str, Any]:
 
 def is_run(folder: Path) -> bool:
     return (folder / "environment.json").is_file()
+
+
+def resumes(path: Path) -> str:
+    """The command that finishes the run at `path`, or of which `path` is a file."""
+    run = next((folder for folder in (path, *path.parents) if is_run(folder)), path.parent)
+    return f"lab resume {shlex.quote(str(run))}"
+
+
+def again(path: Path) -> str:
+    return f"and {resumes(path)}: the cell is done again"
+
+
+def log_again(log: Path) -> str:
+    return f"delete evaluation.json beside it {again(log)}"
+
+
+def rebuilt(result: Path) -> str:
+    return f"{resumes(result)} builds it again"
 
 
 def find(reference: str | None, folder: Path) -> RunDirectory:
@@ -222,10 +238,13 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     return parsed(read_text(path, remedy), path, remedy)
 
 
-def read_text(path: Path, remedy: str = "", missing: str = "the run did not get that far") -> str:
-    """remedy: where the file is damaged; missing: why it may not be there. Raises RunFailedError."""
+def read_text(
+    path: Path, remedy: str = "", missing: str = "the run did not get that far", errors: str = "strict"
+) -> str:
+    """remedy: where the file is damaged; missing: why it may not be there; errors: of the decoding. Raises
+    RunFailedError."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors=errors)
     except FileNotFoundError:
         raise RunFailedError(f"no {path.name} in {path.parent}: {missing}") from None
     except OSError as error:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import RunFailedError, SpecError
-from experiments.store import AGAIN, LOG_AGAIN, NO_STEPS, REBUILT, damaged, parsed, read_json, read_text
+from experiments.store import NO_STEPS, again, damaged, log_again, parsed, read_json, read_text, rebuilt, resumes
 
 SCHEMA_VERSION = 1
 REQUIRED = {
@@ -204,18 +204,19 @@ def read(run: Path) -> Record:
     run = Path(run)
     if not run.is_dir():
         raise SpecError(f"no run directory at {run}; `lab runs` lists those there are")
-    unfinished = "the run has not written its result; `lab resume` finishes it"
-    result_text = read_text(run / "result.json", REBUILT, unfinished)
-    result = parsed(result_text, run / "result.json", REBUILT)
+    file = run / "result.json"
+    remedy = rebuilt(file)
+    result_text = read_text(file, remedy, f"the run has not written its result; {resumes(file)} finishes it")
+    result = parsed(result_text, file, remedy)
     for key, kind in REQUIRED.items():
         if key not in result:
-            raise damaged(run / "result.json", f"the key '{key}' is missing", REBUILT)
+            raise damaged(file, f"the key '{key}' is missing", remedy)
         if not isinstance(result[key], kind):
-            raise damaged(run / "result.json", f"'{key}' is of another kind", REBUILT)
+            raise damaged(file, f"'{key}' is of another kind", remedy)
     version = result["schema_version"]
     if version != SCHEMA_VERSION:
         raise RunFailedError(
-            f"{run / 'result.json'}: schema_version {version!r}; this version of the lab reads {SCHEMA_VERSION}"
+            f"{file}: schema_version {version!r}; this version of the lab reads {SCHEMA_VERSION}"
         )
     result = {
         "baselines": None,
@@ -245,9 +246,9 @@ def read(run: Path) -> Record:
             if curve is not None:
                 curves.setdefault(clean(arm), {})[seed] = curve
             elif log.is_file() and path.is_file():  # trained to the end
-                raise damaged(log, NO_STEPS, LOG_AGAIN)
+                raise damaged(log, NO_STEPS, log_again(log))
             if path.is_file():
-                remedy = f"delete that file {AGAIN}"
+                remedy = f"delete that file {again(path)}"
                 evaluation = read_json(path, remedy)
                 if not isinstance(evaluation.get("splits"), dict):
                     raise damaged(path, "it has no 'splits'", remedy)
@@ -292,7 +293,8 @@ def _lines(path: Path, remarks: list[str], remedy: str) -> list[dict[str, Any]]:
     """One JSON object a line. A torn last line, left by an interruption, is dropped and remarked; others are errors."""
     if not path.is_file():
         return []
-    lines = [(at, line) for at, line in enumerate(read_text(path, remedy).split("\n"), 1) if line.strip()]
+    text = read_text(path, remedy, errors="surrogateescape")  # the torn line may be no text
+    lines = [(at, line) for at, line in enumerate(text.split("\n"), 1) if line.strip()]
     found = []
     for position, (at, line) in enumerate(lines):
         try:
@@ -320,14 +322,14 @@ def _cells(folder: Path) -> Iterable[tuple[Path, int]]:
 def _curve(path: Path, cell: str, remarks: list[str]) -> Curve | None:
     steps: dict[int, tuple[float, float]] = {}  # a resumed run may write a step twice: the last one counts
     points: dict[int, float] = {}
-    for line in _lines(path, remarks, LOG_AGAIN):
+    for line in _lines(path, remarks, log_again(path)):
         try:
             if "loss" in line:
                 steps[line["step"]] = (line["tokens"], _finite(line["loss"], math.nan))
             if "validation_loss" in line:
                 points[line["step"]] = _finite(line["validation_loss"], math.nan)
         except KeyError as error:
-            raise damaged(path, f"a line of it has no {error}", LOG_AGAIN) from None
+            raise damaged(path, f"a line of it has no {error}", log_again(path)) from None
     if not steps:
         return None
     at = np.array(sorted(steps))
@@ -351,11 +353,11 @@ def _rows(raw: list[dict[str, Any]], path: Path, remarks: list[str]) -> list[Row
     for at, one in enumerate(raw):
         for key in ("arm", "phase", "metric"):
             if not isinstance(one, dict) or key not in one:
-                raise damaged(path, f"rows[{at}] has no '{key}'", REBUILT)
+                raise damaged(path, f"rows[{at}] has no '{key}'", rebuilt(path))
         values: dict[str, Any] = {name: one.get(name) for name in COLUMNS}
         for name in ("value", "ci_low", "ci_high", "p5", "p95"):
             if not isinstance(values[name], int | float | None):
-                raise damaged(path, f"rows[{at}]: '{name}' is no number", REBUILT)
+                raise damaged(path, f"rows[{at}]: '{name}' is no number", rebuilt(path))
             values[name] = _finite(values[name], None)
         if one.get("value") is not None and values["value"] is None:
             values["reason"] = values["reason"] or "the recorded value is not a finite number"
@@ -368,7 +370,7 @@ def _rows(raw: list[dict[str, Any]], path: Path, remarks: list[str]) -> list[Row
         }
         row = Row(**values)
         if row.key in seen:
-            raise damaged(path, f"two rows for {row.key}", REBUILT)
+            raise damaged(path, f"two rows for {row.key}", rebuilt(path))
         seen.add(row.key)
         rows.append(row)
     return rows

@@ -1,6 +1,7 @@
 """A damaged run directory is listed as such, among the others, and what is damaged is named with its remedy."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from conftest import Finished, InProcess
 
 from experiments.errors import RunFailedError
 from experiments.spec import load
-from experiments.store import Cell, RunDirectory, write_json
+from experiments.store import Cell, RunDirectory, resumes, write_json
 
 
 @pytest.mark.parametrize(("file", "text"), [("result.json", '{"status": '), ("result.json", "[]"), ("spec.toml", "x=")])
@@ -44,16 +45,13 @@ def test_a_damaged_cell_names_the_remedy(tmp_path: Path) -> None:
     file = run.result_file(cell)
     file.parent.mkdir(parents=True)
     file.write_text('{"ms": ', encoding="utf-8")
-    with pytest.raises(RunFailedError, match=r"load\.json is damaged: .*; delete that file and lab resume"):
+    with pytest.raises(RunFailedError, match=r"load\.json is damaged: .*; delete that file and lab resume "):
         run.result(cell)
     file.unlink()
     assert run.result(cell) is None
 
 
-CELL, LOG = (
-    "delete that file and lab resume: the cell is done again",
-    "delete evaluation.json beside it and lab resume: ",
-)
+CELL, LOG = "delete that file and lab resume ", "delete evaluation.json beside it and lab resume "
 MAMBA = "cells/mamba/seed0"
 
 
@@ -86,7 +84,43 @@ def test_a_file_of_another_kind_is_damaged(
     (run / file).write_text(text, encoding="utf-8")
     code, stdout, stderr = in_process(command, "--out", tmp_path)
     assert (code, stdout) == (1, "")
+    if said.endswith((CELL, LOG)):
+        said += f"{run}: the cell is done again"
     assert stderr.splitlines()[-1].startswith(f"lab: {run / file} is damaged: {said}")
+
+
+def test_a_remedy_names_the_run_as_a_shell_takes_it(in_process: InProcess, smoke: Finished, tmp_path: Path) -> None:
+    """Wherever it is, and whatever else is there: typed as it is printed, it finishes that run."""
+    run = tmp_path / "my runs" / smoke.directory.name
+    shutil.copytree(smoke.directory, run)
+    (run / MAMBA / "evaluation.json").unlink()
+    (run / "result.json").write_text("{", encoding="utf-8")
+    code, _, stderr = in_process("report", run)
+    assert code == 1
+    typed = shlex.split(stderr.partition("; ")[2])
+    assert typed[:3] == ["lab", "resume", str(run)]
+    code, stdout, stderr = in_process(*typed[1:3], "--json")
+    assert (code, json.loads(stdout)["status"]) == (0, "complete"), stderr
+    file = run / MAMBA / "measure" / "load.json"
+    assert resumes(file) == resumes(run) == f"lab resume '{run}'"
+
+
+def test_bytes_that_are_no_text_among_the_events_lose_no_run(
+    in_process: InProcess, smoke: Finished, tmp_path: Path
+) -> None:
+    run = tmp_path / smoke.directory.name
+    shutil.copytree(smoke.directory, run)
+    with (run / "events.jsonl").open("ab") as log:
+        log.write(b"\xff\xfe\n")
+    assert RunDirectory(run).last_cell_at() == RunDirectory(smoke.directory).last_cell_at()
+    code, stdout, stderr = in_process("resume", "--out", tmp_path, "--json")
+    assert (code, json.loads(stdout)["status"]) == (0, "complete"), stderr
+    with (run / "events.jsonl").open("a") as log:
+        log.write('{"time": "", "kind": "note", "cell": null, "message": "one more"}\n')
+    code, _, stderr = in_process("report", "--out", tmp_path)
+    assert code == 1
+    assert stderr.splitlines()[-1].startswith(f"lab: {run / 'events.jsonl'} is damaged: line ")
+    assert stderr.splitlines()[-1].endswith("; delete that line")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"loss": '])

@@ -682,7 +682,7 @@ def test_a_damaged_result_is_one_line(make_run: Callable[..., Path], damage: Cal
     with pytest.raises(RunFailedError, match=message) as caught:
         render(run, "table")
     assert "\n" not in str(caught.value)
-    assert ("; lab resume builds it again" in str(caught.value)) is (message != "schema_version 9")
+    assert (f"; lab resume {run} builds it again" in str(caught.value)) is (message != "schema_version 9")
 
 
 def test_torn_line_and_loss_that_is_not_finite_are_remarked(make_run: Callable[..., Path]) -> None:
