@@ -3,8 +3,10 @@
 Imports that cost time (torch, pandas, the experiments) stand inside the commands, so that `lab --help` is quick.
 """
 
+import errno
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 OK, FAILED, USAGE, LACKING, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 5, 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 app = typer.Typer(
     name="lab",
@@ -75,6 +78,11 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:
             sys.stderr.close()  # the reader of stdout went away: nothing left to say
             raise typer.Exit(OK) from None
+        except OSError as error:
+            if error.errno not in NO_ROOM or error.filename is not None:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it would fail once more
+            fail(f"cannot write the output: {error.strerror}", LACKING)
 
     return wrapped
 

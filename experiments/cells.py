@@ -41,7 +41,7 @@ from experiments.objectives import Objective
 from experiments.spec import Arm, Experiment, Measurement
 from experiments.store import again
 from experiments.training import DTYPES, token_loss, train
-from models import checkpoint, folders, replay
+from models import checkpoint, cost, folders, replay
 from models.config import ModelConfig
 from models.errors import ConfigError
 from models.folders import configuration
@@ -130,11 +130,30 @@ def compile_kernels(send: Send, experiment: Experiment, dataset_folder: Path) ->
     vocabulary = Dataset.load(dataset_folder).vocabulary
     backends = {}
     for name, arm in experiment.arms.items():
-        model = LanguageModel(model_config(arm, vocabulary), seed=0, device=device)
-        with untimed(device):
-            _try(model)
+        try:
+            model = LanguageModel(model_config(arm, vocabulary), seed=0, device=device)
+            _check_counts(model)
+            with untimed(device):
+                _try(model)
+        except Exception as error:
+            error.add_note(f"arm '{name}'")
+            raise
         backends[name] = {"name": model.backend.name, "fallback": model.backend.fallback}
     return backends
+
+
+def _check_counts(model: LanguageModel) -> None:
+    """What is said of a model's size follows from its configuration: of an own mixer, from what that says of itself."""
+    counted, there = cost.parameters(model.config).total, sum(weight.numel() for weight in model.parameters())
+    if counted != there:
+        raise ConfigError(f"by its configuration it has {counted:,} parameters, and the model has {there:,}: what its "
+                          f"mixer or its feed-forward layer counts as `parameters` is wrong")  # fmt: skip
+    if not model.config.causal:
+        return
+    counted, there = cost.state_bytes(model.config, 2, 17, model.dtype.itemsize), model.make_state(2, 17).nbytes
+    if counted != there:
+        raise ConfigError(f"by its configuration its state for 2 x 17 tokens takes {counted:,} bytes, and the model's "
+                          f"takes {there:,}: what its mixer counts as `state_bytes` is wrong")  # fmt: skip
 
 
 def _try(model: LanguageModel) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from experiments.cells import WARM_UP_STEPS, model_configs
 from experiments.errors import RunFailedError
 from experiments.kernels.check import doubt, kernels_of
+from experiments.rows import UNMATCHED
 from experiments.spec import Experiment
 from experiments.statistics import mean_interval
 from experiments.store import Cell, RunDirectory, now
@@ -181,7 +182,7 @@ def _unmatched(experiment: Experiment) -> list[str]:
     if sizes[high] <= (1 + MATCHED) * sizes[low]:
         return []
     return [
-        f"the arms are not of one size: {high} has {sizes[high] / sizes[low]:.3g} times {low}'s active parameters "
+        f"{UNMATCHED}: {high} has {sizes[high] / sizes[low]:.3g} times {low}'s active parameters "
         f"({sizes[high]:,} and {sizes[low]:,}), and what differs may be that"
     ]
 

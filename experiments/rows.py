@@ -8,6 +8,7 @@ import numpy as np
 from experiments.store import Cell
 
 PAGE = 4096  # bytes: what a process holds is read in whole ones
+UNMATCHED = "the arms are not of one size"  # how the warning of that begins
 READ_IN_PAGES = {"resident_bytes", "peak_bytes"}  # on a CPU; a GPU's allocator counts to the byte
 
 

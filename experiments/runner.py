@@ -201,7 +201,7 @@ def _made_ready(experiment: Experiment, dataset: Prepared, listener: Listener, c
     try:
         backends = run_fresh(cells.compile_kernels, experiment, dataset.first.folder)
     except CellFailedError as error:
-        raise RunFailedError(f"the models cannot be built and run here: {error}{error.detail}") from None
+        raise RunFailedError(f"the models cannot be built and run here: {error}") from None
     kernels = None
     if experiment.device == "cuda":
         called = {kernel for config in cells.model_configs(experiment).values() for kernel in kernels_of(config)}

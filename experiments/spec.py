@@ -438,8 +438,10 @@ def load(
         raw["device"] = device
     elif device != "cpu" or "device" not in raw:
         raw["device"] = device
-    arms = arms or raw.pop("default_arms", ())
-    raw.pop("default_arms", None)
+    usual = raw.pop("default_arms", ())
+    if usual and arms and set(arms) != set(usual) and not raw.get("learning_rates"):
+        raw["title"] = _between(arms)
+    arms = arms or usual
     if arms:
         known = raw.get("arms", {})
         for arm in arms:
@@ -459,6 +461,13 @@ def load(
         return Experiment.model_validate(raw)
     except ValidationError as error:
         raise SpecError(f"{source}: {_first_problem(error)}") from None
+
+
+def _between(arms: Sequence[str]) -> str:
+    """What a comparison of other arms than those of its title asks."""
+    if len(arms) == 1:
+        return f"{arms[0]}, by itself"
+    return f"{', '.join(arms[:-1])} or {arms[-1]}?"
 
 
 def _from_here(raw: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import LabError
@@ -22,6 +23,7 @@ from experiments.training import NonFiniteLossError
 from models.errors import BackendUnavailableError, ConfigError
 from models.ops.kernels.tuning import keep_choices
 
+_OURS = Path(__file__).resolve().parents[2]
 _PRELOAD = ["experiments.uninterrupted", "experiments.preload"]
 _EXPECTED = (LabError, NonFiniteLossError, ConfigError, BackendUnavailableError, MemoryError)
 
@@ -171,11 +173,14 @@ def _tell(pipe: Connection, kind: str, content: Any) -> None:
 
 
 def _told(error: Exception) -> tuple[str, str]:
-    """What a cell ended with, in a line, and its traceback where that was not foreseen."""
-    if isinstance(error, _EXPECTED):
-        return str(error) or type(error).__name__, ""
+    """What a cell ended with, in a line behind the notes of who it happened to, and its traceback where that was not
+    foreseen."""
     lacking = _lacking_memory(error) if isinstance(error, RuntimeError) else None
-    return (lacking, "") if lacking else _unforeseen(error)
+    if isinstance(error, _EXPECTED):
+        text, detail = str(error) or type(error).__name__, ""
+    else:
+        text, detail = (lacking, "") if lacking else _unforeseen(error)
+    return ": ".join([*getattr(error, "__notes__", ()), text]), detail
 
 
 def side_by_side(works: list[Generator[None, None, Any]]) -> Generator[None, None, list[Any]]:
@@ -219,7 +224,12 @@ def _hand_over(pipe: Connection) -> None:
 
 
 def _unforeseen(error: Exception) -> tuple[str, str]:
-    return f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc()
+    """With the last line of our own that led to it."""
+    calls = traceback.extract_tb(error.__traceback__)
+    ours = [call for call in calls if Path(call.filename).is_relative_to(_OURS)]
+    last = (ours or calls)[-1]
+    where = f"{Path(last.filename).name}, line {last.lineno}, in {last.name}"
+    return f"{type(error).__name__}: {error}".splitlines()[0] + f" ({where})", traceback.format_exc()
 
 
 def _lacking_memory(error: RuntimeError) -> str | None:

@@ -8,7 +8,7 @@ from experiments.report.document import Block, Notice, Section, Text, Tone, Verd
 from experiments.report.numbers import SLIGHT, count, interval, listed, number, plural, scale
 from experiments.report.record import Record
 from experiments.report.tables import WITHIN, estimate, evidence, place, standing, widened_by_pages
-from experiments.rows import PAGE
+from experiments.rows import PAGE, UNMATCHED
 
 TESTED = ("test_bits_per_byte", "test_masked_token_loss")
 HEADLINES = 8  # verdicts told one by one; the table of comparisons has every one
@@ -39,6 +39,11 @@ def notices(record: Record) -> list[Notice]:
         ]
         title = "Some numbers must not be compared across arms; they are marked and decide nothing"
         found.append(Notice("warning", title, _first(points)))
+    found += [
+        Notice("warning", f"{warning[0].upper()}{warning[1:]}.", ())
+        for warning in record.result["warnings"]
+        if warning.startswith(UNMATCHED)
+    ]
     differing = _differing_data(record)
     if differing:
         title = "The arms of these seeds were trained on different tokens: their difference means nothing"

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,6 +249,15 @@ def test_full_or_read_only_disk(
     assert code == LACKING
     assert word in one_line(stderr)
     assert "choose another folder with --out" in one_line(stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+@pytest.mark.parametrize("command", [["models"], ["run", "compare", "--dry-run", "--device", "cpu"]])
+def test_output_to_a_full_disk(command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        call = [sys.executable, "-c", "from cli.main import app; app()", *command]
+        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (LACKING, "lab: cannot write the output: No space left on device\n")
 
 
 @pytest.fixture(scope="module")

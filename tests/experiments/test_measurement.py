@@ -69,6 +69,10 @@ def _raise(send, error):
     raise error
 
 
+def _multiply(send):
+    torch.nn.functional.linear(torch.zeros(2, 3), torch.zeros(4, 5))
+
+
 def _die(send):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -142,9 +146,22 @@ def test_foreseen_error_keeps_its_line() -> None:
 def test_unforeseen_error_keeps_its_traceback() -> None:
     with pytest.raises(CellFailedError) as caught:
         run_fresh(_raise, RuntimeError("first\nsecond"))
-    assert str(caught.value) == "RuntimeError: first"
+    line = _raise.__code__.co_firstlineno + 1
+    assert str(caught.value) == f"RuntimeError: first (test_measurement.py, line {line}, in _raise)"
     assert "Traceback" in caught.value.detail
     assert "_raise" in caught.value.detail
+
+
+def test_an_error_that_torch_raises_names_the_line_of_ours_that_led_to_it() -> None:
+    with pytest.raises(CellFailedError, match=r"\(test_measurement\.py, line \d+, in _multiply\)$"):
+        run_fresh(_multiply)
+
+
+@pytest.mark.parametrize("error", [CorpusError("no text"), RuntimeError("no text"), MemoryError("no text")])
+def test_whose_error_it_was_stands_before_it(error: Exception) -> None:
+    error.add_note("arm 'x'")
+    with pytest.raises(CellFailedError, match=r"^arm 'x': (RuntimeError: )?no text"):
+        run_fresh(_raise, error)
 
 
 def test_killed_and_silent_processes() -> None:

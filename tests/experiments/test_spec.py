@@ -108,6 +108,14 @@ def test_paths_are_those_of_this_folder_wherever_the_run_is_read(tmp_path: Path,
     assert home.data.path == "~/notes.txt"
 
 
+def test_the_title_is_of_the_arms() -> None:
+    assert load("compare", arms=["mamba", "transformer"]).title == load("compare").title == "Transformer or Mamba?"
+    assert load("compare", arms=["lstm", "mamba2", "moe"]).title == "lstm, mamba2 or moe?"
+    assert load("compare", arms=["lstm"]).title == "lstm, by itself"
+    assert load("compare", arms=["lstm"], assignments=['title="Mine"']).title == "Mine"
+    assert load("lineage", arms=["lstm", "mamba"]).title == load("lineage").title
+
+
 def test_the_last_assignment_wins() -> None:
     assert load("compare", assignments=["training.steps=150", "training.steps=160"]).training.steps == 160
 

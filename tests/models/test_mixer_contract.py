@@ -234,6 +234,15 @@ def test_state_bytes_are_counted(name, dtype, batch, max_len):
 
 
 @each_mixer
+def test_parameters_are_counted(name):
+    """All of them, and those that stay in float32 where the others have 16 bits."""
+    counted = cost.parameters(config(name)).total
+    assert counted == sum(weight.numel() for weight in LanguageModel(config(name), seed=None).parameters())
+    half = LanguageModel(config(name), seed=0).cast(torch.bfloat16)
+    assert cost.weight_bytes(config(name), 2) == sum(weight.nbytes for weight in half.parameters())
+
+
+@each_mixer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_a_16_bit_state_changes_only_the_precision(name, dtype):

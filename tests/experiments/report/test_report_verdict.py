@@ -131,6 +131,14 @@ def test_pairs_that_share_no_arm_are_told_one_by_one_as_far_as_there_is_room(rec
     assert rest == ["2 further comparisons: see the table of paired comparisons."]
 
 
+def test_arms_of_several_sizes_are_told_at_the_top(record: Record) -> None:
+    assert not notices(record)
+    warning = "the arms are not of one size: mamba has 10.2 times transformer's active parameters"
+    told = replace(record, result=record.result | {"warnings": ["something else", warning]})
+    (one,) = notices(told)
+    assert (one.tone, one.title) == ("warning", f"T{warning[1:]}.")
+
+
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_a_run_that_evaluated_no_test_text_says_so(make_run: Callable[..., Path], evaluated: bool) -> None:
     made = read(make_run(seeds=(0,)))
