@@ -423,7 +423,8 @@ def _check_out(out: Path, begun: bool) -> None:
     if not os.path.isdir(place):
         raise SpecError(f"'{place}' is a file, runs need a folder; choose another with --out")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise EnvironmentLacksError(f"cannot write '{place}': permission denied; {_remedy(errno.EACCES, begun)}")
+        number = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+        raise EnvironmentLacksError(f"cannot write '{place}': {os.strerror(number)}; {_remedy(number, begun)}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ merges file, profile and `--set` assignments, validates strictly, and returns an
 
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -441,7 +441,7 @@ def load(
     usual = raw.pop("default_arms", ())
     if usual and arms and set(arms) != set(usual) and not raw.get("learning_rates"):
         raw["title"] = _between(arms)
-    arms = arms or usual
+    arms, others = arms or usual, set()
     if arms:
         known = raw.get("arms", {})
         for arm in arms:
@@ -450,12 +450,13 @@ def load(
         if len(set(arms)) != len(arms):
             raise SpecError(f"each arm may appear once, got {', '.join(arms)}")
         raw["arms"] = {arm: known[arm] for arm in arms}
+        others = known.keys() - set(arms)
     if seeds is not None:
         if not 1 <= seeds <= MOST_SEEDS:
             raise SpecError(f"--seeds must be from 1 to {MOST_SEEDS}, got {seeds}")
         raw["seeds"] = list(range(seeds))
     for assignment in assignments:
-        _assign(raw, assignment)
+        _assign(raw, assignment, others)
     _from_here(raw)
     try:
         return Experiment.model_validate(raw)
@@ -496,7 +497,7 @@ def _read(name_or_path: str) -> tuple[str, str]:
         if not path.is_file():
             raise SpecError(f"no such file: {name_or_path}")
         try:
-            return path.read_text(encoding="utf-8"), str(path)
+            return path.read_text(encoding="utf-8-sig"), str(path)  # some editors put a mark at the beginning
         except UnicodeDecodeError:
             raise SpecError(f"{path}: not a text file; a specification is TOML in UTF-8") from None
     known = catalog()
@@ -525,10 +526,13 @@ def assigned(assignment: str) -> tuple[str, Any]:
         return key.strip(), literal.strip()
 
 
-def _assign(raw: dict[str, Any], assignment: str) -> None:
-    """Apply `a.b=c`; the key must exist in the specification's schema (checked here for a near name)."""
+def _assign(raw: dict[str, Any], assignment: str, others: Set[str]) -> None:
+    """Apply `a.b=c`; the key must exist in the specification's schema (checked here for a near name). others: arms that
+    there are beside those of the run."""
     key, value = assigned(assignment)
     parts = key.split(".")
+    if parts[0] == "arms" and len(parts) > 1 and parts[1] in others:
+        raise SpecError(f"arm '{parts[1]}' is not among those of this run, {', '.join(raw['arms'])}: name it in --arms")
     _check_key(parts, raw)
     table = raw
     for depth, part in enumerate(parts[:-1]):

@@ -76,7 +76,7 @@ def document(record: Record) -> Document:
     arms = list(curves.sweep_rates(record)) if record.sweep else record.arms
     facts += [
         ("Arms", ", ".join(arms)),
-        ("Seeds", ", ".join(map(str, record.seeds)) or "none finished"),
+        ("Seeds", f"{len(record.seeds)} ({', '.join(map(str, record.seeds))})" if record.seeds else "none finished"),
     ]
     if environment:
         facts.append(("Machine", machine(environment)))
@@ -125,7 +125,7 @@ def training_curves(record: Record) -> Section:
         blocks.append(Figure(name, _loss_alt(record), _loss_caption(record)))
         blocks.append(_loss_table(record))
     else:
-        blocks.append(Text("No arm has logged a training step, so there is no curve."))
+        blocks.append(Text("No log of a training step is in this folder (a cell's metrics.jsonl): there is no curve."))
     return Section("curves", "Loss while training", intro, blocks, terminal=False)
 
 

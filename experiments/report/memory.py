@@ -20,7 +20,7 @@ def stages(record: Record, arm: str) -> list[tuple[str, float]]:
     metric = "device_peak_bytes" if record.environment.get("gpu") else "host_peak_bytes"
     wanted: list[tuple[str, str, str, dict]] = [("file on disk", "load", "file_bytes", {"mode": "mapped"})]
     wanted += [(f"load, {way}", "load", metric, {"mode": way}) for way in WAYS]
-    wanted += [("resident", "load", "resident_bytes", {"mode": "mapped"})]
+    wanted += [("resident, mapped", "load", "resident_bytes", {"mode": "mapped"})]
     for phase in ("prefill", "decode"):
         contexts, batch = record.contexts(phase, "peak_bytes"), smallest_batch(record)
         for at in dict.fromkeys((contexts[0], contexts[-1]) if contexts else ()):

@@ -215,9 +215,7 @@ def read(run: Path) -> Record:
             raise damaged(file, f"'{key}' is of another kind", remedy)
     version = result["schema_version"]
     if version != SCHEMA_VERSION:
-        raise RunFailedError(
-            f"{file}: schema_version {version!r}; this version of the lab reads {SCHEMA_VERSION}"
-        )
+        raise RunFailedError(f"{file}: schema_version {version!r}; this version of the lab reads {SCHEMA_VERSION}")
     result = {
         "baselines": None,
         "verdicts": [],

@@ -12,6 +12,7 @@ RECORDED = (
     "without its host, and what a program"
 )
 SPREAD = "median over the turns; in parentheses their 5th to 95th percentile"
+BARS = "median over the turns, with a bar from their 5th to their 95th percentile"
 
 
 def sections(record: Record) -> list[Section]:
@@ -104,7 +105,7 @@ def training(record: Record) -> Section:
     if table.empty:
         return Section("training", "Training", intro, [Text("No training step was measured.")])
     alt = _alt(record, "train", "tokens_per_s")
-    caption = f"Training tokens per second against context, both axes logarithmic; {SPREAD}."
+    caption = f"Training tokens per second against context, both axes logarithmic; {BARS}."
     return Section("training", "Training", intro, [Figure("speed-training", alt, caption), table])
 
 
@@ -127,9 +128,9 @@ def inference(record: Record) -> Section:
     blocks: list[Block] = [table for table in (prefill, decode) if not table.empty]
     if not blocks:
         return Section("inference", "Prefill and decode", intro, [Text("Nothing was measured.")])
-    caption = f"Tokens per second against context, both axes logarithmic; {SPREAD}."
+    caption = f"Tokens per second against context, both axes logarithmic; {BARS}."
     blocks.insert(0, Figure("speed-inference", _alt(record, "decode", "tokens_per_s"), caption))
-    caption = f"Milliseconds per decoded token against the tokens before it, both axes logarithmic; {SPREAD}."
+    caption = f"Milliseconds per decoded token against the tokens before it, both axes logarithmic; {BARS}."
     blocks.insert(1, Figure("speed-decode", _alt(record, "decode", "ms_per_token"), caption))
     return Section("inference", "Prefill and decode", intro, blocks)
 
@@ -156,7 +157,7 @@ def operators(record: Record) -> Section:
             table.add(arm, row.dtype or DASH, count(row.context or 0), _spread(row), both, row.backend or DASH)
     if table.empty:
         return Section("operators", "Operations alone", intro, [Text("None was measured.")])
-    caption = f"Forward pass of the operation alone, tokens per second against context; {SPREAD}."
+    caption = f"Forward pass of the operation alone, tokens per second against context; {BARS}."
     figure = Figure("speed-operators", _alt(record, "operator", "forward_tokens_per_s"), caption)
     return Section("operators", "Operations alone", intro, [figure, table])
 

@@ -483,8 +483,8 @@ def _limits(traced: Sequence[Traced]) -> Section:
     intro = "What is shown holds for this prompt and these weights alone."
     points = [
         "A weight of attention says where a head reads, not that the prediction depends on it. Sizes of what is "
-        "written and left say nothing about whether it is used. Times are medians of three calls, and mean little on "
-        "a machine that is busy; lab run speed measures them."
+        "written and left say nothing about whether it is used. Times are the fastest of three calls, and mean little "
+        "on a machine that is busy; lab run speed measures them."
     ]
     silent = []
     for one in traced:

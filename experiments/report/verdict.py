@@ -31,7 +31,7 @@ def notices(record: Record) -> list[Notice]:
     refused = Counter(
         (row.arm, row.phase, row.reason or "no reason recorded")
         for row in record.rows
-        if not row.comparable and row.seed is None
+        if not row.comparable and row.seed is None and row.value is not None
     )
     if refused:
         points = [
@@ -144,6 +144,7 @@ _OUTCOMES = {
     "slightly worse": "{arms} {are} worse than {base} by less than 5%",
     "same": "{arms} {are} the same as {base}",
     "open": "not resolved for {arms}",
+    "tried": "not resolved, after correcting for several comparisons, for {arms}",
     "refused": "not comparable for {arms}",
 }
 
@@ -156,7 +157,9 @@ def _outcome(one: dict[str, Any]) -> str:
         slight = "slightly " if one["kind"] == "ratio" and abs(one["estimate"] - 1) < SLIGHT else ""
         return slight + ("better" if one["better"] == one["b"] else "worse")
     neutral = 0.0 if one["kind"] == "difference" else 1.0
-    return "same" if one["n"] > 1 and one["ci_low"] == one["ci_high"] == neutral else "open"
+    if one["n"] > 1 and one["ci_low"] == one["ci_high"] == neutral:
+        return "same"
+    return "tried" if one["n"] > 1 and not one["ci_low"] <= neutral <= one["ci_high"] else "open"
 
 
 def limits(record: Record) -> str:

@@ -315,9 +315,12 @@ def _without(v: dict) -> str:
 
 
 def comparability(rows: Sequence[dict]) -> dict[str, Any]:
-    """Whether all of them may be compared, and why not."""
-    refused = [row for row in rows if not row["comparable"]]
-    return {"comparable": not refused, "reason": refused[0]["reason"] if refused else None}
+    """Whether all of them may be compared, and why not; where they are of several arms, also of which."""
+    refused = next((row for row in rows if not row["comparable"]), None)
+    if refused is None:
+        return {"comparable": True, "reason": None}
+    whose = f"{refused['arm']}: " if len({row["arm"] for row in rows}) > 1 else ""
+    return {"comparable": False, "reason": f"{whose}{refused['reason']}"}
 
 
 def settled(drafts: Sequence[tuple[dict, Comparison]]) -> list[dict]:
@@ -449,7 +452,7 @@ def _sentence(v: dict) -> str:
         size = f"{v['b']} has {shown['estimate']} times {v['a']}'s {what}"
     interval = f"95% interval {shown['ci_low']} to {shown['ci_high']}, {seeds}" if v["n"] > 1 else seeds
     if not v["comparable"]:
-        return f"{v['a']} and {v['b']} do not compare in {what}: {v['reason']}. For the record: {size} ({interval})."
+        return f"{v['a']} and {v['b']} do not compare in {what} ({v['reason']}). For the record: {size} ({interval})."
     if v["n"] < 2 and not v["exact"]:
         return f"{size} ({interval}): not resolved, one seed says nothing about the spread over seeds."
     if v["exact"]:

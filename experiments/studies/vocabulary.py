@@ -236,7 +236,7 @@ def _best(
     elif verdict is None:
         sentence = f"{head}; the smallest size has no seed in common with it"
     elif not verdict["comparable"]:
-        sentence = f"{head}, which does not compare with {smallest:,}: {verdict['reason']}"
+        sentence = f"{head}, which does not compare with {smallest:,} ({verdict['reason']})"
     else:
         sentence = f"{head}: {_interval(verdict, 'bits per byte')} against {smallest:,} entries, {_standing(verdict)}"
     left_out = [f"{size:,}" for size in larger if size not in values]

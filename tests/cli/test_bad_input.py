@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,7 +234,11 @@ def test_output_folder_that_is_not_ours(
     monkeypatch.setattr(os, "access", lambda *_: False)
     code, _, stderr = in_process("run", *small, "--out", tmp_path / "runs")
     assert code == LACKING
-    assert f"cannot write '{tmp_path}': permission denied" in one_line(stderr) == stderr.strip()
+    assert f"cannot write '{tmp_path}': Permission denied" in one_line(stderr) == stderr.strip()
+    found = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=found.f_flag | os.ST_RDONLY))
+    code, _, stderr = in_process("run", *small, "--out", tmp_path / "runs")
+    assert (code, f"cannot write '{tmp_path}': Read-only file system" in stderr) == (LACKING, True)
 
 
 @pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only file system")])

@@ -20,7 +20,7 @@ from experiments.spec import load
 @pytest.mark.parametrize(
     ("number", "word", "remedy"),
     [
-        (None, "permission denied", "make the folder writable"),
+        (None, "Permission denied", "make the folder writable"),
         (errno.EROFS, "Read-only file system", "make the folder writable"),
         (errno.ENOSPC, "No space left on device", "make room there"),
     ],

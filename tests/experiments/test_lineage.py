@@ -60,7 +60,7 @@ def test_an_arm_that_was_refused_is_not_the_best() -> None:
     rows = quality("lstm", LSTM) + quality("transformer", TRANSFORMER)
     rows += [row | {"comparable": False, "reason": "a gate"} for row in quality("mamba", (0.4, 0.4, 0.4))]
     *_, second, whole = said(rows)
-    assert "their bits per byte do not compare (a gate)" in second["sentence"]
+    assert "their bits per byte do not compare (mamba: a gate)" in second["sentence"]
     assert "1 lowered bits per byte, 0 raised them and 0 are not resolved; 1 do not compare. " in whole["sentence"]
     assert "is that of transformer, 2.600 bits per byte (not counted: mamba);" in whole["sentence"]
     assert whole["best"] == "transformer"
@@ -134,7 +134,7 @@ def test_a_number_that_may_not_be_compared_decides_nothing() -> None:
         row | {"comparable": False, "reason": "a gate failed"} if row["arm"] == "mamba" else row for row in QUALITY
     ]
     _, second, _ = said(failed)
-    assert "their bits per byte do not compare (a gate failed)" in second["sentence"]
+    assert "their bits per byte do not compare (mamba: a gate failed)" in second["sentence"]
     assert not second["resolved"]
 
 

@@ -157,7 +157,7 @@ def test_an_arm_that_failed_a_gate_decides_nothing(tmp_path: Path) -> None:
     beside[0] |= {"comparable": False, "reason": "failed before timing: causality"}
     one = only(rows + beside, tmp_path)
     assert (one["comparable"], one["resolved"]) == (False, False)
-    assert one["sentence"].endswith("Nothing follows from that: failed before timing: causality.")
+    assert one["sentence"].endswith("Nothing follows from that: unmasked: failed before timing: causality.")
 
 
 def test_a_perplexity_that_no_number_holds_is_told_by_its_logarithm(tmp_path: Path) -> None:

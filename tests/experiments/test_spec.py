@@ -108,6 +108,20 @@ def test_paths_are_those_of_this_folder_wherever_the_run_is_read(tmp_path: Path,
     assert home.data.path == "~/notes.txt"
 
 
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(scratch: Path) -> None:
+    one = load("compare", profile="smoke")
+    scratch.write_text(one.to_toml(), encoding="utf-8-sig")
+    assert load(str(scratch)) == one
+
+
+def test_an_arm_that_is_not_in_the_run_is_named_by_arms() -> None:
+    said = "arm 'mamba2' is not among those of this run, transformer, mamba: name it in --arms"
+    with pytest.raises(SpecError, match=said):
+        load("compare", assignments=["arms.mamba2.learning_rate=1"])
+    chosen = load("compare", arms=["mamba2"], assignments=["arms.mamba2.learning_rate=1"])
+    assert chosen.arms["mamba2"].learning_rate == 1
+
+
 def test_the_title_is_of_the_arms() -> None:
     assert load("compare", arms=["mamba", "transformer"]).title == load("compare").title == "Transformer or Mamba?"
     assert load("compare", arms=["lstm", "mamba2", "moe"]).title == "lstm, mamba2 or moe?"

@@ -189,7 +189,7 @@ def test_a_failed_gate_taints_every_number_of_its_arm_and_seed(run: RunDirectory
     for verdict in result["verdicts"]:
         assert (verdict["comparable"], verdict["resolved"], verdict["better"]) == (False, False, None)
         assert verdict["sentence"].startswith("transformer and mamba do not compare in ")
-        assert ": failed before timing: causality. For the record: " in verdict["sentence"]
+        assert " (mamba: failed before timing: causality). For the record: " in verdict["sentence"]
 
 
 def test_a_fallback_taints_speed_and_memory_but_not_quality(run: RunDirectory) -> None:

@@ -53,7 +53,7 @@ def test_what_was_refused_takes_no_part_in_the_correction() -> None:
     assert (one["p"], one["p_holm"], one["resolved"], one["tested"]) == (None, None, False, 1)
     assert one["estimate"] == pytest.approx(other["estimate"], rel=0.3)
     assert (other["p_holm"], other["resolved"], other["tested"]) == (pytest.approx(0.03), True, 1)
-    assert one["sentence"].startswith("base and a do not compare in test bits per byte: a gate. For the record: a ")
+    assert one["sentence"].startswith("base and a do not compare in test bits per byte (a: a gate). For the record: a ")
 
 
 @pytest.mark.parametrize("kind", ["difference", "ratio"])

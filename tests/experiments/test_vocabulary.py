@@ -235,7 +235,7 @@ def test_refused_numbers_decide_nothing() -> None:
     rows = rows_of(three([3.0, 3.1], [2.0, 2.1], [2.5, 2.6]), "quality", "test_bits_per_byte")
     rows = [one | {"comparable": False, "reason": "a gate"} if one["arm"] == "mamba-v257" else one for one in rows]
     one = told(rows)["best-size"]
-    assert "does not compare with 257: a gate" in one["sentence"]
+    assert "does not compare with 257 (mamba-v257: a gate)." in one["sentence"]
     assert one["resolved"] is False
     refused = [row | {"comparable": row["arm"] != "mamba-v512", "reason": "a gate"} for row in rows]
     one = told(refused)["best-size"]

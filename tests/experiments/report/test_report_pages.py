@@ -759,5 +759,5 @@ def test_a_seed_of_which_nothing_is_finished_is_not_counted(make_run: Callable[.
     record = read(run)
     assert list(record.curves["mamba"]) == [0, 1, 2]
     assert record.seeds == [0, 1]
-    assert "Seeds: 0, 1\n" in render(run, "table")
+    assert "Seeds: 2 (0, 1)\n" in render(run, "table")
     assert ", and 2 seeds. It says nothing" in " ".join(render(run, "table").split())
