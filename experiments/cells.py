@@ -150,9 +150,10 @@ def _check_counts(model: LanguageModel) -> None:
                           f"mixer or its feed-forward layer counts as `parameters` is wrong")  # fmt: skip
     if not model.config.causal:
         return
-    counted, there = cost.state_bytes(model.config, 2, 17, model.dtype.itemsize), model.make_state(2, 17).nbytes
+    T = min(17, model.config.positions or 17)
+    counted, there = cost.state_bytes(model.config, 2, T, model.dtype.itemsize), model.make_state(2, T).nbytes
     if counted != there:
-        raise ConfigError(f"by its configuration its state for 2 x 17 tokens takes {counted:,} bytes, and the model's "
+        raise ConfigError(f"by its configuration its state for 2 x {T} tokens takes {counted:,} bytes, and the model's "
                           f"takes {there:,}: what its mixer counts as `state_bytes` is wrong")  # fmt: skip
 
 

@@ -19,12 +19,13 @@ class Quality:
     """A whole split, every token after the first predicted exactly once in windows of T tokens.
 
     bits_per_byte: total loss over the UTF-8 bytes of the split's text (document ends cost bits, carry no bytes).
+    token_perplexity: None where it is too large for a number.
     loss_at_position: nats, mean over the full windows, for position 0 (no context but one token) to T - 1.
     """
 
     bits_per_byte: float
     nats_per_token: float
-    token_perplexity: float
+    token_perplexity: float | None
     tokens: int
     bytes: int
     windows: int
@@ -32,6 +33,11 @@ class Quality:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def perplexity(nats: float) -> float | None:
+    """None beyond e^700, 1e304, of which a float64 still holds the sum of some."""
+    return math.exp(nats) if nats < 700 else None
 
 
 @torch.no_grad()
@@ -53,7 +59,7 @@ def evaluate(model: LanguageModel, split: TokenSplit, *, context: int, batch: in
     return Quality(
         bits_per_byte=total / math.log(2) / split.bytes,
         nats_per_token=nats,
-        token_perplexity=math.exp(nats) if nats < 700 else math.inf,
+        token_perplexity=perplexity(nats),
         tokens=count,
         bytes=split.bytes,
         windows=full,

@@ -5,9 +5,9 @@ from typing import Any
 from experiments.cells import WARM_UP_STEPS, model_configs
 from experiments.errors import RunFailedError
 from experiments.kernels.check import doubt, kernels_of
-from experiments.rows import UNMATCHED
+from experiments.report.numbers import plural
+from experiments.rows import UNMATCHED, mean_of
 from experiments.spec import Experiment
-from experiments.statistics import mean_interval
 from experiments.store import Cell, RunDirectory, now
 from experiments.studies import STUDIES
 from models import cost
@@ -127,9 +127,6 @@ def _doubts(experiment: Experiment, environment: dict[str, Any], made: Results) 
     return doubts
 
 
-_RANGE = {("quality", "share"): (0.0, 1.0), ("quality", "perplexity"): (1.0, None)}
-
-
 def _over_seeds(rows: list[dict]) -> list[dict]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -142,11 +139,8 @@ def _over_seeds(rows: list[dict]) -> list[dict]:
         one["comparable"] = all(row["comparable"] for row in group)
         one["reason"] = next((row["reason"] for row in group if row["reason"]), None)
         if values:
-            interval = mean_interval(values)
-            least, most = _RANGE.get((one["phase"], one["unit"]), (0.0, None))  # nothing that a row counts is below 0
-            low = None if interval.low is None else max(least, interval.low)
-            high = interval.high if interval.high is None or most is None else min(most, interval.high)
-            one |= {"value": interval.estimate, "ci_low": low, "ci_high": high}
+            mean = mean_of(values, one["phase"], one["unit"])
+            one |= {"value": mean.estimate, "ci_low": mean.low, "ci_high": mean.high}
         summary.append(one)
     return summary
 
@@ -198,4 +192,4 @@ def _few_steps(experiment: Experiment) -> list[str]:
     steps = experiment.training.steps
     if not experiment.trains or steps > WARM_UP_STEPS:
         return []
-    return [f"training has {steps} steps, so the times of its steps are of the first ones, which take longer"]
+    return [f"training has {plural(steps, 'step')}, so its times are of the first ones, which take longer"]

@@ -1,15 +1,29 @@
 """The rows of `result.json`: one number each, with all that is needed to read it (docs/result-schema.md)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from experiments.statistics import Interval, mean_interval
 from experiments.store import Cell
 
 PAGE = 4096  # bytes: what a process holds is read in whole ones
 UNMATCHED = "the arms are not of one size"  # how the warning of that begins
 READ_IN_PAGES = {"resident_bytes", "peak_bytes"}  # on a CPU; a GPU's allocator counts to the byte
+
+
+_RANGE = {("quality", "share"): (0.0, 1.0), ("quality", "perplexity"): (1.0, None)}
+
+
+def mean_of(values: Sequence[float], phase: str, unit: str) -> Interval:
+    """The mean over seeds with its interval, cut off where what is counted ends: nothing is below 0."""
+    mean = mean_interval(values)
+    if mean.low is None or mean.high is None:
+        return mean
+    least, most = _RANGE.get((phase, unit), (0.0, None))
+    return replace(mean, low=max(least, mean.low), high=mean.high if most is None else min(most, mean.high))
 
 
 def row(cell: Cell, phase: str, metric: str, value: float | None, unit: str, direction: str, **rest: Any) -> dict:

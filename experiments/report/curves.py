@@ -120,8 +120,9 @@ def rate_rows(record: Record, base: str) -> dict[float, Row]:
 
 
 def whole_rates(record: Record, base: str) -> dict[float, Row]:
-    """Those of `rate_rows` with a value at every seed: a mean that lacks one may lack the hardest."""
-    return {rate: row for rate, row in rate_rows(record, base).items() if row.n == len(record.seeds)}
+    """Those of `rate_rows` with a value at every seed of the specification: a mean without one may lack the hardest."""
+    seeds = len(record.spec["seeds"])
+    return {rate: row for rate, row in rate_rows(record, base).items() if row.n == seeds}
 
 
 def best_rate(record: Record, base: str) -> float | None:

@@ -6,6 +6,7 @@ An interval decides the digits of its value: enough to show two digits of its ha
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 DASH = "–"  # stands for a missing value; its reason is always a footnote
 MINUS = "−"
@@ -23,6 +24,8 @@ def places(value: float, digits: int = 3) -> int:
 
 def number(value: float, at: int | None = None, sign: bool = False) -> str:
     """`value` at `at` decimal places, or with three significant digits."""
+    if abs(value) >= 1e15:  # of a model that has diverged: the perplexity
+        return f"{MINUS if value < 0 else ''}{abs(value):.3g}"
     at = places(value) if at is None else at
     rounded = round(float(value), at) + 0.0  # + 0.0: no "-0"
     text = f"{abs(rounded):,.{max(at, 0)}f}"
@@ -93,6 +96,14 @@ def plural(amount: int, noun: str) -> str:
 def listed(names: Sequence[str]) -> str:
     """E.g. "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def left_out(verdict: dict[str, Any]) -> str:
+    """E.g. "seed 2 of mamba", of the seeds that a comparison lacks; older records do not say."""
+    return listed([
+        f"seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])} of {arm}"
+        for arm, seeds in verdict.get("lacking", {}).items()
+    ])  # fmt: skip
 
 
 def probability(value: float) -> str:

@@ -81,7 +81,8 @@ def verdict(record: Record) -> Section:
         if one.get("lost"):  # likewise
             sure, standing = False, "not measured at every length"
         elif len(ends) > 1 and ends & {0, None}:
-            sure, standing = False, f"open at the {'longest' if None in ends else 'shortest'} measured length"
+            where = [name for name, bound in (("shortest", 0), ("longest", None)) if bound in ends]
+            sure, standing = False, f"open at the {' and the '.join(where)} measured length"
         blocks.append(Verdict("resolved" if sure else "open", one["sentence"], standing, ""))
     if not any(one["kind"] == "crossover" for one in record.findings):
         blocks.append(Text("No two arms were measured at two lengths, so no crossover can be told."))

@@ -7,10 +7,21 @@ from typing import Any, NamedTuple
 
 from experiments.report import curves
 from experiments.report.document import Cell, Column, Table, Tone
-from experiments.report.numbers import DASH, MINUS, count, interval, number, percent, places, plural, probability, scale
+from experiments.report.numbers import (
+    DASH,
+    MINUS,
+    count,
+    interval,
+    left_out,
+    number,
+    percent,
+    places,
+    plural,
+    probability,
+    scale,
+)
 from experiments.report.record import Record, Row
-from experiments.rows import PAGE, READ_IN_PAGES
-from experiments.statistics import mean_interval
+from experiments.rows import PAGE, READ_IN_PAGES, mean_of
 
 ARROW = {"lower": "↓", "higher": "↑"}
 ARROWS = "↓: lower is better, ↑: higher"
@@ -214,7 +225,7 @@ def _over_pairs(record: Record, one: dict[str, Any], **where: Any) -> list[Row |
         row = next(iter(record.over_seeds(one["phase"], one["metric"], arm, **where)), None)
         both = [value for seed, value in single[arm].items() if seed in single[other]]
         if row is not None and 0 < len(both) < row.n:
-            mean = mean_interval(both)
+            mean = mean_of(both, row.phase, row.unit)
             row = replace(row, value=mean.estimate, ci_low=mean.low, ci_high=mean.high, n=mean.n)
         rows.append(row)
     return rows
@@ -436,7 +447,9 @@ def comparisons(record: Record) -> Table:
         single = "one paired seed, so no interval" if one["n"] == 1 and one["ci_low"] is None else None
         shown = table.cell(estimate(one), refusal(one) or single)
         verdict = Cell(text, strong=tone == "resolved")
-        table.add(place(one), pair(one), shown, str(one["n"]), *p_values, verdict)
+        left = left_out(one)
+        n = table.cell(str(one["n"]), f"leaves out {left}, where there is no value" if left else None)
+        table.add(place(one), pair(one), shown, n, *p_values, verdict)
     return table
 
 

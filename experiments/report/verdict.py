@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.report import curves
 from experiments.report.document import Block, Notice, Section, Text, Tone, Verdict
-from experiments.report.numbers import SLIGHT, count, interval, listed, number, plural, scale
+from experiments.report.numbers import SLIGHT, count, interval, left_out, listed, number, plural, scale
 from experiments.report.record import Record
 from experiments.report.tables import WITHIN, estimate, evidence, place, standing, widened_by_pages
 from experiments.rows import PAGE, UNMATCHED
@@ -133,6 +133,8 @@ def _by_question(verdicts: list[dict[str, Any]]) -> list[Block]:
         seeds = sorted({one["n"] for one in ones})
         n = plural(seeds[-1], "paired seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} paired seeds"
         numbers = f"{'difference from' if difference else 'ratio to'} {base}: {values}{unit}; n = {n}"
+        left = sorted({left_out(one) for one in ones} - {""})
+        numbers += f"; left out for want of a value: {listed(left)}" if left else ""
         blocks.append(Verdict(tone, f"{question}: {'; '.join(told)}.", f"{settled} of {len(ones)} resolved", numbers))
     return blocks
 
@@ -218,18 +220,23 @@ def _best_rates(record: Record) -> list[Block]:
         lacking = [f"{rate:g}" for rate in curves.rate_rows(record, base) if rate not in values]
         if best is None:
             at = " at every seed" if lacking else ""
-            blocks.append(Verdict("blocked", f"{base}: no learning rate has a result{at}.", "no result", ""))
+            blocks.append(Verdict("blocked", f"{base}: no learning rate has a result{at}.", f"no result{at}", ""))
             continue
         row = values[best]
         value = interval(row.known, row.ci_low, row.ci_high, least=3)
         numbers = f"Validation bits per byte at {best:g}: {value} bits/byte"
         spread = f" ({WITHIN}); n = {plural(row.n, 'seed')}" if row.ci_low is not None else "; n = 1 seed, no interval"
-        sentence = f"{base}: of the rates tried, {best:g} has the lowest mean validation bits per byte."
+        tried = "with a result at every seed" if lacking else "tried"
+        sentence = f"{base}: of the rates {tried}, {best:g} has the lowest mean validation bits per byte."
         if lacking:
-            sentence += f" Not counted for want of a result at every seed: {listed(lacking)}."
+            sentence += f" Not counted: {listed(lacking)}."
         refused = next((row for row in values.values() if not row.comparable), None)
         if refused is not None:
             blocks.append(Verdict("blocked", sentence, f"not comparable: {refused.reason}", numbers + spread))
+            continue
+        if lacking:
+            standing_ = "not every rate has a result at every seed: finish the run before using it"
+            blocks.append(Verdict("open", sentence, standing_, numbers + spread))
             continue
         if len(values) == 1:
             end = "the only rate with a result"

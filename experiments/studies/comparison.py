@@ -1,5 +1,6 @@
 """The comparison: arms are trained and evaluated, paired by seed, and the trained models measured."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
-from experiments.report.numbers import SLIGHT, apart, listed, number, plural, signed, times
+from experiments.report.numbers import SLIGHT, apart, left_out, number, plural, signed, times
 from experiments.rows import PAGE, READ_IN_PAGES, on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
@@ -110,7 +111,8 @@ def _quality_rows(cell: Cell, result: dict[str, Any], objective: str) -> Iterato
         )
         if split == "test":
             perplexity = quality["token_perplexity"]
-            yield row(cell, "quality", "test_token_perplexity", perplexity, "perplexity", "lower", **common)
+            reason = {"reason": common.get("reason") or "too large for a number"} if perplexity is None else {}
+            yield row(cell, "quality", "test_token_perplexity", perplexity, "perplexity", "lower", **common | reason)
             losses = quality["loss_at_position"]
             positions = sorted(
                 {2**i for i in range(len(losses).bit_length())} & {*range(1, len(losses) + 1)} | {len(losses)}
@@ -248,24 +250,25 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
         return []
     first, *others = experiment.arms
     asked = [one for other in others for one in questions(experiment, first, other)]
-    return compared(rows, asked, experiment.device)
+    return compared(rows, asked, experiment.device, experiment.seeds)
 
 
-def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu") -> list[dict]:
+def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu", seeds: Sequence[int] = ()) -> list[dict]:
     """A verdict for every question that the rows can answer; Holm's correction over all of these. device: where the
-    memory is, which a GPU's allocator counts to the byte, and a process on a CPU in pages."""
+    memory is, which a GPU's allocator counts to the byte, and a process on a CPU in pages. seeds: of the run, else
+    those in the rows."""
     paged = READ_IN_PAGES if device == "cpu" else set()
-    run = {row["seed"] for row in rows} - {None}
+    run = set(seeds) or {row["seed"] for row in rows} - {None}
     drafts: list[tuple[dict, Comparison]] = []
     for one in asked:
         a, b = (by_seed(rows, arm, *one[2:4], context=one.context, batch=one.batch) for arm in (one.a, one.b))
         valued = [{seed for seed, row in side.items() if _compares(row["value"], one.kind)} for side in (a, b)]
-        seeds = [seed for seed in a if seed in valued[0] & valued[1]]
-        if not seeds:
+        pairable = [seed for seed in a if seed in valued[0] & valued[1]]
+        if not pairable:
             continue
-        values = [[side[seed]["value"] for seed in seeds] for side in (a, b)]
+        values = [[side[seed]["value"] for seed in pairable] for side in (a, b)]
         lacking = {arm: sorted(run - had) for arm, had in zip((one.a, one.b), valued, strict=True) if run - had}
-        pairs = [side[seed] for side in (a, b) for seed in seeds]
+        pairs = [side[seed] for side in (a, b) for seed in pairable]
         by_shapes = _by_shapes(rows, one)
         head = {
             "id": one.phase if one.metric not in _QUALIFIED else f"{one.phase}-{one.metric}",
@@ -278,17 +281,17 @@ def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu") -
             continue
         ratio = paired_ratio(*values, resolution=PAGE if one.metric in paged else 0)
         told = values[1][0] / values[0][0]
-        if one.metric == "state_bytes" and len(seeds) == 1 and told == by_shapes != 1:
+        if one.metric == "state_bytes" and len(pairable) == 1 and told == by_shapes != 1:
             ratio = replace(ratio, exact=True, interval=Interval(told, told, told, 1))  # shapes say it of every seed
         drafts.append((head, ratio))
     return [
-        verdict | {"sentence": _sentence(verdict) + _against_shapes(verdict) + _without(verdict)}
+        verdict | {"sentence": _sentence(verdict) + _against_shapes(verdict) + without(verdict)}
         for verdict in settled(drafts)
     ]
 
 
 def _compares(value: float | None, kind: str) -> bool:
-    return value is not None and (kind == "difference" or value > 0)
+    return value is not None and math.isfinite(value) and (kind == "difference" or value > 0)
 
 
 def _by_shapes(rows: list[dict], one: Question) -> float | None:
@@ -305,13 +308,10 @@ def _against_shapes(v: dict) -> str:
     return f" By shapes alone it is {number(v['by_shapes'])} times: what differs lies beside the weights."
 
 
-def _without(v: dict) -> str:
+def without(v: dict) -> str:
     """Which seeds of the run are not in it: an arm that failed there may be the worse for it."""
-    told = [
-        f"seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])} of {arm}"
-        for arm, seeds in v["lacking"].items()
-    ]
-    return f" It leaves out {listed(told)}, where there is no value." if told else ""
+    left = left_out(v)
+    return f" It leaves out {left}, where there is no value." if left else ""
 
 
 def comparability(rows: Sequence[dict]) -> dict[str, Any]:
@@ -356,19 +356,22 @@ class PairedMeans(NamedTuple):
     over: str
 
 
-def paired_means(rows: list[dict], arms: Iterable[str], phase: str, metric: str) -> PairedMeans:
-    """Over the seeds that all these arms have a value of, leaving out arms with none or with one that is refused."""
+def paired_means(
+    rows: list[dict], arms: Iterable[str], phase: str, metric: str, seeds: Sequence[int] = ()
+) -> PairedMeans:
+    """Over the seeds that all these arms have a value of, leaving out arms with none or with one that is refused.
+    seeds: of the run, else those in the rows."""
     found = {arm: by_seed(rows, arm, phase, metric) for arm in arms}
     compared = {
         arm: {seed: one["value"] for seed, one in ones.items() if one["value"] is not None}
         for arm, ones in found.items() if all(one["comparable"] for one in ones.values())
     }  # fmt: skip
     compared = {arm: values for arm, values in compared.items() if values}
-    run = {row["seed"] for row in rows} - {None}
-    seeds = sorted(set.intersection(*map(set, compared.values()))) if compared else []
-    means = {arm: fmean(values[seed] for seed in seeds) for arm, values in compared.items()} if seeds else {}
-    common = f" (over {plural(len(seeds), 'seed')} of {len(run)}, which all of these have)"
-    over = common if len(seeds) < len(run) else ""
+    run = set(seeds) or {row["seed"] for row in rows} - {None}
+    shared = sorted(set.intersection(*map(set, compared.values()))) if compared else []
+    means = {arm: fmean(values[seed] for seed in shared) for arm, values in compared.items()} if shared else {}
+    common = f" (over {plural(len(shared), 'seed')} of {len(run)}, which all of these have)"
+    over = common if len(shared) < len(run) else ""
     return PairedMeans(list(compared), means, over)
 
 

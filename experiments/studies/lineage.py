@@ -27,7 +27,10 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     for a, b in steps(experiment):
         for one in comparison.questions(experiment, a, b):
             asked.setdefault((one.phase, one.metric), []).append(one)
-    return [verdict for one in asked.values() for verdict in comparison.compared(rows, one, experiment.device)]
+    return [
+        verdict for one in asked.values()
+        for verdict in comparison.compared(rows, one, experiment.device, experiment.seeds)
+    ]  # fmt: skip
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
@@ -37,7 +40,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     for a, b in pairwise(arms):
         one = _step(rows, experiment, a, b, {key[2:]: verdict for key, verdict in told.items() if key[:2] == (a, b)})
         found += [one] if one else []
-    quality = comparison.paired_means(rows, arms, "quality", "test_bits_per_byte")
+    quality = comparison.paired_means(rows, arms, "quality", "test_bits_per_byte", experiment.seeds)
     whole = told.get((arms[0], arms[-1], "quality", "test_bits_per_byte"))
     if len(found) > 1 and len(found) == len(arms) - 1 and quality.counted and whole:
         found.append(_overall(found, whole, quality, [arm for arm in arms if arm not in quality.counted]))
@@ -66,7 +69,8 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
         figures |= {"state_bytes_before": before, "state_bytes": after}
         instead = "as before" if before == after else f"instead of {size(before)}"
         parts.append(f"it keeps {size(after)} {instead} as cache or state of a sequence")
-    return {"kind": "step", "arm": b, "against": a, **figures, "sentence": f"{a} → {b}: {'; '.join(parts)}."}
+    sentence = f"{a} → {b}: {'; '.join(parts)}.{comparison.without(quality)}"
+    return {"kind": "step", "arm": b, "against": a, **figures, "sentence": sentence}
 
 
 def _overall(found: list[dict], whole: dict, quality: PairedMeans, left_out: list[str]) -> dict:
@@ -77,15 +81,17 @@ def _overall(found: list[dict], whole: dict, quality: PairedMeans, left_out: lis
     same = [one for one in found if one["comparable"] and one["identical"]]
     open_ = len(found) - len(lower) - len(higher) - len(blocked) - len(same)
     best = min(quality.means, key=lambda arm: quality.means[arm], default=None)
-    if best is None:
+    if len({one["bits_per_byte"] for one in found}) == 1 and len(same) == len(found):
+        lowest = "All have the same mean"
+    elif best is None:
         lowest = "No seed has a value of every arm, so no mean is named as the lowest"
     else:
         lowest = f"The lowest mean is that of {best}, {number(quality.means[best], 3)} bits per byte{quality.over}"
     text = (
-        f"Of {len(found)} steps {len(lower)} lowered bits per byte, {len(higher)} raised them and {open_} are not "
-        f"resolved"
+        f"Of {len(found)} steps {len(lower)} lowered bits per byte, {len(higher)} raised them and "
+        f"{open_} {'is' if open_ == 1 else 'are'} not resolved"
         f"{f'; {len(same)} changed nothing' if same else ''}{f'; {len(blocked)} do not compare' if blocked else ''}. "
-        f"From {whole['a']} to {whole['b']}: {comparison.predicts(whole)}. {lowest}"
+        f"From {whole['a']} to {whole['b']}: {comparison.predicts(whole)}.{comparison.without(whole)} {lowest}"
         f"{f' (not counted: {listed(left_out)})' if left_out else ''}"
     )
     sizable = max(lower, key=lambda one: -one["bits_per_byte"], default=None)

@@ -4,12 +4,11 @@ Arms are trained and evaluated as in a comparison. Then the causal model of each
 and tokens of validation text are hidden one at a time, for an encoder to guess from both sides and for the causal model
 to guess from the left."""
 
-import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments import cells, scoring
+from experiments.evaluation import perplexity
 from experiments.objectives import SELECTED
 from experiments.report.numbers import number, plural
 from experiments.rows import row
@@ -97,7 +96,7 @@ def _blank_rows(cell: Cell, result: dict[str, Any]) -> Iterator[dict]:
         nats = -result["pseudo_log_likelihood"] / result["tokens"]
         common = {"n": result["tokens"], "comparable": False, "reason": PSEUDO}
         yield row(cell, "quality", "pseudo_nats_per_token", nats, "nats/token", "lower", **common)
-        yield row(cell, "quality", "pseudo_perplexity", _exp(nats), "perplexity", "lower", **common)
+        yield row(cell, "quality", "pseudo_perplexity", perplexity(nats), "perplexity", "lower", **common)
 
 
 def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
@@ -265,25 +264,20 @@ def _pseudo(rows: list[dict], arm: str) -> list[dict]:
     values = list(_values(rows, arm, "pseudo_nats_per_token").values())
     if not values:
         return []
-    each = [one for nats in values if (one := _exp(nats)) is not None]
-    perplexity = sum(each) / len(each) if len(each) == len(values) else None
-    told = f"above e^{min(values):.0f}" if perplexity is None else number(perplexity)
+    each = [one for nats in values if (one := perplexity(nats)) is not None]
+    mean = sum(each) / len(each) if len(each) == len(values) else None
+    told = f"above e^{min(values):.0f}" if mean is None else number(mean)
     over = "one seed" if len(values) == 1 else f"mean over {plural(len(values), 'seed')}"
     return [{
-        "kind": "pseudo-perplexity", "arm": arm, "pseudo_perplexity": perplexity, "n": len(values),
+        "kind": "pseudo-perplexity", "arm": arm, "pseudo_perplexity": mean, "n": len(values),
         "sentence": f"{arm}'s pseudo-perplexity is {told} ({over}). It is no perplexity and does not "
                     f"compare with one: {PSEUDO}.",
     }]  # fmt: skip
 
 
-def _exp(nats: float) -> float | None:
-    """None where no float64 holds it."""
-    return math.exp(nats) if nats < math.log(sys.float_info.max) else None
-
-
 def _times(nats: float) -> str:
     """A factor of likelihoods in words."""
-    factor = _exp(nats)
+    factor = perplexity(nats)
     return f"e^{nats:.0f}" if factor is None else number(factor)
 
 

@@ -111,7 +111,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
 
 def _outweighs(arm: str, what: str, at: int | None, config: ModelConfig) -> str:
     if at is None:
-        return f"{arm}'s cache never outweighs {what}: the model has {config.positions:,} positions"
+        return f"{arm}'s cache never outweighs {what} within its {config.positions:,} positions"
     return f"{arm}'s cache outweighs {what} from {at:,} tokens on"
 
 

@@ -47,7 +47,9 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     for dense, sparse in _pairs(cells.model_configs(experiment)):
         asked += comparison.questions(experiment, dense, sparse)
         asked += [one for one in _decodes(experiment, dense, sparse) if one not in asked]
-    return comparison.compared(rows, asked, experiment.device) if asked else comparison.verdicts(rows, experiment)
+    if not asked:
+        return comparison.verdicts(rows, experiment)
+    return comparison.compared(rows, asked, experiment.device, experiment.seeds)
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
@@ -129,7 +131,8 @@ def _bought(told: list[dict], experiment: Experiment, configs: dict[str, ModelCo
         "kind": "bought", "arm": sparse, "against": dense, "loaded_ratio": loaded, "touched_ratio": touched,
         "bits_per_byte": quality["estimate"] if quality else None, "resolved": bool(quality and quality["resolved"]),
         "comparable": quality is None or quality["comparable"],
-        "sentence": f"{sparse} against {dense} ({_match(a, b)}): {'; '.join(parts)}.",
+        "sentence": f"{sparse} against {dense} ({_match(a, b)}): {'; '.join(parts)}."
+                    + (comparison.without(quality) if quality else ""),
     }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     """The comparison's, against full attention where the run has it."""
     base = baseline(experiment) or next(iter(experiment.arms))
     asked = [one for arm in experiment.arms if arm != base for one in comparison.questions(experiment, base, arm)]
-    return comparison.compared(rows, asked, experiment.device)
+    return comparison.compared(rows, asked, experiment.device, experiment.seeds)
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:

@@ -246,13 +246,15 @@ def crossover(speeds: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any
     """The length from which on b is faster than a, for (a, b) tokens/s of each turn by context length: where the median
     of their ratios, turn by turn, crosses 1 for the last time. Between measured lengths the ratio is taken as straight
     in the length, which it is where every earlier token adds as much to the time of a token in the one that falls
-    behind, and nothing in the other. 0: at every measured length; None: at none. until: b is faster up to that length
-    instead, at shorter ones and not at the longest. The 95% interval resamples the turns of every length."""
+    behind, and nothing in the other. 0: at every measured length; None: not at the longest. until: b is faster up to
+    that length instead, at all shorter ones and at no longer one. ahead: the measured lengths at which b is faster. The
+    95% interval resamples the turns of every length."""
     contexts = sorted(speeds)
     generator = np.random.default_rng(0)
     ratios = [_log_ratios(*speeds[at]) for at in contexts]
     medians = np.array([np.median(one) for one in ratios])
-    until = bool(medians[-1] <= 0 < medians.max())
+    faster = medians > 0
+    until = bool(faster[0] and not faster[-1] and not (faster[1:] & ~faster[:-1]).any())
 
     def crossing(ahead: np.ndarray) -> float:
         return _crossing(contexts, np.where(ahead == 0, TIE, -ahead) if until else ahead)
@@ -260,11 +262,12 @@ def crossover(speeds: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any
     resampled = np.array([_medians(one, generator) for one in ratios]).T  # (RESAMPLES, contexts)
     low, high = np.percentile([crossing(one) for one in resampled], [2.5, 97.5], method="nearest")
     tokens, low, high = (_finite(one) for one in (crossing(medians), low, high))
-    return {"tokens": tokens, "ci_low": low, "ci_high": high, "until": until}
+    ahead = [at for at, one in zip(contexts, faster, strict=True) if one]
+    return {"tokens": tokens, "ci_low": low, "ci_high": high, "until": until, "ahead": ahead}
 
 
 TIE = np.finfo(np.float64).tiny  # ahead by so much: at the first length where b is not ahead any more, it is overtaken
-NO_CROSSING = {"tokens": None, "ci_low": None, "ci_high": None, "until": False}
+NO_CROSSING = {"tokens": None, "ci_low": None, "ci_high": None, "until": False, "ahead": []}
 
 
 def deciding(tokens: float | None, contexts: list[int]) -> list[int]:
@@ -330,24 +333,28 @@ def _growth_sentence(one: dict[str, Any]) -> str:
 
 
 def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
-    doing = {"step": "trains", "prefill": "prefills", "decode": "decodes", "forward": "mixes"}
+    do = {"step": "train", "prefill": "prefill", "decode": "decode", "forward": "mix"}[one["phase"]]
+    does = {"mix": "mixes"}.get(do, f"{do}s")
     batch = f" at batch {one['batch']}" if one["batch"] else ""
     if one["phase"] == "forward":
         mine, theirs = (one["operations"][one[name]] for name in ("arm", "against"))
         batch = f" (its {plural(mine, 'operation')} alone against {theirs})"
-    faster = f"{doing[one['phase']]} faster than {one['against']}{batch}, {one['mode']}, in {one['dtype']}"
-    what = f"{one['arm']} {faster}"
+    faster = f"faster than {one['against']}{batch}, {one['mode']}, in {one['dtype']}"
+    what = f"{one['arm']} {does} {faster}"
     if not one["comparable"]:
         return f"{what}, or slower: the speeds do not compare ({one['reason']})."
     low, high = (_length(one[key], contexts) for key in ("ci_low", "ci_high"))
     spread = "" if low == high else f" (95% interval over the turns: {low} to {high})"
     every = f"from {contexts[0]:,} to {contexts[-1]:,} tokens"
-    if one["tokens"] is None:
-        what, where = f"At none of the lengths {every} {what}", ""
+    if one["tokens"] is None and not one["ahead"]:
+        what, where = f"At none of the lengths {every} does {one['arm']} {do} {faster}", ""
+    elif one["tokens"] is None:
+        where = f" at {listed([f'{at:,}' for at in one['ahead']])} tokens only, of the lengths {every}"
     elif one["tokens"] == 0:
         where = f", at every length {every}"
     elif one["until"]:
-        where, spread = f", up to about {one['tokens']:,.0f} tokens", f"{spread} and not from there to {contexts[-1]:,}"
+        where = f", up to about {one['tokens']:,.0f} tokens"
+        spread += f" and not from there to {contexts[-1]:,}" if one["tokens"] < contexts[-1] else ""
     else:
         where = f", from about {one['tokens']:,.0f} tokens on"
     lost = [f"{arm} at {listed([f'{at:,}' for at in lengths])}" for arm, lengths in one["lost"].items()]

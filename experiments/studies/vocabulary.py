@@ -124,7 +124,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
         first, last = f"{arm}-v{smallest}", f"{arm}-v{larger[-1]}"
         asked += [Question(first, f"{arm}-v{size}", "quality", "test_bits_per_byte", "difference") for size in larger]
         asked += [Question(first, last, phase, "bytes_per_s", "ratio") for phase in PHASES]
-    return comparison.compared(rows, asked)
+    return comparison.compared(rows, asked, seeds=experiment.seeds)
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
@@ -147,7 +147,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     sizes = experiment.vocabulary.sizes
 
     def paired(arm: str, phase: str, metric: str) -> PairedMeans:
-        return comparison.paired_means(rows, [f"{arm}-v{size}" for size in sizes], phase, metric)
+        return comparison.paired_means(rows, [f"{arm}-v{size}" for size in sizes], phase, metric, experiment.seeds)
 
     found += [
         _best(
@@ -303,10 +303,17 @@ def _speed(
     """speeds: of the sizes whose bytes per second compare."""
     first, *_, last = sizes
     one = decided.get((phase, f"{arm}-v{last}"))
-    if one is None:
-        return None
     values = _by_size(arm, sizes, speeds)
     best = max(values, key=lambda size: values[size], default=None)
+    if one is None and len(speeds.counted) < 2:
+        return None
+    if one is None:
+        sentence = (
+            f"How many bytes per second {arm} {PHASES[phase]} at {last:,} entries beside {first:,} is not known: "
+            f"no seed has a value of both."
+        )
+        return {"kind": "bytes-per-s", "arm": arm, "phase": phase, "ratio": None, "resolved": False,
+                "comparable": False, "fastest": best, "sentence": sentence}  # fmt: skip
     if not one["comparable"]:
         sentence = f"How many bytes per second {arm} {PHASES[phase]} does not compare between sizes: {one['reason']}."
     else:

@@ -43,11 +43,11 @@ FASTER = "b decodes faster than a at batch 1, eager, in float32"
 def test_faster_or_slower_everywhere():
     one, two = {64: 10.0, 128: 10.0}, {64: 20.0, 128: 11.0}
     always, never = crossover(speeds(one, two)), crossover(speeds(two, one))
-    assert always == {"tokens": 0, "ci_low": 0, "ci_high": 0, "until": False}
-    assert never == {"tokens": None, "ci_low": None, "ci_high": None, "until": False}
+    assert always == {"tokens": 0, "ci_low": 0, "ci_high": 0, "until": False, "ahead": [64, 128]}
+    assert never == {"tokens": None, "ci_low": None, "ci_high": None, "until": False, "ahead": []}
     assert _crossing_sentence(TOLD | always, [64, 128]) == f"{FASTER}, at every length from 64 to 128 tokens."
     sentence = _crossing_sentence(TOLD | never, [64, 128])
-    assert sentence == f"At none of the lengths from 64 to 128 tokens {FASTER}."
+    assert sentence == f"At none of the lengths from 64 to 128 tokens does b decode{FASTER.removeprefix('b decodes')}."
     # of two crossings the last one counts
     found = crossover(speeds({64: 10.0, 128: 10.0, 256: 10.0}, {64: 20.0, 128: 5.0, 256: 20.0}))
     assert found["tokens"] == pytest.approx(128 + 128 * 0.5 / (0.5 + 1), rel=1e-9)
@@ -62,6 +62,7 @@ def test_the_crossing_is_the_same_whichever_arm_comes_first(crossing: float, gro
     overtaken = crossover({at: (b, a) for at, (a, b) in both.items()})
     assert overtaking["tokens"] is not None
     assert (overtaking.pop("until"), overtaken.pop("until")) == (False, True)
+    overtaking.pop("ahead"), overtaken.pop("ahead")
     assert overtaken == {end: pytest.approx(at, rel=1e-9) for end, at in overtaking.items()}
 
 
@@ -72,8 +73,16 @@ def test_what_is_faster_at_shorter_lengths_only_is_so_up_to_one():
     assert sentence == f"{FASTER}, up to about 107 tokens and not from there to 128."
     # a tie at the longest is not faster
     assert crossover(speeds({64: 10.0, 128: 10.0}, {64: 20.0, 128: 10.0})) == {
-        "tokens": 128, "ci_low": 128, "ci_high": 128, "until": True,
+        "tokens": 128, "ci_low": 128, "ci_high": 128, "until": True, "ahead": [64],
     }  # fmt: skip
+    # ahead in between only, or twice: up to no length
+    ones = dict.fromkeys((64, 128, 256, 512), 10.0)
+    between = crossover(speeds(ones, {64: 8.0, 128: 12.0, 256: 8.0, 512: 8.0}))
+    assert (between["tokens"], between["until"], between["ahead"]) == (None, False, [128])
+    said = _crossing_sentence(TOLD | between, list(ones))
+    assert said == f"{FASTER} at 128 tokens only, of the lengths from 64 to 512 tokens."
+    twice = crossover(speeds(ones, {64: 12.0, 128: 8.0, 256: 12.0, 512: 8.0}))
+    assert (twice["until"], twice["ahead"]) == (False, [64, 256])
     lost = {"a": [256], "b": [32, 512]}
     assert _crossing_sentence(TOLD | found | {"lost": lost}, [64, 128]) == (
         f"{sentence} Not counted, for want of a result: a at 256 and b at 32 and 512 tokens."

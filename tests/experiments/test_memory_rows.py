@@ -84,7 +84,7 @@ def test_a_cache_cannot_outweigh_what_takes_more_tokens_than_a_model_has_positio
     assert f"from {state['tokens']:,} tokens on, whatever the batch." in state["sentence"]
     assert weights["tokens"] is None
     assert "attention's cache never outweighs its own weights" in weights["sentence"]
-    assert weights["sentence"].endswith(": the model has 100 positions.")
+    assert weights["sentence"].endswith(" within its 100 positions.")
 
 
 def test_an_arm_that_sees_what_follows_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,6 @@ def test_the_last_assignment_wins() -> None:
         ("seeds=[-1]", "must not be negative"),
         ("learning_rates=[-1e-3]", "must not be negative"),
         ("learning_rates=[1e-3, 0.0]", "a rate of 0 learns nothing"),
-        ("learning_rates=[1e-3]", 'set evaluation.splits=["validation"]'),
         ('evaluation.splits=["test", "test"]', "each may appear once"),
         ("training.steps=2.5", "training.steps"),
         ("training.beta1=1", "training.beta1"),

@@ -113,7 +113,7 @@ def test_a_crossing_names_the_lengths_that_an_arm_has_no_result_at(tmp_path: Pat
             run.finish(cell, timed(1, ({"attention": 1.0, "scan": 2.0}[cell.arm],) * 6))
     crossing = next(found for found in speed.findings([], one, run) if found["kind"] == "crossover")
     assert (crossing["tokens"], crossing["lost"]) == (None, {"attention": [256]})
-    assert crossing["sentence"].startswith("At none of the lengths from 64 to 128 tokens scan decodes faster")
+    assert crossing["sentence"].startswith("At none of the lengths from 64 to 128 tokens does scan decode faster")
     assert crossing["sentence"].endswith(" Not counted, for want of a result: attention at 256 tokens.")
 
 
@@ -166,5 +166,6 @@ def test_one_turn_that_was_disturbed_moves_no_estimate() -> None:
 def test_as_fast_is_not_faster() -> None:
     equal, faster = (np.ones(3), np.ones(3)), (np.ones(3), np.full(3, 2.0))
     assert speed.crossover({8: equal, 16: equal})["tokens"] is None
-    assert speed.crossover({8: faster, 16: equal}) == {"tokens": 16, "ci_low": 16, "ci_high": 16, "until": True}
+    tie = speed.crossover({8: faster, 16: equal})
+    assert tie == {"tokens": 16, "ci_low": 16, "ci_high": 16, "until": True, "ahead": [8]}
     assert speed.crossover({8: equal, 16: faster})["tokens"] == 8  # from there on, and not at it

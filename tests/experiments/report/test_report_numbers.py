@@ -90,7 +90,7 @@ def test_digits_that_keep_a_bound_apart() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(9.996, "10.0"), (0.0999999, "0.100"), (999.6, "1,000"), (0, "0"), (-0.0, "0"), (1234567, "1,230,000")],
+    [(7e79, "7e+79"), (-1.5e15, "−1.5e+15"), (9.996, "10.0"), (0.0999999, "0.100"), (999.6, "1,000"), (0, "0"), (-0.0, "0"), (1234567, "1,230,000")],
 )
 def test_rounding_that_gains_a_digit(value: float, text: str) -> None:
     assert numbers.number(value) == text

@@ -487,8 +487,10 @@ def test_sweep_chooses_no_rate_that_lacks_a_seed(make_run: Callable[..., Path]) 
     assert min(rows, key=lambda rate: rows[rate].known) == 2e-3
     assert curves.best_rate(record, "mamba") in (1e-3, 4e-3)
     text = render(run, "md")
-    assert "Not counted for want of a result at every seed: 0.002." in text
-    assert text.count("Not counted") == text.count("at the grid's edge") == text.count("inside the grid") == 1
+    assert "mamba: of the rates with a result at every seed, " in text
+    assert "Not counted: 0.002." in text
+    finish = "not every rate has a result at every seed: finish the run before using it"
+    assert text.count(finish) == text.count("inside the grid") == text.count("not counted: a seed is missing") == 1
 
 
 def test_sweep_without_a_rate_at_every_seed_chooses_none(make_run: Callable[..., Path]) -> None:
