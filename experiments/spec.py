@@ -224,7 +224,9 @@ class Experiment(Settings):
     profile: str = Field(default="", description="the profile it was resolved with")
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, max_length=MOST_SEEDS)
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0: as many as this process may use")
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads; 0: as torch chooses, and no more than this process may use"
+    )
     cell_timeout_s: int = Field(
         default=3600,
         ge=1,

@@ -41,7 +41,7 @@ def apart(value: float, neutral: float, at: int) -> int:
     return at
 
 
-def times(value: float) -> str:
+def multiple(value: float) -> str:
     """What is as much as something else is 1.00 times that, and nothing else is."""
     return number(value, apart(value, 1.0, places(value)))
 
@@ -63,7 +63,7 @@ def interval(
 ) -> str:
     """`value [low, high]` times `factor`, all with the same decimal places, at least `least`; else `value` alone. A
     bound far below or above the others has two digits of its own, or none behind the point. neutral: what means no
-    difference, and is printed of nothing else."""
+    difference, and is printed of nothing else, though it take more places."""
     value *= factor
 
     def clear(value: float, at: int) -> str:

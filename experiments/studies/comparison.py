@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments import cells
 from experiments.objectives import SELECTED
-from experiments.report.numbers import SLIGHT, apart, left_out, number, plural, signed, times
+from experiments.report.numbers import SLIGHT, apart, left_out, multiple, number, plural, signed
 from experiments.rows import PAGE, READ_IN_PAGES, on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
@@ -404,12 +404,12 @@ def predicts(verdict: dict) -> str:
 
 def faster(verdict: dict) -> str:
     """A ratio of speeds within a sentence, e.g. "1.4 times (1.3 to 1.5) as fast"."""
-    size = f"{times(verdict['estimate'])} times"
+    size = f"{multiple(verdict['estimate'])} times"
     if not verdict["comparable"]:
         return f"{size} as fast (not comparable: {verdict['reason']})"
     if verdict["n"] < 2:
         return f"{size} as fast (one seed, not resolved)"
-    spread = f"{times(verdict['ci_low'])} to {times(verdict['ci_high'])}"
+    spread = f"{multiple(verdict['ci_low'])} to {multiple(verdict['ci_high'])}"
     return f"{size} ({spread}{'' if verdict['resolved'] else f', {unresolved(verdict)}'}) as fast"
 
 
@@ -446,7 +446,7 @@ def _sentence(v: dict) -> str:
     }[v["metric"]]
     seeds = f"{v['n']} paired seed{'s' if v['n'] > 1 else ''}"
     shown = {
-        end: signed(v[end], 4) if v["kind"] == "difference" else times(v[end])
+        end: signed(v[end], 4) if v["kind"] == "difference" else multiple(v[end])
         for end in ("estimate", "ci_low", "ci_high") if v[end] is not None
     }  # fmt: skip
     if v["kind"] == "difference":

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import cells
 from experiments.measurement.speed import OPERATORS
-from experiments.report.numbers import listed, number, plural, times
+from experiments.report.numbers import listed, multiple, number, plural
 from experiments.rows import percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory
@@ -324,7 +324,7 @@ def _growth_sentence(one: dict[str, Any]) -> str:
         return f"{one['arm']}: how its decode grows, {one['mode']}, in {one['dtype']}, is not said: {one['reason']}."
     batch = f" at batch {one['batch']}" if one["batch"] and one["batch"] > 1 else ""
     unclear = ": which is longer is not resolved" if one["ci_low"] <= 1 <= one["ci_high"] else ""
-    grown, low, high, widest = (times(one[key]) for key in ("ratio", "ci_low", "ci_high", "widest"))
+    grown, low, high, widest = (multiple(one[key]) for key in ("ratio", "ci_low", "ci_high", "widest"))
     return (
         f"{one['arm']} decodes a token{batch}, {one['mode']}, in {one['dtype']}, after {one['to']:,} tokens in "
         f"{grown} times (95% interval {low} to {high}) what it takes after {one['from']:,}{unclear}; at its slowest "

@@ -1,6 +1,7 @@
 """`lab resume` runs what is missing of a run, and nothing else; what a finished cell has lost is made again."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -130,6 +131,26 @@ def test_a_run_whose_specification_was_changed_is_not_gone_on_with(
     after = contents(directory)
     assert before.keys() == after.keys()
     assert [path for path in before if before[path] != after[path]] == [spec]
+
+
+def test_a_run_of_an_older_version_is_refused_for_what_has_changed(
+    in_process: InProcess, smoke: Finished, tmp_path: Path
+) -> None:
+    """Not for its relative path, which is read as absolute now, nor for what a new sweep may not read."""
+    directory = tmp_path / "older"
+    shutil.copytree(smoke.directory, directory)
+    spec, environment = directory / "spec.toml", directory / "environment.json"
+    text = spec.read_text(encoding="utf-8").replace("learning_rates = []", "learning_rates = [0.001]")
+    spec.write_text(text, encoding="utf-8")
+    recorded = json.loads(environment.read_text(encoding="utf-8"))
+    recorded |= {"spec_sha256": hashlib.sha256(spec.read_bytes()).hexdigest(), "source_sha256": "older"}
+    environment.write_text(json.dumps(recorded), encoding="utf-8")
+    code, _, stderr = in_process("resume", directory)
+    assert code != 0
+    assert "source_sha256" in stderr.splitlines()[-1]
+    code, _, stderr = in_process("run", spec, "--out", tmp_path / "runs")
+    assert code == 2
+    assert 'set evaluation.splits=["validation"]' in stderr
 
 
 def test_two_processes_do_not_work_on_one_run(in_process: InProcess, smoke: Finished, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ def test_counts_that_are_right_pass(model: LanguageModel) -> None:
     cells._check_counts(model)
     encoder = preset("transformer-tiny").with_overrides({"mixer.causal": False})
     cells._check_counts(LanguageModel(encoder, seed=0))
+    short = preset("gpt1-tiny").with_overrides({"positions": 9})
+    cells._check_counts(LanguageModel(short, seed=0))
 
 
 def test_parameters_that_are_not_the_models(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

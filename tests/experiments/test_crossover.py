@@ -135,6 +135,8 @@ def test_growth_is_of_the_time_from_the_shortest_to_the_longest():
         "noisy": False,
     }
     assert "not resolved" not in _growth_sentence(told | spread)
+    near = growth({64: np.full(9, 1.0), 128: np.full(9, 1 / 1.0004)})
+    assert " in 1.0004 times (95% interval 1.0004 to 1.0004)" in _growth_sentence(told | near)
     unclear = growth({64: 100 * noise[0], 128: 100 * noise[1]})
     assert unclear["ci_low"] < 1 < unclear["ci_high"]
     assert "what it takes after 64: which is longer is not resolved; at its" in _growth_sentence(told | unclear)

@@ -225,3 +225,23 @@ def test_mistakes() -> None:
         load("masking", profile="smoke", assignments=["learning_rates=[0.1]"])
     with pytest.raises(SpecError, match=r"masking\.windows"):
         load("masking", profile="smoke", assignments=["masking.windows=0"])
+
+
+def test_what_was_refused_takes_no_part_in_the_correction(tmp_path: Path) -> None:
+    """Of the two comparisons only that of the encoder's blanks may be made: its p is its own."""
+    rows = made("encoder", "blanks_guessed", [0.5, 0.61, 0.7]) + made("causal", "blanks_guessed", [0.2, 0.2, 0.3])
+    alone = only(rows, tmp_path)
+    rows += made("unmasked", "final_training_loss", [0.1, 0.2, 0.3]) + made(
+        "causal", "final_training_loss", [3, 3.3, 3]
+    )
+    beside = made("unmasked", "judged_nats_per_token", [3.0], mode="true")
+    beside[0] |= {"comparable": False, "reason": "failed before timing: causality"}
+    loss, blanks = found(rows + beside, tmp_path)
+    assert (loss["comparable"], loss["p_holm"]) == (False, None)
+    assert (blanks["kind"], blanks["p_holm"]) == ("blanks", alone["p_holm"])
+    assert blanks["p_holm"] is not None
+
+
+def test_values_that_are_not_there_pair_with_nothing(tmp_path: Path) -> None:
+    rows = made("encoder", "blanks_guessed", [0.5, 0.61, None]) + made("causal", "blanks_guessed", [0.2, 0.2, 0.3])
+    assert only(rows, tmp_path)["n"] == 2

@@ -17,7 +17,7 @@ from numba.core.registry import cpu_target
 
 from experiments.data.batches import Batches
 from experiments.errors import CorpusError
-from experiments.measurement import memory, phases, timing
+from experiments.measurement import memory, phases, process, timing
 from experiments.measurement.memory import PeakMemory, keep_freed_memory, resident_bytes, return_freed_memory, settle
 from experiments.measurement.process import CellFailedError, all_turns, run_fresh, side_by_side, take_turns
 from experiments.measurement.timing import MOST_REPEATS, WARM_UP, Samples, timed, timed_in_turns
@@ -155,6 +155,13 @@ def test_unforeseen_error_keeps_its_traceback() -> None:
 def test_an_error_that_torch_raises_names_the_line_of_ours_that_led_to_it() -> None:
     with pytest.raises(CellFailedError, match=r"\(test_measurement\.py, line \d+, in _multiply\)$"):
         run_fresh(_multiply)
+
+
+def test_what_an_environment_in_the_project_holds_is_not_ours() -> None:
+    root = Path(process.__file__).parents[2]
+    assert process._is_ours(root / "models" / "mine.py")
+    assert not process._is_ours(root / ".venv" / "lib" / "site-packages" / "torch" / "nn.py")
+    assert not process._is_ours(Path("/usr/lib/python3/json.py"))
 
 
 @pytest.mark.parametrize("error", [CorpusError("no text"), RuntimeError("no text"), MemoryError("no text")])

@@ -125,3 +125,14 @@ def test_the_report_says_in_which_type_the_bytes_are(dtype: str) -> None:
     record: Any = SimpleNamespace(spec={"measurement": {"dtype": dtype}}, findings=[])
     (section,) = report.sections(record)
     assert f"of weights alone, in {dtype};" in section.intro
+
+
+def test_what_may_not_be_compared_is_told_as_that() -> None:
+    rows = quality("dense", [2.0, 2.1, 2.2]) + quality("moe", [1.9, 2.0, 2.1])
+    (one,) = kind(moe.findings(rows, experiment("dense", "moe"), NOWHERE), "bought")
+    assert one["comparable"]
+    refused = [row | {"comparable": row["arm"] != "moe", "reason": "a gate"} for row in rows]
+    (one,) = kind(moe.findings(refused, experiment("dense", "moe"), NOWHERE), "bought")
+    assert (one["comparable"], one["resolved"]) == (False, False)
+    (one,) = kind(moe.findings(rows[:-1], experiment("dense", "moe"), NOWHERE), "bought")
+    assert one["sentence"].endswith(" It leaves out seed 2 of moe, where there is no value.")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.cells import model_config
+from experiments.data import corpora
 from experiments.errors import SpecError
 from experiments.spec import PROFILES, Arm, Data, Evaluation, Experiment, catalog, load
 
@@ -128,6 +129,19 @@ def test_the_title_is_of_the_arms() -> None:
     assert load("compare", arms=["lstm"]).title == "lstm, by itself"
     assert load("compare", arms=["lstm"], assignments=['title="Mine"']).title == "Mine"
     assert load("lineage", arms=["lstm", "mamba"]).title == load("lineage").title
+    assert load("learning-rate", arms=["lstm"]).title == load("learning-rate").title
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_none(tmp_path: Path, monkeypatch) -> None:
+    here = tmp_path / "run [1]*"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    Path("a.txt").write_text("one\n\ntwo\n")
+    for path in ("*.txt", "a.txt"):
+        one = load("compare", profile="smoke", assignments=["data.corpus=text", f"data.path={path}"])
+        monkeypatch.chdir(tmp_path)
+        assert [document.text for document in corpora.read(one.data)] == ["one", "two"]
+        monkeypatch.chdir(here)
 
 
 def test_the_last_assignment_wins() -> None:

@@ -81,3 +81,39 @@ def test_no_ratio_is_made_of_a_value_that_is_0() -> None:
     rows = quality("a", [2.0, 0.0]) + quality("b", [1.0, 1.0])
     (one,) = compared(rows, [Question("a", "b", "quality", "test_bits_per_byte", "ratio")])
     assert (one["n"], one["lacking"]) == (1, {"a": [1]})
+
+
+def test_no_sentence_rounds_a_difference_away() -> None:
+    one = {"comparable": True, "n": 3, "resolved": True, "better": "b", "p": 0.001, "tested": 1}
+    near = one | {"estimate": -0.0911, "ci_low": -0.1619, "ci_high": -0.0003}
+    assert comparison.predicts(near) == "b predicts better, by 0.091 bits per byte (0.0003 to 0.162)"
+    open_ = near | {"resolved": False, "ci_high": 0.0003, "p": 0.2}
+    assert "(-0.091, -0.162 to +0.0003)" in comparison.predicts(open_)
+    ratio = one | {"estimate": 0.9995, "ci_low": 0.99903, "ci_high": 0.99996}
+    assert comparison.faster(ratio) == "0.9995 times (0.999 to 0.99996) as fast"
+    rows = quality("a", [2.0, 2.0, 2.0]) + quality("b", [2.00001, 2.000011, 2.00001])
+    difference, times = (
+        compared(rows, [Question("a", "b", "quality", "test_bits_per_byte", kind)])[0]["sentence"]
+        for kind in ("difference", "ratio")
+    )
+    assert "by +0.00001 (95% interval +0.00001 to +0.00001, 3 paired seeds): a is better here." in difference
+    assert "b has 1.00001 times a's test bits per byte (95% interval 1.000004 to 1.00001, 3 paired seeds)" in times
+
+
+def test_seeds_of_the_run_that_no_arm_has_are_left_out_too() -> None:
+    rows = quality("a", [2.0, 2.0]) + quality("b", [1.0, 1.5])
+    (one,) = compared(rows, [Question("a", "b", "quality", "test_bits_per_byte", "difference")], seeds=(0, 1, 2, 3))
+    assert one["lacking"] == {"a": [2, 3], "b": [2, 3]}
+    assert one["sentence"].endswith(
+        " It leaves out seeds 2 and 3 of a and seeds 2 and 3 of b, where there is no value."
+    )
+    told = comparison.paired_means(rows, "ab", "quality", "test_bits_per_byte", (0, 1, 2))
+    assert told.over == " (over 2 seeds of 3, which all of these have)"
+
+
+def test_a_value_that_is_no_number_compares_with_nothing() -> None:
+    rows = quality("a", [2.0, 2.0, 2.0]) + quality("b", [1.0, math.nan, 1.5]) + quality("c", [1.0, 1.0, 1.0001])
+    asked = [Question("a", arm, "quality", "test_bits_per_byte", "difference") for arm in "bc"]
+    one, other = compared(rows, asked)
+    assert (one["n"], one["lacking"]) == (2, {"b": [1]})
+    assert other["resolved"]

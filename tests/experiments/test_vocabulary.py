@@ -329,3 +329,14 @@ def test_state(values: tuple, course: str, said: str) -> None:
 def test_falling_is_strict(values: list[float]) -> None:
     expected = values == sorted(values, reverse=True) and len(set(values)) == len(values)
     assert vocabulary.falling(dict(enumerate(values))) is expected
+
+
+def test_bytes_per_second_of_a_largest_size_that_failed_are_not_passed_over() -> None:
+    text = rows_of(three([100.0, 101.0], [150.0, 151.0]), "train", "bytes_per_s", "higher")
+    one = told(text)["bytes-per-s"]
+    assert (one["comparable"], one["fastest"]) == (False, 512)
+    assert one["sentence"] == (
+        "How many bytes per second mamba trains on at 1,024 entries beside 257 is not known: no seed has a value of "
+        "both."
+    )
+    assert "bytes-per-s" not in told(rows_of(three([100.0]), "train", "bytes_per_s", "higher"))

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.report.numbers import number
 from experiments.report.record import Record, read
-from experiments.report.tables import comparisons, evidence, placing, settled
+from experiments.report.tables import comparisons, estimate, evidence, placing, settled
 
 
 @pytest.fixture
@@ -62,3 +62,37 @@ def test_the_values_under_a_headline_are_of_the_seeds_that_both_arms_have(make_r
 def test_a_finding_that_was_refused_is_not_open(one: dict, standing: tuple[str, str]) -> None:
     assert settled(one, "quality") == standing
     assert settled(one) == (standing[0], standing[1].removeprefix("quality "))
+
+
+def test_the_values_of_a_context_are_of_its_seeds_alone(make_run: Callable[..., Path]) -> None:
+    """The cell of one seed at the longest context is lost; at the others it is there."""
+    made = read(make_run(lost=("mamba/seed2/decode-2048",)))
+    at = {one["context"]: one for one in made.verdicts if (one["phase"], one["metric"]) == DECODE[:2]}
+    found = [row.known for row in made.rows if (row.arm, row.phase, row.metric, row.context) ==
+             ("transformer", *DECODE) and row.seed in (0, 1)]  # fmt: skip
+    low, high = sorted(found)
+    mean = float(evidence(made, at[2048]).split("transformer ")[1].split(" ")[0].replace(",", ""))
+    assert low <= mean <= high
+
+
+def test_an_interval_of_two_seeds_is_cut_off_at_nought_too(make_run: Callable[..., Path]) -> None:
+    made = read(make_run(lost=("mamba/seed2/train",)))
+    which = ("transformer", "train", "tokens_per_s")
+    rows = [
+        replace(row, value=1.0 + 99 * row.seed)
+        if row.seed is not None and (row.arm, row.phase, row.metric) == which else row
+        for row in made.rows
+    ]  # fmt: skip
+    one = next(one for one in made.verdicts if (one["phase"], one["metric"]) == ("train", "tokens_per_s"))
+    assert "transformer 50 [0, " in evidence(replace(made, rows=rows), one)
+
+
+def test_the_table_notes_the_seeds_that_a_comparison_leaves_out(record: Record) -> None:
+    lacking = record.verdicts[0] | {"lacking": {"mamba": [2, 3]}}
+    table = comparisons(replace(record, result=record.result | {"verdicts": [lacking]}))
+    assert "leaves out seeds 2 and 3 of mamba, where there is no value" in table.notes
+
+
+def test_a_bound_beside_1_is_not_printed_as_1(record: Record) -> None:
+    one = record.verdicts[0] | {"kind": "ratio", "unit": "x", "estimate": 1.0121, "ci_low": 1.0004, "ci_high": 1.0242}
+    assert estimate(one) == "1.012× [1.0004, 1.024]"

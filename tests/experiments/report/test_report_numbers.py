@@ -76,7 +76,7 @@ def test_what_means_no_difference_is_printed_of_nothing_else(
     assert found
     for shown, true in zip(found.groups(), (value, value - below, value + above), strict=True):
         assert np.sign(parsed(shown) - neutral) == np.sign(true - neutral)
-    assert np.sign(parsed(numbers.times(value)) - 1) == np.sign(value - 1) or abs(value - 1) <= 1e-8
+    assert np.sign(parsed(numbers.multiple(value)) - 1) == np.sign(value - 1) or abs(value - 1) <= 1e-8
     assert np.sign(float(numbers.signed(value, 3))) == np.sign(value) or abs(value) <= 1e-8
 
 
@@ -84,13 +84,26 @@ def test_digits_that_keep_a_bound_apart() -> None:
     assert numbers.interval(-0.0911, -0.1619, -0.0003, neutral=0.0) == "−0.091 [−0.162, −0.0003]"
     assert numbers.interval(1.0121, 1.0004, 1.0242, neutral=1.0) == "1.012 [1.0004, 1.024]"
     assert numbers.interval(1.0121, 1.0, 1.0242, neutral=1.0) == "1.012 [1.000, 1.024]"
-    assert (numbers.times(0.99996), numbers.times(1.00042), numbers.times(1.0)) == ("0.99996", "1.0004", "1.00")
+    assert (numbers.multiple(0.99996), numbers.multiple(1.00042), numbers.multiple(1.0)) == (
+        "0.99996",
+        "1.0004",
+        "1.00",
+    )
     assert (numbers.signed(-0.00001234, 4), numbers.signed(0.0, 4)) == ("-0.00001", "+0.0000")
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(7e79, "7e+79"), (-1.5e15, "−1.5e+15"), (9.996, "10.0"), (0.0999999, "0.100"), (999.6, "1,000"), (0, "0"), (-0.0, "0"), (1234567, "1,230,000")],
+    [
+        (7e79, "7e+79"),
+        (-1.5e15, "−1.5e+15"),
+        (9.996, "10.0"),
+        (0.0999999, "0.100"),
+        (999.6, "1,000"),
+        (0, "0"),
+        (-0.0, "0"),
+        (1234567, "1,230,000"),
+    ],
 )
 def test_rounding_that_gains_a_digit(value: float, text: str) -> None:
     assert numbers.number(value) == text

@@ -131,6 +131,14 @@ def test_pairs_that_share_no_arm_are_told_one_by_one_as_far_as_there_is_room(rec
     assert rest == ["2 further comparisons: see the table of paired comparisons."]
 
 
+def test_many_arms_name_the_seeds_that_they_lack(record: Record) -> None:
+    """Of one arm the first seed; of older records nothing is known."""
+    first, *others = TRAINING
+    (quality, training), _ = told(record, [first | {"lacking": {"fast": [0]}}, *others, *QUALITY])
+    assert "left out" not in quality.numbers
+    assert training.numbers.endswith("; left out for want of a value: seed 0 of fast")
+
+
 def test_arms_of_several_sizes_are_told_at_the_top(record: Record) -> None:
     assert not notices(record)
     warning = "the arms are not of one size: mamba has 10.2 times transformer's active parameters"

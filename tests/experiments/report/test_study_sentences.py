@@ -55,3 +55,23 @@ def test_what_the_tokenizers_were_learned_from(record: Record, learned: int, sai
         environment=record.environment | {"data": data},
     )  # fmt: skip
     assert said in vocabulary._caution(record)
+
+
+@pytest.mark.parametrize(("bounds", "lost", "standing"), [
+    ((100.0, 200.0), {}, "measured"), ((0, 0), {}, "measured"), ((None, None), {}, "measured"),
+    ((0, 200.0), {}, "open at the shortest measured length"),
+    ((100.0, None), {}, "open at the longest measured length"),
+    ((0, None), {}, "open at the shortest and the longest measured length"),
+    ((100.0, 200.0), {"a": [512]}, "not measured at every length"),
+])  # fmt: skip
+def test_how_a_crossing_stands(record: Record, bounds: tuple, lost: dict, standing: str) -> None:
+    one = {
+        "kind": "crossover",
+        "comparable": True,
+        "sentence": "one",
+        "ci_low": bounds[0],
+        "ci_high": bounds[1],
+        "lost": lost,
+    }
+    told = speed.verdict(replace(record, result=record.result | {"findings": [one]})).blocks[0]
+    assert (told.standing, told.tone == "resolved") == (standing, standing == "measured")
