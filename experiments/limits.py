@@ -56,7 +56,8 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
             limit, usage = _number(folder / limit_file), _number(folder / usage_file)
             if limit is None or usage is None:
                 continue
-            stat = dict(line.partition(" ")[::2] for line in _read(folder / "memory.stat").splitlines())
+            lines = (line.partition(" ") for line in _read(folder / "memory.stat").splitlines())
+            stat = {name: value for name, _, value in lines}
             files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
             yield limit, max(0, usage - files)
 
@@ -64,7 +65,8 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 def _folders(controller: str) -> Iterator[Path]:
     """This process's group and those above it, of a controller of version 1, or of version 2 where it has no name."""
     for line in _read(LISTED).splitlines():
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if (number == "0" and not controllers) if not controller else (controller in controllers.split(",")):
             root = GROUPS / controller
             group = root / path.lstrip("/")

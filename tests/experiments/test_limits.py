@@ -49,6 +49,9 @@ UNLIMITED_V1 = "9223372036854771712\n"  # what version 1 says where there is no 
                         "user/memory.max": f"{20 * GB}\n", "user/memory.current": f"{18 * GB}\n"}, (3, 20, 2)),
     # the machine has less free than the container may have
     ("0::/\n", {"memory.max": f"{95 * GB}\n", "memory.current": f"{GB}\n"}, (64, 95, 90)),
+    # lines of another kind
+    ("what?\n0::/\n", {"memory.max": f"{8 * GB}\n", "memory.current": f"{3 * GB}\n",
+                       "memory.stat": f"what\nmore of it\ninactive_file {GB}\n"}, (64, 8, 6)),
     # more is used than is allowed, for a moment
     ("0::/\n", {"memory.max": f"{2 * GB}\n", "memory.current": f"{3 * GB}\n"}, (64, 2, 0)),
     # version 1, listed under the path that the machine sees and mounted as the container sees it
