@@ -83,6 +83,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
     assert code == 0
     assert f"{directory} has every cell; nothing is left to run" in stderr
     assert "/train" not in stderr
+    assert "[1/" not in stderr  # no cell at all
     assert "mamba" in stdout
     assert in_process("report", "latest", "--out", out)[:2] == in_process("report", "--out", out)[:2] == (0, stdout)
 

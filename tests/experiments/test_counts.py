@@ -1,9 +1,13 @@
 """A model whose configuration counts its parameters or its state wrongly is refused before anything is trained: an own
 mixer's counts are its own."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from experiments import cells
+from experiments.spec import Arm, Experiment
 from models import cost
 from models.errors import ConfigError
 from models.language_model import LanguageModel
@@ -43,3 +47,16 @@ def test_a_state_that_is_not_the_models(model: LanguageModel, monkeypatch: pytes
     there = model.make_state(2, 17).nbytes
     with pytest.raises(ConfigError, match=f"2 x 17 tokens takes {20 * there:,} bytes, and the model's takes {there:,}"):
         cells._check_counts(model)
+
+
+def test_what_fails_while_models_are_tried_is_told_of_its_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: LanguageModel) -> None:
+        raise RuntimeError("no forward")
+
+    arms = {"mine": Arm(model="mamba-tiny", learning_rate=1e-3)}
+    experiment = Experiment(name="x", title="x", arms=arms)
+    monkeypatch.setattr(cells, "_try", broken)
+    monkeypatch.setattr(cells.Dataset, "load", lambda folder: SimpleNamespace(vocabulary=300))
+    with pytest.raises(RuntimeError, match="no forward") as caught:
+        cells.compile_kernels(lambda message: None, experiment, Path("nowhere"))
+    assert caught.value.__notes__ == ["arm 'mine'"]

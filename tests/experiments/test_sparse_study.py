@@ -203,3 +203,8 @@ def test_the_catalog_trains_beyond_its_windows(profile: str) -> None:
         assert found is None or set(found) == {int(name.removeprefix("window-"))}
         assert found is None or max(found) < setting.training.context
     assert sparse.baseline(setting) == "full"
+
+
+def test_no_difference_of_losses_is_rounded_away() -> None:
+    one = {"comparable": True, "n": 3, "estimate": 0.0912, "ci_low": 0.0003, "ci_high": 0.18, "resolved": True}
+    assert sparse._difference(one) == "the loss differs by +0.091 nats/token (+0.0003 to +0.180)"

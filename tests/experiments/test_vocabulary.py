@@ -340,3 +340,12 @@ def test_bytes_per_second_of_a_largest_size_that_failed_are_not_passed_over() ->
         "both."
     )
     assert "bytes-per-s" not in told(rows_of(three([100.0]), "train", "bytes_per_s", "higher"))
+
+
+def test_what_is_open_after_the_correction_says_so_and_is_not_rounded_away() -> None:
+    one = {"kind": "difference", "n": 2, "resolved": False, "p": 0.03, "tested": 6, "estimate": -0.1, "ci_low": -0.2}
+    one |= {"ci_high": -0.0004}
+    assert vocabulary._standing(one) == "not resolved after correcting for 6 comparisons"
+    assert vocabulary._standing(one | {"p": 0.3}) == "not resolved"
+    said = "−0.100 bits per byte (95% interval −0.200 to −0.0004, 2 paired seeds)"
+    assert vocabulary._interval(one, "bits per byte") == said

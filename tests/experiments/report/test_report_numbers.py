@@ -84,6 +84,9 @@ def test_digits_that_keep_a_bound_apart() -> None:
     assert numbers.interval(-0.0911, -0.1619, -0.0003, neutral=0.0) == "−0.091 [−0.162, −0.0003]"
     assert numbers.interval(1.0121, 1.0004, 1.0242, neutral=1.0) == "1.012 [1.0004, 1.024]"
     assert numbers.interval(1.0121, 1.0, 1.0242, neutral=1.0) == "1.012 [1.000, 1.024]"
+    assert numbers.interval(1.5, 0.9999, 2.0, factor=1e3, neutral=1.0) == "1,500 [999.9, 2,000]"
+    assert numbers.interval(0.5, 1e-12, 1.0, neutral=0.0) == "0.50 [0.0000000000010, 1.00]"
+    assert numbers.multiple(1 + 1e-12) == "1.00"  # rounding's own
     assert (numbers.multiple(0.99996), numbers.multiple(1.00042), numbers.multiple(1.0)) == (
         "0.99996",
         "1.0004",

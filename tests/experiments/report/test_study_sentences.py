@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report import moe, speed, vocabulary
+from experiments.report import masking, moe, speed, vocabulary
+from experiments.report.document import Table
 from experiments.report.record import Record, Row, read
+from experiments.report.tables import room
 from experiments.spec import load
 from experiments.store import RunDirectory
 from experiments.studies.speed import findings
@@ -75,3 +77,28 @@ def test_how_a_crossing_stands(record: Record, bounds: tuple, lost: dict, standi
     }
     told = speed.verdict(replace(record, result=record.result | {"findings": [one]})).blocks[0]
     assert (told.standing, told.tone == "resolved") == (standing, standing == "measured")
+
+
+def test_what_a_cache_has_room_for_is_told(record: Record) -> None:
+    said = " A cache or state has room for the 16 tokens that are decoded, too."
+    assert room(replace(record, spec=record.spec | {"measurement": {"decode_tokens": 16}})) == said
+    assert room(replace(record, spec=record.spec | {"measurement": {}})) == ""
+
+
+@pytest.mark.parametrize("reliable", [True, False])
+def test_what_a_judge_that_failed_a_gate_judged_is_marked(record: Record, reliable: bool) -> None:
+    def over_seeds(arm: str, metric: str, mode: str | None, comparable: bool) -> Row:
+        reason = None if comparable else "failed before timing: causality"
+        return Row(arm, None, "quality", metric, 2.5, "", 3, 2.4, 2.6, None, None, "lower", None, comparable, reason,
+                   None, None, mode, None)  # fmt: skip
+
+    rows = [over_seeds("writer", "judged_nats_per_token", "greedy", True),
+            over_seeds("judge", "test_bits_per_byte", None, reliable)]  # fmt: skip
+    arms = {"judge": {"objective": "causal"}, "writer": {"objective": "unmasked"}}
+    made = replace(record, rows=rows, spec=record.spec | {"arms": arms}, result=record.result | {"arms": arms})
+    table = Table("", [])
+    cell = masking._judged_cell(table, made, "writer", "greedy")
+    assert cell.text == "2.50 [2.40, 2.60]"
+    assert list(table.notes) == ([] if reliable else [
+        "its judge is not to be relied on: failed before timing: causality"
+    ])  # fmt: skip
