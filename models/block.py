@@ -1,5 +1,10 @@
 """The one residual block, for every mixer: x + mixer(norm(x)), then x + feedforward(norm(x)) where there is one; or,
-with `post_norm`, norm(x + mixer(x)) and norm(x + feedforward(x))."""
+with `post_norm`, norm(x + mixer(x)) and norm(x + feedforward(x)).
+
+A sum that is normalised next is made with its norm, in one kernel where there is one. So a block of the first kind
+takes the residual stream as two parts that are not added yet, and gives it so."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +17,22 @@ from models.norm import NORMS, Norm, dropout
 from models.state import State
 
 
+class Passed(NamedTuple):
+    """x + branch is the residual stream behind a block, x and branch (B, T, D), or x alone where branch is None; the
+    state after it, or None; how experts were used, or None."""
+
+    x: Tensor
+    branch: Tensor | None
+    state: State | None
+    routing: Routing | None
+
+    @property
+    def stream(self) -> Tensor:
+        return self.x if self.branch is None else self.x + self.branch
+
+
 class Block(nn.Module):
-    """`forward` over (B, T, D), which also returns how experts were used (None without any); `step` over (B, D)."""
+    """`forward` over (B, T, D); `step` over (B, D)."""
 
     def __init__(self, model: ModelConfig, config: BlockConfig, device: torch.device) -> None:
         super().__init__()
@@ -34,15 +53,21 @@ class Block(nn.Module):
             self.feedforward_norm.reset_parameters()
             self.feedforward.reset_parameters(generator)
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None, Routing | None]:
-        y, state = self.mixer(self._before(x, self.mixer_norm), state)
-        x, routing = self._feed_forward(self._after(x, y, self.mixer_norm))
-        return x, state, routing
+    def forward(self, x: Tensor, branch: Tensor | None = None, state: State | None = None) -> Passed:
+        """Of the residual stream x + branch. Compiled, the sum needs no kernel of its own and is not left over: the
+        first block, which has no branch to add, would be compiled apart from the others."""
+        x, normed = self._before(x, branch, self.mixer_norm)
+        y, state = self.mixer(normed, state)
+        x, branch, routing = self._feed_forward(*self._after(x, y, self.mixer_norm))
+        passed = Passed(x, branch, state, routing)
+        return passed._replace(x=passed.stream, branch=None) if torch.compiler.is_compiling() else passed
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         if self.post_norm or not isinstance(self.drop, nn.Identity):
-            y, state = self.mixer.step(self._before(x, self.mixer_norm), state)
-            return self._feed_forward(self._after(x, y, self.mixer_norm))[0], state
+            x, normed = self._before(x, None, self.mixer_norm)
+            y, state = self.mixer.step(normed, state)
+            x, branch, _ = self._feed_forward(*self._after(x, y, self.mixer_norm))
+            return Passed(x, branch, None, None).stream, state
         x, state = self.mixer.branch_step(x, self.mixer_norm, state)
         if self.feedforward is not None and self.feedforward_norm is not None:
             x = self.feedforward.branch_step(x, self.feedforward_norm)
@@ -50,25 +75,32 @@ class Block(nn.Module):
 
     def explain(self, x: Tensor) -> tuple[Explanation | None, ExpertChoice | None]:
         """What the mixer and the feed-forward layer say of x (B, T, D), the input of the block."""
-        normed = self._before(x, self.mixer_norm)
+        x, normed = self._before(x, None, self.mixer_norm)
         said = self.mixer.explain(normed)
         if self.feedforward is None or self.feedforward_norm is None:
             return said, None
-        x = self._after(x, self.mixer(normed)[0], self.mixer_norm)
-        return said, self.feedforward.choice(self._before(x, self.feedforward_norm))
+        x, branch = self._after(x, self.mixer(normed)[0], self.mixer_norm)
+        _, normed = self._before(x, branch, self.feedforward_norm)
+        return said, self.feedforward.choice(normed)
 
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+    def _feed_forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None, Routing | None]:
         if self.feedforward is None or self.feedforward_norm is None:
-            return x, None
-        y, routing = self.feedforward(self._before(x, self.feedforward_norm))
-        return self._after(x, y, self.feedforward_norm), routing
+            return x, branch, None
+        x, normed = self._before(x, branch, self.feedforward_norm, self.feedforward.reads_unrounded)
+        y, routing = self.feedforward(normed)
+        return *self._after(x, y, self.feedforward_norm), routing
 
-    def _before(self, x: Tensor, norm: Norm) -> Tensor:
-        return x if self.post_norm else norm(x)
+    def _before(self, x: Tensor, branch: Tensor | None, norm: Norm, unrounded: bool = False) -> tuple[Tensor, Tensor]:
+        """x + branch, and what a mixer or a feed-forward layer reads of it."""
+        if branch is not None and not (self.post_norm or unrounded):
+            return norm.of_sum(x, branch)
+        x = x if branch is None else x + branch
+        return x, x if self.post_norm else norm(x)
 
-    def _after(self, x: Tensor, branch: Tensor, norm: Norm) -> Tensor:
-        x = x + self.drop(branch)
-        return norm(x) if self.post_norm else x
+    def _after(self, x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None]:
+        """The residual stream as x and branch, after y was written to it."""
+        y = self.drop(y)
+        return (norm(x + y), None) if self.post_norm else (x, y)
 
     @property
     def last_norm(self) -> Norm:

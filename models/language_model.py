@@ -127,15 +127,16 @@ class LanguageModel(nn.Module):
     def hidden(self, tokens: Tensor, state: ModelState | None = None) -> Hidden:
         """tokens (B, T) -> what the head reads (B, T, D), the state after them where one was given, and how each
         layer of experts was used."""
-        x = self.embed(tokens, 0 if state is None else state.length)
+        x, branch = self.embed(tokens, 0 if state is None else state.length), None
         before = (None,) * len(self.blocks) if state is None else state.blocks
         after, routing = [], []
         for block, block_state in zip(self.blocks, before, strict=True):
-            x, block_state, used = block(x, block_state)
+            x, branch, block_state, used = block(x, branch, block_state)
             after.append(block_state)
             if used is not None:
                 routing.append(used)
-        x = x if self.norm is None else self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x) if branch is None else self.norm.of_sum(x, branch)[1]
         return Hidden(x, None if state is None else ModelState(tuple(after)), tuple(routing))
 
     def embed(self, tokens: Tensor, start: int | Place = 0) -> Tensor:

@@ -27,6 +27,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch (..., D) and its norm, which under autocast may be in the type of the product that reads it."""
+        return self.ops.rms_norm_of_sum(x, branch, self.weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """Over the last axis, with a learned weight and bias (arXiv 1607.06450)."""
@@ -44,6 +48,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch (..., D) and its norm."""
+        x = x + branch
+        return x, self(x)
 
 
 Norm = RMSNorm | LayerNorm

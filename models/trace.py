@@ -62,7 +62,7 @@ def stages(model: LanguageModel) -> list[Stage]:
             does += f"; then a network{chosen} transforms each token by itself"
         found.append(
             Stage(
-                f"block {at + 1}: {kind.mixer.kind}", does, lambda x, block=block: block(x)[0],
+                f"block {at + 1}: {kind.mixer.kind}", does, lambda x, block=block: block(x).stream,
                 tuple(block.parameters()), residual=True, block=block,
             )
         )  # fmt: skip

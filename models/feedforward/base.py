@@ -5,6 +5,7 @@ forward(x) -> (y, Routing | None)     x, y (..., D), each position by itself
 branch_step(x, norm)                  x + forward(norm(x)), x (B, D), which may be written over x
 needs_host(dtype, device)             why its step cannot be recorded for a GPU to repeat; None if it can
 reset_parameters(generator), output_weight     as of a mixer
+reads_unrounded                       what it reads is not to be rounded to autocast's type: it chooses by it
 choice(x) -> ExpertChoice | None      where each token goes; None where there are no experts
 Config                                its settings, with
   parameters(D), active_parameters(D) exact; active: those that one token meets
@@ -54,6 +55,7 @@ class FeedForward(nn.Module):
     """backend: of the mixer beside it; a model of references is one throughout."""
 
     Config: ClassVar[Any]
+    reads_unrounded: ClassVar[bool] = False
 
     def __init__(self, config: Any, width: int, backend: str, device: torch.device) -> None:
         super().__init__()

@@ -57,6 +57,7 @@ class MoEConfig:
 
 class MoE(FeedForward):
     Config = MoEConfig
+    reads_unrounded = True
 
     def __init__(self, config: MoEConfig, width: int, backend: str, device: torch.device) -> None:
         super().__init__(config, width, backend, device)

@@ -17,6 +17,19 @@ def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def of_sum(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, norm: Callable[..., Tensor] = reference
+) -> tuple[Tensor, Tensor]:
+    """x + branch and its norm, x, branch (..., D)."""
+    x = x + branch
+    return x, norm(x, weight, eps)
+
+
+def of_sum_fused(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`of_sum` on torch's norm."""
+    return of_sum(x, branch, weight, eps, fused)
+
+
 def one_compiled_row(x: Tensor) -> bool:
     """Whether x (B, D) is of a step that `torch.compile` traces for one sequence, whose products it writes as sums."""
     return torch.compiler.is_compiling() and len(x) == 1

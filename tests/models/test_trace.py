@@ -79,7 +79,7 @@ def test_shapes_sizes_and_changes(model):
     assert sum(stage.weight_bytes for stage in found.stages if stage.name.startswith("block")) == blocks
     x = model.embed(torch.tensor([TEXT]))
     assert by_name["embedding"].rms == pytest.approx(float(x.square().mean()) ** 0.5, rel=1e-5)
-    y = model.blocks[0](x)[0]
+    y = model.blocks[0](x).stream
     first = found.stages[1]
     assert first.change == pytest.approx(float((y - x).norm() / x.norm()), rel=1e-5)
     angle = (x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)

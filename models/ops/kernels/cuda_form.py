@@ -30,14 +30,16 @@ from models.ops.attention import rotary_qkv
 from models.ops.experts import by_device as experts
 from models.ops.kernels import cuda_mamba2, cuda_operators
 from models.ops.kernels.triton_cross_entropy import softmax_gradient
+from models.ops.kernels.triton_norm import of_sum as norm_of_sum
 from models.ops.kernels.triton_trapezoid import step as trapezoid_kernel
 from models.ops.kernels.tuning import compile_side_by_side
+from models.ops.precision import autocast_type
 from models.ops.projections import added_in_place as residual_step
 from models.ops.projections import no_branches as suits_step
 from models.ops.projections import time_innermost as channel_projections
 from models.ops.projections import together as projections
 from models.ops.rms_norm import fused as rms_norm
-from models.ops.rms_norm import gated_fused
+from models.ops.rms_norm import gated_fused, of_sum_fused
 from models.ops.selective_scan import CHUNK
 from models.ops.selective_scan import step_reference as scan_step
 from models.ops.ssd import step_reference as heads_step
@@ -47,12 +49,14 @@ from models.ops.trapezoid import step as trapezoid_definition
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "mamba2_inner", "projections", "residual_step", "rms_norm", "rotary_qkv", "selective_scan",
-    "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "trapezoid", "trapezoid_step",
+    "linear_step", "mamba2_inner", "projections", "residual_step", "rms_norm", "rms_norm_of_sum",
+    "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "trapezoid",
+    "trapezoid_step",
 ]  # fmt: skip
 
 compile_side_by_side()
 
+WIDEST_NORM = 8192  # entries of a row, of which 16 warps have 16 in each thread
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses
 Kernel = TypeVar("Kernel", bound=Callable)
 
@@ -71,6 +75,15 @@ def traced_as(other: Callable) -> Callable[[Kernel], Kernel]:
 
 
 linear_cross_entropy = partial(cross_entropy.linear_cross_entropy, softmax_gradient=softmax_gradient)
+
+
+@traced_as(of_sum_fused)
+def rms_norm_of_sum(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm in the type of the product that reads it."""
+    total = torch.promote_types(x.dtype, branch.dtype)
+    if total == torch.float64 or x.shape[-1] > WIDEST_NORM:
+        return of_sum_fused(x, branch, weight, eps)
+    return norm_of_sum(x, branch, weight, eps, autocast_type(x.device) or total)
 
 
 @traced_as(gated_fused)

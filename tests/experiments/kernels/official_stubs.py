@@ -200,6 +200,15 @@ def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_g
     return ((y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight).to(x.dtype)
 
 
+def of_sum(x, branch, weight, eps, dtype):
+    """x, branch (..., D), weight (D). Ours."""
+    assert x.shape == branch.shape
+    assert weight.shape == x.shape[-1:]
+    total = x + branch
+    wide = total.float()
+    return total, (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
+
+
 def modules() -> dict[str, ModuleType]:
     """By the names under which `models.ops.kernels.cuda_form` imports them."""
     scan = "mamba_ssm.ops.selective_scan_interface"
@@ -215,6 +224,7 @@ def modules() -> dict[str, ModuleType]:
         # ours, where there is no triton
         "models.ops.kernels.cuda_mamba2": (inner,),
         "models.ops.kernels.triton_cross_entropy": (softmax_gradient,), "models.ops.kernels.triton_trapezoid": (step,),
+        "models.ops.kernels.triton_norm": (of_sum,),
     }  # fmt: skip
     found = {}
     for name, functions in holds.items():

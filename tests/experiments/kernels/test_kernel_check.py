@@ -21,7 +21,13 @@ from experiments.report import content
 from experiments.report.numbers import DASH
 from experiments.spec import load
 from experiments.training import autocast
+from models.config import ModelConfig
+from models.feedforward.moe import MoE, MoEConfig
+from models.feedforward.swiglu import SwiGLUConfig
+from models.language_model import LanguageModel
+from models.mixers.attention import AttentionConfig
 from models.mixers.mamba2 import Mamba2, Mamba2Config
+from models.norm import RMSNorm
 from models.ops import kernels
 
 OVER_LIBRARIES = ("cuda_form", "cuda_operators")
@@ -157,6 +163,61 @@ def test_mamba2_behind_its_projection_is_one_operation_where_it_fits(
     assert left is not None
     assert asked == (["whole"] if whole else [])
     torch.testing.assert_close(y, found["reference"]["y"], rtol=1e-4, atol=1e-5)
+
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+@pytest.mark.parametrize(("types", "precision", "width", "asked"), [
+    ((F32, BF16), "bfloat16", 8192, [BF16]), ((F32, F32), "bfloat16", 24, [BF16]), ((F32, F32), "float32", 24, [F32]),
+    ((BF16, BF16), "float32", 24, [BF16]), ((BF16, F32), "float32", 24, [F32]), ((F64, F64), "float32", 24, []),
+    ((F32, F64), "bfloat16", 24, []), ((F32, BF16), "bfloat16", 8193, []),
+])  # fmt: skip
+def test_a_sum_has_its_norm_from_one_kernel_where_that_fits(cuda, monkeypatch, types, precision, width, asked):
+    """In the type of the product that reads it."""
+    g = torch.Generator().manual_seed(0)
+    x, branch = (torch.randn(3, width, generator=g, dtype=F64).to(dtype) for dtype in types)
+    weight = torch.linspace(0.5, 2, width)
+    seen, own = [], cuda.norm_of_sum
+    monkeypatch.setattr(cuda, "norm_of_sum", lambda *of: seen.append(of[-1]) or own(*of))
+    with autocast(precision, torch.device("cpu")):
+        total, normed = cuda.rms_norm_of_sum(x, branch, weight, 1e-5)
+    assert seen == asked
+    assert total.dtype == torch.promote_types(*types)
+    wide = x.double() + branch.double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    assert (total - wide).abs().max() <= (2**-7 if total.dtype == BF16 else 1e-6)
+    assert (normed - expected).abs().max() <= (2**-6 if BF16 in (normed.dtype, total.dtype) else 2e-6) * expected.max()
+
+
+@pytest.mark.parametrize(("feedforward", "post_norm", "fused"), [
+    (SwiGLUConfig(), False, 4), (MoEConfig(experts=4, hidden=16), False, 2), (None, False, 2),
+    (SwiGLUConfig(), True, 0),
+], ids=["swiglu", "experts", "mixers alone", "post norm"])  # fmt: skip
+def test_a_sum_that_is_read_by_products_alone_is_normalised_as_it_is_made(
+    cuda, monkeypatch, feedforward, post_norm, fused
+) -> None:
+    """Two layers and the last norm, under autocast. A router chooses by what is not rounded to 16 bits, and a residual
+    stream stays as wide as it is: their norms stay apart."""
+    config = ModelConfig(
+        vocabulary=11, width=24, layers=2, mixer=AttentionConfig(heads=2, backend="sdpa"), feedforward=feedforward,
+        post_norm=post_norm,
+    )  # fmt: skip
+    model, seen, own = LanguageModel(config, seed=0), [], cuda.norm_of_sum
+    tokens = torch.arange(22).view(2, 11) % 7
+    expected = model(tokens)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.ops = cuda
+        if isinstance(module, MoE):
+            monkeypatch.setattr(module, "_route", lambda x, own=module._route: widths.append(x.dtype) or own(x))
+    widths: list[torch.dtype] = []
+    monkeypatch.setattr(cuda, "norm_of_sum", lambda *of: seen.append(of[-1]) or own(*of))
+    with autocast("bfloat16", torch.device("cpu")):
+        logits = model(tokens)
+    assert seen == [BF16] * fused
+    assert widths == ([F32] * 2 if isinstance(feedforward, MoEConfig) else [])
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_every_form_of_this_machine_agrees():

@@ -1,0 +1,98 @@
+"""A sum and its RMSNorm by the Triton kernel, in the interpreter or on a GPU, against the definition.
+
+D: width
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton_interpreter import OURS, interpreted
+
+from models.ops import rms_norm
+
+OfSum = Callable[[Tensor, Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
+EPS = 1e-5
+# of the largest term: a few roundings of the type
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+F32, BF16 = torch.float32, torch.bfloat16
+AUTOCAST = (F32, BF16, F32, BF16)  # x, branch, weight and what reads the norm
+PROCESSORS = 2  # of four programs each, so that some take several rows
+on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[ModuleType]:
+    yield from interpreted("norm", PROCESSORS)
+
+
+def outcome(form: OfSum, given: list[Tensor], of_outputs: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """Sum, norm, and the gradients of x, branch and weight, for these gradients of sum and norm: zero where an output
+    is not used, or the gradient does not reach."""
+    leaves = [m.detach().requires_grad_() for m in given]
+    outputs = form(*leaves, EPS, dtype)
+    used = [(y, d.to(y.dtype)) for y, d in zip(outputs, of_outputs, strict=True) if d is not None]
+    gradients = torch.autograd.grad([y for y, _ in used], leaves, [d for _, d in used], materialize_grads=True)
+    return [*(y.detach() for y in outputs), *gradients]
+
+
+def definition(x: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return rms_norm.of_sum(x, branch, weight, eps)
+
+
+def agrees(
+    form: OfSum, shape: tuple[int, ...], types: tuple[torch.dtype, ...], used: tuple[bool, bool], scale: float = 1.0,
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    """used: whether the sum has a gradient, and its norm. Branch and gradients are laid out otherwise than x."""
+    g = torch.Generator().manual_seed(sum(shape))
+    x, branch, *of_outputs = (scale * torch.randn(shape, generator=g) for _ in range(4))
+    weight = 1 + torch.randn(shape[-1], generator=g) / 4
+    branch, *of_outputs = (m.transpose(0, -1).contiguous().transpose(0, -1) for m in (branch, *of_outputs))
+    given = [m.to(device, dtype) for m, dtype in zip((x, branch, weight), types, strict=False)]
+    total = torch.promote_types(*types[:2])
+    weights = [m.to(device, dtype) if is_used else None
+               for m, dtype, is_used in zip(of_outputs, (total, types[3]), used, strict=True)]  # fmt: skip
+    found = outcome(form, given, weights, types[3])
+    wide = [None if m is None else m.double() for m in weights]
+    expected = outcome(definition, [m.double() for m in given], wide, torch.float64)
+
+    assert [m.dtype for m in found] == [total, types[3], *types[:3]]
+    normed = rms_norm.reference(found[0].double(), given[2].double(), EPS)  # of the sum as it is rounded
+    assert (found[1].double() - normed).abs().max() <= TOLERANCE[types[3]] * normed.abs().max()
+    # the gradient of a sum is a difference of two terms, which cancel in narrow rows
+    terms = (weight.abs().max() / (expected[0].square().mean(-1) + EPS).sqrt().min()) * scale * 4
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.shape == theirs.shape
+        size = (
+            torch.maximum(theirs.abs().max(), terms.to(theirs)) if i in (2, 3) else theirs.abs().max().clamp_min(scale)
+        )
+        assert (ours.double() - theirs).abs().max() <= max(TOLERANCE[ours.dtype], TOLERANCE[total]) * size
+
+
+@pytest.mark.oracle
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 3, 31, 64, 65, 200]))
+    | st.sampled_from([(9, 24), (2, 4096), (40, 3)]),
+    types=st.sampled_from([AUTOCAST, (F32,) * 4, (BF16,) * 4, (torch.float16,) * 4, (F32, torch.float16, F32, F32),
+                           (BF16, F32, BF16, F32), (BF16, BF16, BF16, F32)]),
+    used=st.sampled_from([(True, True), (False, True), (True, False)]), scale=st.sampled_from([1e-3, 1.0, 30.0]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_interpreted_kernel_is_the_definition(kernels, shape, types, used, scale):
+    agrees(kernels.of_sum, shape, types, used, scale)
+
+
+class TestOnAGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("types", [AUTOCAST, (F32,) * 4, (BF16,) * 4], ids=["autocast", "float32", "bfloat16"])
+    @pytest.mark.parametrize("shape", [(1, 1), (2, 37, 200), (8, 300, 768), (3, 8192)])
+    @pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
+    def test_the_kernel_is_the_definition(self, shape, types, used):
+        agrees(importlib.import_module(f"{OURS}norm").of_sum, shape, types, used, device="cuda")
