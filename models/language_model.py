@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
             if used is not None:
                 routing.append(used)
         if self.norm is not None:
-            x = self.norm(x) if branch is None else self.norm.of_sum(x, branch)[1]
+            x = self.norm(x if branch is None else x + branch)
         return Hidden(x, None if state is None else ModelState(tuple(after)), tuple(routing))
 
     def embed(self, tokens: Tensor, start: int | Place = 0) -> Tensor:
