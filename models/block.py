@@ -1,8 +1,7 @@
 """The one residual block, for every mixer: x + mixer(norm(x)), then x + feedforward(norm(x)) where there is one; or,
 with `post_norm`, norm(x + mixer(x)) and norm(x + feedforward(x)).
 
-A sum that is normalised next is made with its norm, in one kernel where there is one. So a block of the first kind
-takes the residual stream as two parts that are not added yet, and gives it so."""
+Where one kernel makes a sum and its norm (on a GPU), a block leaves its last sum to the next block's norm."""
 
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from models.config import BlockConfig, ModelConfig
 from models.feedforward import FEEDFORWARDS, ExpertChoice, FeedForward, Routing
 from models.mixers import MIXERS, Mixer
 from models.mixers.explanation import Explanation
-from models.norm import NORMS, Norm, dropout
+from models.norm import NORMS, Norm, dropout, suits_sum
 from models.state import State
 
 
@@ -54,20 +53,21 @@ class Block(nn.Module):
             self.feedforward.reset_parameters(generator)
 
     def forward(self, x: Tensor, branch: Tensor | None = None, state: State | None = None) -> Passed:
-        """Of the residual stream x + branch. Compiled, the sum needs no kernel of its own and is not left over: the
-        first block, which has no branch to add, would be compiled apart from the others."""
-        x, normed = self._before(x, branch, self.mixer_norm)
-        y, state = self.mixer(normed, state)
-        x, branch, routing = self._feed_forward(*self._after(x, y, self.mixer_norm))
-        passed = Passed(x, branch, state, routing)
-        return passed._replace(x=passed.stream, branch=None) if torch.compiler.is_compiling() else passed
+        """Of the residual stream x + branch. Where there is a branch, both may be written over."""
+        own = branch is not None
+        x, y = self._before(x, branch, self.mixer_norm, own)
+        y, state = self.mixer(y, state)
+        x, branch, routing = self._feed_forward(*self._after(x, y, self.mixer_norm), own)
+        if branch is not None and not suits_sum(self.mixer_norm, x, branch):
+            x, branch = x + branch, None
+        return Passed(x, branch, state, routing)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         if self.post_norm or not isinstance(self.drop, nn.Identity):
-            x, normed = self._before(x, None, self.mixer_norm)
-            y, state = self.mixer.step(normed, state)
+            x, y = self._before(x, None, self.mixer_norm)
+            y, state = self.mixer.step(y, state)
             x, branch, _ = self._feed_forward(*self._after(x, y, self.mixer_norm))
-            return Passed(x, branch, None, None).stream, state
+            return x if branch is None else x + branch, state
         x, state = self.mixer.branch_step(x, self.mixer_norm, state)
         if self.feedforward is not None and self.feedforward_norm is not None:
             x = self.feedforward.branch_step(x, self.feedforward_norm)
@@ -75,25 +75,29 @@ class Block(nn.Module):
 
     def explain(self, x: Tensor) -> tuple[Explanation | None, ExpertChoice | None]:
         """What the mixer and the feed-forward layer say of x (B, T, D), the input of the block."""
-        x, normed = self._before(x, None, self.mixer_norm)
-        said = self.mixer.explain(normed)
+        x, y = self._before(x, None, self.mixer_norm)
+        said = self.mixer.explain(y)
         if self.feedforward is None or self.feedforward_norm is None:
             return said, None
-        x, branch = self._after(x, self.mixer(normed)[0], self.mixer_norm)
-        _, normed = self._before(x, branch, self.feedforward_norm)
-        return said, self.feedforward.choice(normed)
+        x, branch = self._after(x, self.mixer(y)[0], self.mixer_norm)
+        _, y = self._before(x, branch, self.feedforward_norm)
+        return said, self.feedforward.choice(y)
 
-    def _feed_forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None, Routing | None]:
+    def _feed_forward(
+        self, x: Tensor, branch: Tensor | None, own: bool = False
+    ) -> tuple[Tensor, Tensor | None, Routing | None]:
         if self.feedforward is None or self.feedforward_norm is None:
             return x, branch, None
-        x, normed = self._before(x, branch, self.feedforward_norm, self.feedforward.reads_unrounded)
-        y, routing = self.feedforward(normed)
+        x, y = self._before(x, branch, self.feedforward_norm, own, self.feedforward.reads_unrounded)
+        y, routing = self.feedforward(y)
         return *self._after(x, y, self.feedforward_norm), routing
 
-    def _before(self, x: Tensor, branch: Tensor | None, norm: Norm, unrounded: bool = False) -> tuple[Tensor, Tensor]:
-        """x + branch, and what a mixer or a feed-forward layer reads of it."""
-        if branch is not None and not (self.post_norm or unrounded):
-            return norm.of_sum(x, branch)
+    def _before(
+        self, x: Tensor, branch: Tensor | None, norm: Norm, own: bool = False, unrounded: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """x + branch, and what a mixer or a feed-forward layer reads of it. own: whether x may be written over."""
+        if branch is not None and not (self.post_norm or unrounded) and suits_sum(norm, x, branch):
+            return norm.of_sum(x, branch, own)
         x = x if branch is None else x + branch
         return x, x if self.post_norm else norm(x)
 

@@ -1,6 +1,7 @@
 """Normalisation as a module, in the form that the device has."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """x + branch (..., D) and its norm, which under autocast may be in the type of the product that reads it."""
-        return self.ops.rms_norm_of_sum(x, branch, self.weight, self.eps)
+    def of_sum(self, x: Tensor, branch: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+        """x + branch and its norm, x and branch (..., D), in one kernel, for what `suits_sum`. Under autocast the norm
+        is in the type of the product that reads it. Without gradients it may be written over the branch and, where x
+        is the caller's own, the sum over x."""
+        return self.ops.rms_norm_of_sum(x, branch, self.weight, self.eps, own)
 
 
 class LayerNorm(nn.Module):
@@ -49,14 +52,14 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
-    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """x + branch (..., D) and its norm."""
-        x = x + branch
-        return x, self(x)
-
 
 Norm = RMSNorm | LayerNorm
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def suits_sum(norm: Norm, x: Tensor, branch: Tensor) -> TypeGuard[RMSNorm]:
+    """Whether one kernel makes x + branch and its norm here."""
+    return isinstance(norm, RMSNorm) and norm.ops.suits_sum(x, branch)
 
 
 def then_linear(

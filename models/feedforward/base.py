@@ -1,7 +1,7 @@
 """What every feed-forward layer is, and what a mixture of experts says of its routing.
 
 FeedForward(config, width, backend, device)
-forward(x) -> (y, Routing | None)     x, y (..., D), each position by itself
+forward(x) -> (y, Routing | None)     x, y (..., D), each position by itself; y may be written over, as a mixer's
 branch_step(x, norm)                  x + forward(norm(x)), x (B, D), which may be written over x
 needs_host(dtype, device)             why its step cannot be recorded for a GPU to repeat; None if it can
 reset_parameters(generator), output_weight     as of a mixer

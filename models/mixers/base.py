@@ -1,7 +1,8 @@
 """What every mixer is.
 
     Mixer(config, width, device)          parameters allocated, not yet initialised
-    forward(x, state=None) -> (y, state)  x, y (B, T, D); a state continues a sequence; None wants none back
+    forward(x, state=None) -> (y, state)  x, y (B, T, D); a state continues a sequence; None wants none back. y may be
+                                          written over, and is memory of its own
     step(x, state) -> (y, state)          one token, x, y (B, D)
     branch_step(x, norm, state)           x + step(norm(x)), which may be written over x, and the state
     make_state(batch, max_len, dtype, device) -> state

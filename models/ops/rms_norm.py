@@ -17,17 +17,9 @@ def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def of_sum(
-    x: Tensor, branch: Tensor, weight: Tensor, eps: float, norm: Callable[..., Tensor] = reference
-) -> tuple[Tensor, Tensor]:
-    """x + branch and its norm, x, branch (..., D)."""
-    x = x + branch
-    return x, norm(x, weight, eps)
-
-
-def of_sum_fused(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`of_sum` on torch's norm."""
-    return of_sum(x, branch, weight, eps, fused)
+def no_sums(x: Tensor, branch: Tensor) -> bool:
+    """Whether the sum of these has its norm from one kernel: of a form that has none."""
+    return False
 
 
 def one_compiled_row(x: Tensor) -> bool:

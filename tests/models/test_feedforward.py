@@ -57,6 +57,14 @@ def test_each_position_is_by_itself(name):
 
 
 @each_layer
+@torch.no_grad()
+def test_what_a_layer_gives_may_be_written_over(name):
+    layer, x = build(name), draw(3, 7)
+    y = layer(x)[0].untyped_storage().data_ptr()
+    assert y not in {other.untyped_storage().data_ptr() for other in (x, *layer.parameters())}
+
+
+@each_layer
 @pytest.mark.parametrize("backend", ["torch", "numba", "sdpa", "auto"])
 def test_every_form_is_the_reference_in_outputs_and_gradients(name, backend):
     found = []

@@ -84,7 +84,7 @@ def test_a_form_has_every_operation(name):
     operations = {
         "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm",
         "linear_cross_entropy", "linear_step", "lstm", "projections", "residual_step", "rms_norm",
-        "rms_norm_of_sum", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step",
+        "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "suits_sum",
         "swiglu", "trapezoid", "trapezoid_step",
     }  # fmt: skip
     mixers = ("attention", "mamba", "mamba2", "mamba3")

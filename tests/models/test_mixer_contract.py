@@ -222,6 +222,17 @@ def test_gradients_are_finite_and_reach_everything(name, dtype):
 
 
 @each_mixer
+@torch.no_grad()
+def test_what_a_mixer_gives_may_be_written_over(name):
+    """It is memory of its own, whether or not it leaves a state."""
+    mixer, x = build(name), tokens(1, 3)
+    for state in (None, mixer.make_state(1, 4, torch.float32, CPU)):
+        y, after = mixer(x, state)
+        others = [x, *mixer.parameters(), *(after.buffers.values() if after is not None else ())]
+        assert y.untyped_storage().data_ptr() not in {other.untyped_storage().data_ptr() for other in others}
+
+
+@each_mixer
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("batch", "max_len"), [(1, 1), (3, 50)])
 def test_state_bytes_are_counted(name, dtype, batch, max_len):

@@ -37,11 +37,16 @@ def test_the_record_of_a_gpu_is_what_its_forms_allocate():
     found = json.loads(done.stdout)
     for arm, name in arms.items():
         config = preset(name).with_overrides({"vocabulary": VOCABULARY})
+        row = 2 * config.width  # bytes of a token in 16 bits
         for at in CONTEXTS:
             kept = cost.weight_bytes(config, 2) + cost.rotary_bytes(config, at)
+            if arm == "transformer":  # measured when a sum in a block was not written over what it is made of
+                kept += row * at
             predicted = kept + found[name]["prefill"][str(at)]
             assert measured[arm, "prefill", "peak_bytes", at] == pytest.approx(predicted, rel=ALLOCATOR)
         activations = measured[arm, "train", "activation_bytes", TRAIN_CONTEXT]
+        if arm == "mamba":  # measured when both of its products rounded what the norm gave, each for itself
+            activations -= (config.layers - 1) * row * BATCH * TRAIN_CONTEXT  # all but the first block's
         if arm == "mamba2":  # measured when the convolution's output was kept, and what it was split into
             assert found[name]["activations"] < 0.75 * activations
         else:

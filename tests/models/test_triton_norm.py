@@ -16,7 +16,7 @@ from triton_interpreter import OURS, interpreted
 
 from models.ops import rms_norm
 
-OfSum = Callable[[Tensor, Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
+OfSum = Callable[[Tensor, Tensor, Tensor, float, torch.dtype, bool], tuple[Tensor, Tensor]]
 EPS = 1e-5
 # of the largest term: a few roundings of the type
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
@@ -35,14 +35,32 @@ def outcome(form: OfSum, given: list[Tensor], of_outputs: list[Tensor | None], d
     """Sum, norm, and the gradients of x, branch and weight, for these gradients of sum and norm: zero where an output
     is not used, or the gradient does not reach."""
     leaves = [m.detach().requires_grad_() for m in given]
-    outputs = form(*leaves, EPS, dtype)
+    outputs = form(*leaves, EPS, dtype, True)
     used = [(y, d.to(y.dtype)) for y, d in zip(outputs, of_outputs, strict=True) if d is not None]
     gradients = torch.autograd.grad([y for y, _ in used], leaves, [d for _, d in used], materialize_grads=True)
     return [*(y.detach() for y in outputs), *gradients]
 
 
-def definition(x: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return rms_norm.of_sum(x, branch, weight, eps)
+def definition(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, own: bool
+) -> tuple[Tensor, Tensor]:
+    total = x + branch
+    return total, rms_norm.reference(total, weight, eps)
+
+
+def overwrites(form: OfSum, given: list[Tensor], found: list[Tensor], dtype: torch.dtype, own: bool) -> None:
+    """What no gradient needs gives way to the results where these have its type and layout, and nothing else does."""
+    x, branch, weight = (m.clone() for m in given)
+    with torch.no_grad():
+        total, normed = form(x, branch, weight, EPS, dtype, own)
+    assert torch.equal(total, found[0])
+    assert torch.equal(normed, found[1])
+    over_x = own and x.dtype == total.dtype
+    over_branch = branch.dtype == dtype and branch.is_contiguous()
+    assert (total.data_ptr() == x.data_ptr(), normed.data_ptr() == branch.data_ptr()) == (over_x, over_branch)
+    assert over_x or torch.equal(x, given[0])
+    assert over_branch or torch.equal(branch, given[1])
+    assert torch.equal(weight, given[2])
 
 
 def agrees(
@@ -63,6 +81,8 @@ def agrees(
     expected = outcome(definition, [m.double() for m in given], wide, torch.float64)
 
     assert [m.dtype for m in found] == [total, types[3], *types[:3]]
+    for own in (False, True):
+        overwrites(form, given, found, types[3], own)
     normed = rms_norm.reference(found[0].double(), given[2].double(), EPS)  # of the sum as it is rounded
     assert (found[1].double() - normed).abs().max() <= TOLERANCE[types[3]] * normed.abs().max()
     # the gradient of a sum is a difference of two terms, which cancel in narrow rows

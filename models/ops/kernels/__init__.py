@@ -112,11 +112,11 @@ def _run_once(kernels: ModuleType, operation: str) -> None:
 
 def load(name: str) -> ModuleType:
     """The module that implements a form: `selective_scan`, `ssd`, `trapezoid`, `causal_conv1d`, `swiglu`, each with its
-    `_step`, `rms_norm`, `rms_norm_of_sum`, `gated_rms_norm`, `experts`, `rotary_qkv`, `projections`,
-    `channel_projections`, `linear_step` and `linear_cross_entropy`, with the signatures of `models.ops`; all but cuda
-    also `lstm`, reference and cuda `mamba2_inner`. numba's also has, for a decode step, `mamba_step`, `mamba2_step`,
-    `mamba3_step` and `attention_step`, a mixer between its projections, and whole residual branches (`mamba_branch`,
-    ..., `swiglu_branch`, `experts_branch`), for what `suits_step`."""
+    `_step`, `rms_norm`, `gated_rms_norm`, `experts`, `rotary_qkv`, `projections`, `channel_projections`, `linear_step`
+    and `linear_cross_entropy`, with the signatures of `models.ops`; all but cuda also `lstm`, reference and cuda
+    `mamba2_inner`; cuda's `rms_norm_of_sum` is for what `suits_sum`. numba's also has, for a decode step,
+    `mamba_step`, `mamba2_step`, `mamba3_step` and `attention_step`, a mixer between its projections, and whole residual
+    branches (`mamba_branch`, ..., `swiglu_branch`, `experts_branch`), for what `suits_step`."""
     return importlib.import_module(f"models.ops.kernels.{name}_form")
 
 

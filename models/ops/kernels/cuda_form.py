@@ -39,7 +39,7 @@ from models.ops.projections import no_branches as suits_step
 from models.ops.projections import time_innermost as channel_projections
 from models.ops.projections import together as projections
 from models.ops.rms_norm import fused as rms_norm
-from models.ops.rms_norm import gated_fused, of_sum_fused
+from models.ops.rms_norm import gated_fused
 from models.ops.selective_scan import CHUNK
 from models.ops.selective_scan import step_reference as scan_step
 from models.ops.ssd import step_reference as heads_step
@@ -49,8 +49,8 @@ from models.ops.trapezoid import step as trapezoid_definition
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "mamba2_inner", "projections", "residual_step", "rms_norm", "rms_norm_of_sum",
-    "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "trapezoid",
+    "linear_step", "mamba2_inner", "projections", "residual_step", "rms_norm", "rms_norm_of_sum", "rotary_qkv",
+    "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "suits_sum", "swiglu", "trapezoid",
     "trapezoid_step",
 ]  # fmt: skip
 
@@ -77,13 +77,16 @@ def traced_as(other: Callable) -> Callable[[Kernel], Kernel]:
 linear_cross_entropy = partial(cross_entropy.linear_cross_entropy, softmax_gradient=softmax_gradient)
 
 
-@traced_as(of_sum_fused)
-def rms_norm_of_sum(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm in the type of the product that reads it."""
-    total = torch.promote_types(x.dtype, branch.dtype)
-    if total == torch.float64 or x.shape[-1] > WIDEST_NORM:
-        return of_sum_fused(x, branch, weight, eps)
-    return norm_of_sum(x, branch, weight, eps, autocast_type(x.device) or total)
+def suits_sum(x: Tensor, branch: Tensor) -> bool:
+    """`torch.compile` fuses sum and norm by itself; given a branch or none, it would compile a block twice."""
+    wide = torch.float64 in (x.dtype, branch.dtype) or x.shape[-1] > WIDEST_NORM
+    return not wide and not torch.compiler.is_compiling()
+
+
+def rms_norm_of_sum(x: Tensor, branch: Tensor, weight: Tensor, eps: float, own: bool) -> tuple[Tensor, Tensor]:
+    """x + branch and its norm, for what `suits_sum`; as in models.norm.RMSNorm."""
+    dtype = autocast_type(x.device) or torch.promote_types(x.dtype, branch.dtype)
+    return norm_of_sum(x, branch, weight, eps, dtype, own)
 
 
 @traced_as(gated_fused)

@@ -25,7 +25,7 @@ from models.ops.kernels import (
 from models.ops.lstm import fused as lstm
 from models.ops.projections import apart as channel_projections
 from models.ops.projections import apart as projections
-from models.ops.rms_norm import of_sum
+from models.ops.rms_norm import no_sums as suits_sum
 from models.ops.selective_scan import forward_flops
 from models.ops.selective_scan import step_reference as selective_scan_step
 from models.ops.ssd import chunked as chunked_ssd
@@ -38,8 +38,8 @@ __all__ = [
     "attention_branch", "attention_step", "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts",
     "experts_branch", "gated_rms_norm", "linear_cross_entropy", "linear_step", "lstm", "lstm_branch", "mamba2_branch",
     "mamba2_step", "mamba3_branch", "mamba3_step", "mamba_branch", "mamba_step", "projections", "residual_step",
-    "rms_norm", "rms_norm_of_sum", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step",
-    "suits_step", "swiglu", "swiglu_branch", "trapezoid", "trapezoid_step",
+    "rms_norm", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "suits_sum",
+    "swiglu", "swiglu_branch", "trapezoid", "trapezoid_step",
 ]  # fmt: skip
 
 
@@ -144,10 +144,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype in _SMALL:
         return numba_norm.rms_norm(x.float(), weight.float(), eps).to(x.dtype)
     return numba_norm.rms_norm(x, weight, eps)
-
-
-def rms_norm_of_sum(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return of_sum(x, branch, weight, eps, rms_norm)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:

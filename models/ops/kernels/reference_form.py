@@ -14,7 +14,7 @@ from models.ops.projections import no_branches as suits_step
 from models.ops.projections import together as channel_projections
 from models.ops.projections import together as projections
 from models.ops.rms_norm import gated as gated_rms_norm
-from models.ops.rms_norm import of_sum as rms_norm_of_sum
+from models.ops.rms_norm import no_sums as suits_sum
 from models.ops.rms_norm import reference as rms_norm
 from models.ops.selective_scan import reference as selective_scan
 from models.ops.selective_scan import step_reference as selective_scan_step
@@ -26,7 +26,6 @@ from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "lstm", "mamba2_inner", "projections", "residual_step", "rms_norm",
-    "rms_norm_of_sum", "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu",
-    "trapezoid", "trapezoid_step",
+    "linear_step", "lstm", "mamba2_inner", "projections", "residual_step", "rms_norm", "rotary_qkv", "selective_scan",
+    "selective_scan_step", "ssd", "ssd_step", "suits_step", "suits_sum", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from models.ops.projections import together as channel_projections
 from models.ops.projections import together as projections
 from models.ops.rms_norm import fused as rms_norm
 from models.ops.rms_norm import gated_fused as gated_rms_norm
-from models.ops.rms_norm import of_sum_fused as rms_norm_of_sum
+from models.ops.rms_norm import no_sums as suits_sum
 from models.ops.selective_scan import chunked as selective_scan
 from models.ops.selective_scan import step_reference as selective_scan_step
 from models.ops.ssd import chunked as ssd
@@ -25,7 +25,6 @@ from models.ops.trapezoid import step as trapezoid_step
 
 __all__ = [
     "causal_conv1d", "causal_conv1d_step", "channel_projections", "experts", "gated_rms_norm", "linear_cross_entropy",
-    "linear_step", "lstm", "projections", "residual_step", "rms_norm", "rms_norm_of_sum",
-    "rotary_qkv", "selective_scan", "selective_scan_step", "ssd", "ssd_step", "suits_step", "swiglu", "trapezoid",
-    "trapezoid_step",
+    "linear_step", "lstm", "projections", "residual_step", "rms_norm", "rotary_qkv", "selective_scan",
+    "selective_scan_step", "ssd", "ssd_step", "suits_step", "suits_sum", "swiglu", "trapezoid", "trapezoid_step",
 ]  # fmt: skip

@@ -21,10 +21,29 @@ PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each has a sum of its own fo
 ENTRIES_PER_WARP = 256
 
 
-def of_sum(x: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`models.ops.rms_norm.of_sum` for x and branch (..., D) in types of at most 32 bits: computed in float32, the sum
-    in the wider type of both, its norm in `dtype`. A program holds a row in registers."""
-    return _OfSum.apply(x, branch, weight, eps, dtype)
+def of_sum(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, own: bool
+) -> tuple[Tensor, Tensor]:
+    """x + branch and its norm (models.ops.rms_norm), x and branch (..., D) in types of at most 32 bits: computed in
+    float32, the sum in the wider type of both, its norm in `dtype`. A program holds a row in registers.
+
+    What needs no gradient is written over branch and, if x is the caller's own, over x, where the types are right."""
+    if torch.is_grad_enabled() and any(m.requires_grad for m in (x, branch, weight)):
+        return _OfSum.apply(x, branch, weight, eps, dtype)
+    return _made(x, branch, weight, eps, dtype, own, True)[:2]
+
+
+def _made(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, over_x: bool, over_branch: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, norm, and what the weight's scale was, (rows)."""
+    x, branch, D = x.contiguous(), branch.contiguous(), x.shape[-1]
+    total_type = torch.promote_types(x.dtype, branch.dtype)
+    total = x if over_x and x.dtype == total_type else torch.empty_like(x, dtype=total_type)
+    normed = branch if over_branch and branch.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    scale = torch.empty(x.numel() // D, dtype=torch.float32, device=x.device)
+    _forward[(len(scale),)](x, branch, weight, total, normed, scale, eps, D=D, **_block(D))
+    return total, normed, scale
 
 
 class _OfSum(torch.autograd.Function):
@@ -32,14 +51,7 @@ class _OfSum(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        D = x.shape[-1]
-        rows = x.numel() // D
-        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
-        normed = torch.empty(x.shape, dtype=dtype, device=x.device)
-        scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-        _forward[(rows,)](
-            x.contiguous(), branch.contiguous(), weight, total, normed, scale, eps, D=D, **_block(D)
-        )  # fmt: skip
+        total, normed, scale = _made(x, branch, weight, eps, dtype, False, False)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight, scale)
         ctx.types = x.dtype, branch.dtype

@@ -200,13 +200,18 @@ def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_g
     return ((y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight).to(x.dtype)
 
 
-def of_sum(x, branch, weight, eps, dtype):
-    """x, branch (..., D), weight (D). Ours."""
+def of_sum(x, branch, weight, eps, dtype, own):
+    """x, branch (..., D), weight (D). Ours, which writes over what it may: here no sum and no norm."""
     assert x.shape == branch.shape
     assert weight.shape == x.shape[-1:]
     total = x + branch
     wide = total.float()
-    return total, (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
+    if not torch.is_grad_enabled():
+        branch.fill_(math.nan)
+        if own:
+            x.fill_(math.nan)
+    return total, normed
 
 
 def modules() -> dict[str, ModuleType]:

@@ -169,25 +169,26 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 @pytest.mark.parametrize(("types", "precision", "width", "asked"), [
-    ((F32, BF16), "bfloat16", 8192, [BF16]), ((F32, F32), "bfloat16", 24, [BF16]), ((F32, F32), "float32", 24, [F32]),
-    ((BF16, BF16), "float32", 24, [BF16]), ((BF16, F32), "float32", 24, [F32]), ((F64, F64), "float32", 24, []),
-    ((F32, F64), "bfloat16", 24, []), ((F32, BF16), "bfloat16", 8193, []),
+    ((F32, BF16), "bfloat16", 8192, BF16), ((F32, F32), "bfloat16", 24, BF16), ((F32, F32), "float32", 24, F32),
+    ((BF16, BF16), "float32", 24, BF16), ((BF16, F32), "float32", 24, F32), ((F64, F64), "float32", 24, None),
+    ((F32, F64), "bfloat16", 24, None), ((F32, BF16), "bfloat16", 8193, None),
 ])  # fmt: skip
 def test_a_sum_has_its_norm_from_one_kernel_where_that_fits(cuda, monkeypatch, types, precision, width, asked):
-    """In the type of the product that reads it."""
+    """In the type of the product that reads it; not compiled."""
     g = torch.Generator().manual_seed(0)
     x, branch = (torch.randn(3, width, generator=g, dtype=F64).to(dtype) for dtype in types)
-    weight = torch.linspace(0.5, 2, width)
-    seen, own = [], cuda.norm_of_sum
-    monkeypatch.setattr(cuda, "norm_of_sum", lambda *of: seen.append(of[-1]) or own(*of))
+    assert cuda.suits_sum(x, branch) == (asked is not None)
+    if asked is None:
+        return
+    wide, weight = x.double() + branch.double(), torch.linspace(0.5, 2, width)
     with autocast(precision, torch.device("cpu")):
-        total, normed = cuda.rms_norm_of_sum(x, branch, weight, 1e-5)
-    assert seen == asked
-    assert total.dtype == torch.promote_types(*types)
-    wide = x.double() + branch.double()
+        total, normed = cuda.rms_norm_of_sum(x, branch, weight, 1e-5, True)
+    assert (total.dtype, normed.dtype) == (torch.promote_types(*types), asked)
     expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
     assert (total - wide).abs().max() <= (2**-7 if total.dtype == BF16 else 1e-6)
-    assert (normed - expected).abs().max() <= (2**-6 if BF16 in (normed.dtype, total.dtype) else 2e-6) * expected.max()
+    assert (normed - expected).abs().max() <= (2**-6 if BF16 in (asked, total.dtype) else 2e-6) * expected.max()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not cuda.suits_sum(x, branch)
 
 
 @pytest.mark.parametrize(("feedforward", "post_norm", "fused"), [
@@ -203,7 +204,7 @@ def test_a_sum_that_is_read_by_products_alone_is_normalised_as_it_is_made(
         vocabulary=11, width=24, layers=2, mixer=AttentionConfig(heads=2, backend="sdpa"), feedforward=feedforward,
         post_norm=post_norm,
     )  # fmt: skip
-    model, seen, own = LanguageModel(config, seed=0), [], cuda.norm_of_sum
+    model, seen, widths, own = LanguageModel(config, seed=0), [], [], cuda.norm_of_sum
     tokens = torch.arange(22).view(2, 11) % 7
     expected = model(tokens)
     for module in model.modules():
@@ -211,13 +212,22 @@ def test_a_sum_that_is_read_by_products_alone_is_normalised_as_it_is_made(
             module.ops = cuda
         if isinstance(module, MoE):
             monkeypatch.setattr(module, "_route", lambda x, own=module._route: widths.append(x.dtype) or own(x))
-    widths: list[torch.dtype] = []
-    monkeypatch.setattr(cuda, "norm_of_sum", lambda *of: seen.append(of[-1]) or own(*of))
+    monkeypatch.setattr(cuda, "norm_of_sum", lambda *of: seen.append(of[-2:]) or own(*of))
     with autocast("bfloat16", torch.device("cpu")):
         logits = model(tokens)
-    assert seen == [BF16] * fused
+    assert [dtype for dtype, _ in seen] == [BF16] * fused
+    assert [over for _, over in seen] == [False, True, True][
+        3 - fused :
+    ]  # not over what the embedding gave, in a block
     assert widths == ([F32] * 2 if isinstance(feedforward, MoEConfig) else [])
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    first = model.embed(tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), expected)
+        kept = first.clone()
+        passed = model.blocks[0](first)
+    torch.testing.assert_close(first, kept)  # what has no branch is not the block's
+    assert (passed.branch is None) == (fused == 0)
 
 
 def test_every_form_of_this_machine_agrees():
