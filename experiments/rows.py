@@ -11,6 +11,9 @@ from experiments.store import Cell
 
 PAGE = 4096  # bytes: what a process holds is read in whole ones
 UNMATCHED = "the arms are not of one size"  # how the warning of that begins
+SEES = "the model saw the token that it was to predict"
+# why a loss says nothing beside that of predicting the next token from what is before it, by objective
+OTHER_LOSS = {"unmasked": SEES, "masked": "the loss of hidden tokens, guessed from both sides"}
 READ_IN_PAGES = {"resident_bytes", "peak_bytes"}  # on a CPU; a GPU's allocator counts to the byte
 
 

@@ -32,6 +32,7 @@ from experiments.report.tables import (
     context_columns,
     gates_table,
     main_table,
+    other_loss,
     placing,
     residuals,
     room,
@@ -119,6 +120,7 @@ def training_curves(record: Record) -> Section:
         "it is near the logarithm of the vocabulary's size, where every token is equally likely, and it falls as "
         "the model learns."
     )
+    intro += _other_losses(record)
     blocks: list[Block] = []
     if record.curves:
         name = "sweep-curves" if record.sweep else "losses"
@@ -127,6 +129,12 @@ def training_curves(record: Record) -> Section:
     else:
         blocks.append(Text("No log of a training step is in this folder (a cell's metrics.jsonl): there is no curve."))
     return Section("curves", "Loss while training", intro, blocks, terminal=False)
+
+
+def _other_losses(record: Record) -> str:
+    """Which arms' losses are not to be set beside the others'."""
+    told = [f"{arm} ({reason})" for arm in record.arms if (reason := other_loss(record, arm))]
+    return f" Not comparable with the others: {'; '.join(told)}." if told else ""
 
 
 def _loss_caption(record: Record) -> str:
@@ -154,7 +162,8 @@ def _loss_alt(record: Record) -> str:
                 f"{arm} from {number(loss[0], 3)} to {number(loss[-1], 3)} nats/token after "
                 f"{count(tokens[-1])} tokens ({_mean_of(record, arm)})"
             )
-    return "Validation loss against tokens: " + ("; ".join(parts) if parts else "no validation points") + "."
+    told = "; ".join(parts) if parts else "no validation points"
+    return f"Validation loss against tokens: {told}.{_other_losses(record)}"
 
 
 def _mean_of(record: Record, arm: str) -> str:
@@ -163,42 +172,41 @@ def _mean_of(record: Record, arm: str) -> str:
 
 
 def _loss_table(record: Record) -> Table:
-    """Start and end of the curves, with the gate that the start must pass."""
+    """Start and end of the curves, both on the validation text, with what the start should be near."""
     columns = [Column("Arm", key=True), Column("Loss before training", numeric=True)]
     columns += [Column("ln V", numeric=True), Column("Last validation point", numeric=True)]
     columns += [Column("at tokens", numeric=True), Column("n", numeric=True)]
-    table = Table("Start and end of the curves, nats/token", columns)
+    table = Table("Start and end of the validation curves, nats/token", columns)
     spread = "the smallest and the largest over the seeds, not an interval"
     for arm in record.arms:
-        evaluations = record.evaluations.get(arm, {}).values()
-        starts = [one.get("initial") or {} for one in evaluations]
-        initial = [start["loss"] for start in starts if start.get("loss") is not None]
+        starts = [one.get("initial") or {} for one in record.evaluations.get(arm, {}).values()]
         expected = [start["expected_loss"] for start in starts if start.get("expected_loss") is not None]
-        last = [
-            (curve.validation_loss[-1], curve.validation_tokens[-1])
-            for curve in record.curves.get(arm, {}).values()
-            if len(curve.validation_loss)
-        ]
+        ends = [
+            [(float(at[i]), float(loss[i])) for i in (0, -1)] for at, loss in curves.validation(record, arm)
+        ]  # fmt: skip
         absent = record.absence(arm, "quality", "validation_bits_per_byte")
+        other = other_loss(record, arm)
+        refused = f"not comparable across arms: {other}" if other else None
+        first = [loss for (at, loss), _ in ends if at == 0]
         cells: list[Cell | str] = [arm]
-        cells.append(_range(table, initial, "not evaluated before training" if starts else absent, spread))
+        cells.append(_range(table, first, "not evaluated before training" if ends else absent, refused, spread))
         cells.append(number(expected[0], 3) if expected else table.cell(DASH, absent))
-        cells.append(_range(table, [loss for loss, _ in last], absent, spread))
-        cells.append(_span([tokens for _, tokens in last]) if last else table.cell(DASH, absent))
-        cells.append(str(len(last)))
+        cells.append(_range(table, [loss for _, (_, loss) in ends], absent, refused, spread))
+        cells.append(_span([at for _, (at, _) in ends]) if ends else table.cell(DASH, absent))
+        cells.append(str(len(ends)))
         table.add(*cells)
     return table
 
 
-def _range(table: Table, values: list[float], absent: str, spread: str) -> Cell:
+def _range(table: Table, values: list[float], absent: str, refused: str | None, spread: str) -> Cell:
     if not values:
         return table.cell(DASH, absent)
     if not np.isfinite(values).all():
         return table.cell(DASH, "the loss is not finite")
     mean = number(float(np.mean(values)), 3)
     if len(values) == 1:
-        return table.cell(mean, "one seed, so no interval")
-    return table.cell(f"{mean} ({number(min(values), 3)} to {number(max(values), 3)})", spread)
+        return table.cell(mean, refused, "one seed, so no interval")
+    return table.cell(f"{mean} ({number(min(values), 3)} to {number(max(values), 3)})", refused, spread)
 
 
 def _span(values: list[float]) -> str:
@@ -213,6 +221,7 @@ def position(record: Record) -> Section:
         "read predicts later tokens better than the first ones, so the curve falls as far as its memory "
         "reaches."
     )
+    intro += _other_losses(record)
     blocks: list[Block] = []
     ends = []
     for arm in record.arms:
@@ -229,7 +238,8 @@ def position(record: Record) -> Section:
             f"Loss by position on the {split} split, averaged within thirds of an octave. Thin lines are "
             "single seeds, bold lines their mean."
         )
-        blocks.append(Figure("position", "Loss by position in the context: " + "; ".join(ends) + ".", caption))
+        alt = f"Loss by position in the context: {'; '.join(ends)}.{_other_losses(record)}"
+        blocks.append(Figure("position", alt, caption))
     table = Table(
         f"Loss at single positions, nats/token, mean over n seeds with {WITHIN}",
         [Column("Position", key=True), *(Column(arm, numeric=True) for arm in record.arms), Column("n", numeric=True)],

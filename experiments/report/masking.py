@@ -17,7 +17,7 @@ def sections(record: Record) -> list[Section]:
 
 
 def having(record: Record, objective: str) -> list[str]:
-    return [name for name in record.arms if record.spec["arms"].get(name, {}).get("objective") == objective]
+    return [name for name in record.arms if record.objective(name) == objective]
 
 
 def judge(record: Record) -> str:

@@ -131,6 +131,13 @@ class Record:
         read = {name for arm in self.evaluations.values() for one in arm.values() for name in one["splits"]}
         return "test" if "test" in read else "validation"
 
+    def objective(self, arm: str) -> str:
+        """What an arm is trained to; one of a sweep has its rate in its name."""
+        arms = self.spec["arms"]
+        rate = self.result["arms"].get(arm, {}).get("learning_rate")
+        name = arm if arm in arms else arm.removesuffix(f"-lr{rate!r}")
+        return arms.get(name, {}).get("objective", "causal")
+
     @cached_property
     def _index(self) -> dict[tuple, Row]:
         found: dict[tuple, Row] = {}
@@ -193,6 +200,13 @@ class Record:
             return "the run did not measure loading, prefill and decode (measurement.enabled = false)"
         if metric == "busiest_expert_load":
             return "this arm has no experts"
+        objective = self.objective(arm)
+        if phase in ("prefill", "decode") and objective != "causal":
+            return "an arm that reads what comes after a token, too, keeps no cache"
+        if phase == "quality" and objective == "masked":
+            return "a masked model gives no likelihood of a text"
+        if phase == "quality" and metric.partition("_")[2].startswith("masked_"):
+            return "this arm is not trained to guess hidden tokens"
         return "not recorded by this run"
 
 

@@ -21,7 +21,7 @@ from experiments.report.numbers import (
     scale,
 )
 from experiments.report.record import Record, Row
-from experiments.rows import PAGE, READ_IN_PAGES, mean_of
+from experiments.rows import OTHER_LOSS, PAGE, READ_IN_PAGES, mean_of
 
 ARROW = {"lower": "↓", "higher": "↑"}
 ARROWS = "↓: lower is better, ↑: higher"
@@ -146,6 +146,8 @@ def settled(one: dict[str, Any], what: str = "") -> tuple[Tone, str]:
     what = f"{what} " if what else ""
     if not one.get("comparable", True):  # absent in older records
         return "blocked", f"{what}not comparable"
+    if one.get("n", 0) > 1 and one.get("estimate") == one.get("ci_low") == one.get("ci_high") == 0:
+        return "resolved", f"{what}the same at every seed"
     return ("resolved", f"{what}resolved") if one["resolved"] else ("open", f"{what}not resolved")
 
 
@@ -358,8 +360,10 @@ def _of_repeats(value: float, p5: float, p95: float, factor: float) -> str:
     return f"{number(value, at)} ({number(p5, at)} to {number(p95, at)})"
 
 
-def _sees_its_answer(record: Record, arm: str) -> bool:
-    return record.spec["arms"].get(arm, {}).get("objective") == "unmasked"
+def other_loss(record: Record, arm: str) -> str | None:
+    """Why an arm's loss says nothing beside the others', where arms have different objectives."""
+    alike = len({record.objective(one) for one in record.arms}) == 1
+    return None if alike else OTHER_LOSS.get(record.objective(arm))
 
 
 def placing(record: Record) -> Table:
@@ -387,7 +391,7 @@ def placing(record: Record) -> Table:
             ("test_bits_per_byte", "trained"),
         ):
             row = record.row(arm, "quality", metric)
-            if row is not None and row.value is not None and not _sees_its_answer(record, arm):
+            if row is not None and row.value is not None and record.objective(arm) != "unmasked":
                 cell = value_cell(table, record, arm, "quality", metric, None, 1.0)
                 fewer = "fewer seeds than other arms have, which moves its place" if row.n < most else None
                 lines.append((row.value, [Cell(f"{arm}, {title}"), cell, table.cell(str(row.n), fewer)]))
@@ -455,7 +459,8 @@ def comparisons(record: Record) -> Table:
 
 def room(record: Record) -> str:
     """What the bytes of a cache after so many tokens hold beside these, as a sentence to follow another."""
-    written = record.spec.get("measurement", {}).get("decode_tokens")
+    settings = "memory" if record.study == "memory" else "measurement"
+    written = record.spec.get(settings, {}).get("decode_tokens")
     return f" A cache or state has room for the {written} tokens that are decoded, too." if written else ""
 
 

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 from experiments import cells
 from experiments.objectives import SELECTED
 from experiments.report.numbers import SLIGHT, apart, left_out, multiple, number, plural, signed
-from experiments.rows import PAGE, READ_IN_PAGES, on_card, percentiles, rate, row, turn_ms
+from experiments.rows import PAGE, READ_IN_PAGES, SEES, on_card, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
 from experiments.store import Cell, RunDirectory
 from models import cost
 
 MAKES = "train"
-SEES = "the model saw the token that it was to predict"
 TIMED = ("train", "prefill", "decode")  # the kinds of cells whose speeds are compared
 RESOLVED = 0.05  # Holm-corrected p below which a difference counts as resolved
 

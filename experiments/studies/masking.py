@@ -11,7 +11,7 @@ from experiments import cells, scoring
 from experiments.evaluation import perplexity
 from experiments.objectives import SELECTED
 from experiments.report.numbers import number, plural
-from experiments.rows import row
+from experiments.rows import OTHER_LOSS, row
 from experiments.scoring import GREEDY, SAMPLED, TRUE
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, holm, paired_difference
@@ -22,9 +22,6 @@ MAKES, turns, together = comparison.MAKES, comparison.turns, comparison.together
 
 COLLAPSED = 0.5  # of the causal loss: below it a training loss counts as far below
 TEXTS, BLANKS = 2, 4  # how many prompts with what followed, and how many hidden tokens, the result keeps
-INCOMPARABLE = {  # of a training loss, by objective
-    "causal": None, "unmasked": comparison.SEES, "masked": "the loss of hidden tokens, guessed from both sides",
-}  # fmt: skip
 PSEUDO = "each token is guessed from both its sides, which gives no likelihood of a text, so no perplexity"
 Seeds = dict[int, float]
 Pairs = list[tuple[float, ...]]
@@ -67,7 +64,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     else:
         yield from comparison.rows(cell, result, experiment, run)
         if cell.kind == "train":
-            reason = INCOMPARABLE[experiment.arms[cell.arm].objective]
+            reason = OTHER_LOSS.get(experiment.arms[cell.arm].objective)
             loss, steps = _final_loss(run, cell)
             yield row(cell, "quality", "final_training_loss", loss, "nats/token", "lower",
                       n=steps, comparable=reason is None, reason=reason)  # fmt: skip
@@ -138,7 +135,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
 def _standing(rows: list[dict], *arms: str) -> dict[str, Any]:
     """Whether what the arms' models did may be compared. That an objective sees more than another is what the study is
     about, and no reason against it."""
-    own = {comparison.SEES, PSEUDO, *INCOMPARABLE.values()} - {None}
+    own = {PSEUDO, *OTHER_LOSS.values()}
     asked = [row for row in rows if row["arm"] in arms and row["phase"] == "quality" and row["reason"] not in own]
     return comparison.comparability(asked)
 

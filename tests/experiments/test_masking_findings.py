@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from experiments.errors import SpecError
-from experiments.rows import row
+from experiments.rows import SEES, row
 from experiments.spec import Arm, Experiment, Training, load
 from experiments.store import Cell, RunDirectory
 from experiments.studies import comparison, masking
@@ -149,7 +149,7 @@ def test_an_arm_that_failed_a_gate_decides_nothing(tmp_path: Path) -> None:
     metric = "final_training_loss"
     rows = made("unmasked", metric, [0.1, 0.2, 0.3]) + made("causal", metric, [3.0, 3.3, 3.0])
     for row_ in rows[:3]:  # of the objective, which is no reason
-        row_ |= {"comparable": False, "reason": comparison.SEES}
+        row_ |= {"comparable": False, "reason": SEES}
     one = only(rows, tmp_path)
     assert one["comparable"]
     assert one["resolved"]

@@ -53,13 +53,20 @@ def test_the_values_under_a_headline_are_of_the_seeds_that_both_arms_have(make_r
     assert notes == "fewer seeds than other arms have, which moves its place"
 
 
+NONE = {"estimate": 0.0, "ci_low": 0.0, "ci_high": 0.0}
+
+
 @pytest.mark.parametrize(("one", "standing"), [
     ({"resolved": True, "comparable": True}, ("resolved", "quality resolved")),
     ({"resolved": False, "comparable": True}, ("open", "quality not resolved")),
     ({"resolved": False, "comparable": False}, ("blocked", "quality not comparable")),
     ({"resolved": True}, ("resolved", "quality resolved")),
+    ({"resolved": False, "n": 2} | NONE, ("resolved", "quality the same at every seed")),
+    ({"resolved": False, "n": 1} | NONE, ("open", "quality not resolved")),
+    ({"resolved": False, "n": 2} | NONE | {"ci_high": 0.1}, ("open", "quality not resolved")),
+    ({"resolved": False, "n": 2, "comparable": False} | NONE, ("blocked", "quality not comparable")),
 ])  # fmt: skip
-def test_a_finding_that_was_refused_is_not_open(one: dict, standing: tuple[str, str]) -> None:
+def test_a_finding_that_was_refused_or_is_no_difference_is_not_open(one: dict, standing: tuple[str, str]) -> None:
     assert settled(one, "quality") == standing
     assert settled(one) == (standing[0], standing[1].removeprefix("quality "))
 

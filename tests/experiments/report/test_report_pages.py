@@ -278,6 +278,61 @@ def test_only_a_resolved_comparison_is_bold(runs: Runs) -> None:
         assert [cell.strong for cell in cells[1:3]] == [winner == 1, winner == 2]
 
 
+def test_start_and_end_of_the_curves_are_of_one_text(runs: Runs) -> None:
+    record = read(runs("complete"))
+    for cells in lines(table(runs("complete"), "Start and end")):
+        found = list(record.curves[cells[0].text].values())
+        for cell, at in ((cells[1], 0), (cells[3], -1)):
+            losses = [curve.validation_loss[at] for curve in found]
+            assert cell.text == f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+        assert cells[5].text == str(len(found))
+
+
+@pytest.mark.parametrize("rates", [(), (1e-3, 2e-3)])
+def test_losses_of_other_objectives_are_told_apart(make_run: Callable[..., Path], rates: tuple[float, ...]) -> None:
+    """In words, tables and descriptions of figures; not where all arms have the same one, whichever that is."""
+    run = make_run(rates=rates)
+    said = {
+        "unmasked": "the model saw the token that it was to predict",
+        "masked": "the loss of hidden tokens, guessed from both sides",
+    }
+    plain = (run / "spec.toml").read_text(encoding="utf-8")
+    for objective, reason in said.items():
+        for arms in (("mamba",), ("mamba", "transformer")):
+            text = plain
+            for arm in arms:
+                head = f"[arms.{arm}]\n"
+                assert head in text
+                text = text.replace(head, f'{head}objective = "{objective}"\n')
+            text = "\n".join(line for line in text.split("\n") if line != 'objective = "causal"')
+            (run / "spec.toml").write_text(text, encoding="utf-8")
+            record = read(run)
+            section = content.training_curves(record)
+            (figure,) = (block for block in section.blocks if isinstance(block, content.Figure))
+            (shown,) = (block for block in section.blocks if isinstance(block, Table))
+            letters = [letter for note, letter in shown.notes.items() if reason in note]
+            marked = [cells[0].text for cells in lines(shown) if set(letters) & set(cells[3].marks.split(","))]
+            wanted = [arm for arm in record.arms if arm.startswith("mamba")] if arms == ("mamba",) else []
+            assert marked == wanted
+            told = "; ".join(f"{arm} ({reason})" for arm in wanted)
+            for where in (section.intro, figure.alt):
+                assert ("Not comparable" in where) == bool(wanted)
+                assert told in where
+
+
+@pytest.mark.parametrize(("objective", "phase", "metric", "why"), [
+    ("masked", "quality", "test_token_perplexity", "a masked model gives no likelihood of a text"),
+    ("masked", "decode", "ms_per_token", "keeps no cache"), ("unmasked", "prefill", "tokens_per_s", "keeps no cache"),
+    ("causal", "quality", "test_masked_accuracy", "not trained to guess hidden tokens"),
+    ("causal", "quality", "nothing_known", "not recorded by this run"),
+    ("masked", "load", "nothing_known", "not recorded by this run"),
+])  # fmt: skip
+def test_what_an_objective_has_no_number_of_is_not_called_unrecorded(runs: Runs, objective, phase, metric, why) -> None:
+    record = read(runs("complete"))
+    arms = {"mamba": {"objective": objective}}
+    assert why in replace(record, spec=record.spec | {"arms": arms}).absence("mamba", phase, metric, 77)
+
+
 def test_placing_has_every_method_from_worst_to_best(runs: Runs) -> None:
     one = table(runs("complete"), "To place")
     values = [number(cells[1].text.split(" ")[0])[0] for cells in lines(one)]

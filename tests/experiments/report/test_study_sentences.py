@@ -83,6 +83,8 @@ def test_what_a_cache_has_room_for_is_told(record: Record) -> None:
     said = " A cache or state has room for the 16 tokens that are decoded, too."
     assert room(replace(record, spec=record.spec | {"measurement": {"decode_tokens": 16}})) == said
     assert room(replace(record, spec=record.spec | {"measurement": {}})) == ""
+    both = {"study": "memory", "memory": {"decode_tokens": 16}, "measurement": {"decode_tokens": 64}}
+    assert room(replace(record, spec=record.spec | both)) == said
 
 
 @pytest.mark.parametrize("reliable", [True, False])
