@@ -14,7 +14,6 @@ from experiments.spec import Experiment
 from experiments.statistics import Comparison, mean_interval, paired_difference
 from experiments.store import Cell, RunDirectory
 from experiments.studies import comparison
-from models import cost
 from models.config import ModelConfig
 from models.mixers.attention import AttentionConfig
 
@@ -30,9 +29,13 @@ def windows(config: ModelConfig) -> list[int] | None:
 
 
 def reach(config: ModelConfig) -> int | None:
-    """How many tokens, itself included, can influence a position: each layer reaches window - 1 further back."""
+    """How many tokens, itself included, can influence a position: each layer reaches window - 1 further back, and what
+    it finds there holds as many more as a short convolution before it has taps, less one."""
     found = windows(config)
-    return None if found is None else 1 + sum(window - 1 for window in found)
+    if found is None:
+        return None
+    taps = sum((getattr(block.mixer, "conv_width", None) or 1) - 1 for block in config.blocks)
+    return 1 + taps + sum(window - 1 for window in found)
 
 
 def baseline(experiment: Experiment) -> str | None:
@@ -174,6 +177,8 @@ def _difference(one: dict) -> str:
 def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str, arm: str) -> dict | None:
     """Cache over context lengths, and speed at the longest."""
     contexts, batch = experiment.measurement.contexts, experiment.measurement.batch
+    bounds = windows(cells.model_configs(experiment)[arm])
+    assert bounds is not None
     kept = {name: {at: held for at in contexts if (held := _mean(rows, name, at)) is not None} for name in (base, arm)}
     longest = contexts[-1]
     if any(longest not in held for held in kept.values()):
@@ -184,7 +189,7 @@ def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str,
         f", as much as after {same:,}"
         if same < longest
         else ", and still grows there"
-        if cost.grows(cells.model_configs(experiment)[arm])
+        if max(bounds) > longest + experiment.measurement.decode_tokens
         else ", and grows no further"
     )
     text = f"{arm} after {longest:,} tokens: {size(here)} of cache a sequence{grows}, where {base} keeps {size(there)}"

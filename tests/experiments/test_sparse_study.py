@@ -163,15 +163,21 @@ def test_what_the_cache_saves(run: RunDirectory) -> None:
     growing = [
         row | {"value": row["value"] + row["context"]} if row["metric"] == "state_bytes" else row for row in rows
     ]
-    for narrow, said in ((arm(1 << 41), "and still grows there"), (arm(500), "and grows no further")):
+    written = experiment().measurement.decode_tokens  # for which there is room
+    still, no = "and still grows there", "and grows no further"
+    for narrow, said in ((arm(512 + written + 1), still), (arm(512 + written), no), (arm(500), no)):
         (one,) = kind(sparse.findings(growing, experiment(batch=2, narrow=narrow), run), "cost")
         assert one["constant_from"] is None
         assert said in one["sentence"]
 
 
-def test_reach_against_the_model() -> None:
+@pytest.mark.parametrize(("conv_width", "reached"), [(None, 9), (3, 17)])
+def test_reach_against_the_model(conv_width: int | None, reached: int) -> None:
     """The earliest token whose change is felt at the last position."""
-    config = model_config(arm(3, layers=4), V)
+    narrow = arm(3, layers=4)
+    if conv_width is not None:
+        narrow.overrides["mixer"]["conv_width"] = conv_width
+    config = model_config(narrow, V)
     model = LanguageModel(config, seed=0).double().eval()
     tokens = torch.randint(V, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -181,7 +187,7 @@ def test_reach_against_the_model() -> None:
             other = tokens.clone()
             other[0, at] = (other[0, at] + 1) % V
             felt.append(bool((model(other)[0, -1] - logits).abs().max() > 0))
-    assert 20 - felt.index(True) == sparse.reach(config) == 9
+    assert 20 - felt.index(True) == sparse.reach(config) == reached
     assert sparse.reach(model_config(FULL, V)) is None
 
 
