@@ -328,7 +328,7 @@ def inspect(
 def in_bytes(count: float) -> str:
     """Decimal units, three digits."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # what rounds to a thousand is one of the next unit
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.4g} TB"

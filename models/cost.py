@@ -71,12 +71,12 @@ def rotary_bytes(config: ModelConfig, positions: int) -> int:
 
 
 def outgrows(config: ModelConfig, size: int, element_size: int, batch: int = 1) -> int | None:
-    """The fewest tokens whose state takes more than `size` bytes; None where it never grows beyond that, or has no
-    positions for so many."""
+    """The fewest tokens, at least one, whose state takes more than `size` bytes; None where it never grows beyond that,
+    or has no positions for so many."""
     longest = config.positions or LONGEST
     if state_bytes(config, batch, longest, element_size) <= size:
         return None
-    low, high = 0, longest  # state_bytes(low) <= size < state_bytes(high); it never shrinks with length
+    low, high = 0, longest  # from low + 1 to high is the first one; state_bytes never shrinks with length
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if state_bytes(config, batch, middle, element_size) > size else (middle, high)

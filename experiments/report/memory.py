@@ -3,11 +3,11 @@
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.numbers import DASH, count, number, percent, plural
 from experiments.report.record import Record, Row
-from experiments.report.tables import ON_CARD, RESIDUAL_LIMIT, tells_card
+from experiments.report.tables import ON_CARD, RESIDUAL_LIMIT, room, tells_card
 
 UNEXPLAINED = (
-    f"beyond {RESIDUAL_LIMIT:.0%}. Not predicted are what the allocator keeps or rounds up, buffers of libraries and, "
-    "of experts, a load that is not even"
+    f"beyond {RESIDUAL_LIMIT:.0%}. Not predicted are what the allocator keeps or rounds up, buffers of libraries, what "
+    "a decode step computes on its way to the logits and, of experts, a load that is not even"
 )
 
 WAYS = ("read", "mapped", "direct")
@@ -101,7 +101,7 @@ def inference(record: Record) -> Section:
     intro = (
         "The peak of prefill and of decode includes the weights. The prediction is made from shapes alone: weights and "
         "the table of rotary angles; for decode cache or state, and logits; for prefill the same computation is "
-        "replayed on tensors without data and the storages that live at once are added up."
+        f"replayed on tensors without data and the storages that live at once are added up.{room(record)}"
     )
     table = Table("Inference, measured and predicted", [
         Column("Arm", key=True), Column("Phase", key=True), Column("Batch", numeric=True, key=True),
@@ -127,7 +127,7 @@ def inference(record: Record) -> Section:
         told = [f"{row.arm} at {count(row.context or 0)}: {number(row.known / 1e6)}" for row in least]
         caption = (
             "Peak memory against context length, both axes logarithmic: markers are measured, lines predicted from "
-            "shapes. Where they part, the difference is what no tensor accounts for."
+            "shapes. Where they part, the difference is what the prediction leaves out."
         )
         blocks.insert(0, Figure("memory-context", "Peak of decode in MB. " + "; ".join(told) + ".", caption))
     formulas = [f"{name}: {arm['state_bytes_formula']}" for name, arm in record.result["arms"].items()]

@@ -112,7 +112,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
 def _outweighs(arm: str, what: str, at: int | None, config: ModelConfig) -> str:
     if at is None:
         return f"{arm}'s cache never outweighs {what} within its {config.positions:,} positions"
-    return f"{arm}'s cache outweighs {what} from {at:,} tokens on"
+    return f"{arm}'s cache outweighs {what} {'at every length' if at == 1 else f'from {at:,} tokens on'}"
 
 
 def _loading_against_inference(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import InProcess
 
+from cli.main import in_bytes
 from experiments.cells import folder_hashes
 from experiments.spec import load
 from models import cost
@@ -209,6 +210,14 @@ def test_inspect_adds_up(in_process: InProcess, name: str) -> None:
     assert code == 0
     assert f"FLOPs per token at {config.positions or 4096} tokens: " in stdout
     assert f"{cost.parameters(config).total:,}" in stdout
+
+
+@pytest.mark.parametrize(("count", "text"), [
+    (0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (1000, "1 kB"), (999_499, "999 kB"), (999_600, "1 MB"),
+    (12_345_678, "12.3 MB"), (2.5e12, "2.5 TB"), (1.5e15, "1500 TB"),
+])  # fmt: skip
+def test_bytes_have_three_digits_and_the_unit_that_these_fit(count: float, text: str) -> None:
+    assert in_bytes(count) == text
 
 
 def test_models_lists_every_preset(in_process: InProcess) -> None:

@@ -87,6 +87,15 @@ def test_a_cache_cannot_outweigh_what_takes_more_tokens_than_a_model_has_positio
     assert weights["sentence"].endswith(" within its 100 positions.")
 
 
+def test_what_outweighs_something_from_the_first_token_on_does_so_at_every_length(monkeypatch) -> None:
+    """A hybrid's recurrent state alone is more than an LSTM's."""
+    configs = {"hybrid": preset("hybrid-tiny"), "lstm": preset("lstm-tiny")}
+    monkeypatch.setattr(cells, "model_configs", lambda experiment: configs)
+    one = memory.findings([], experiment(dtype="bfloat16"), NOWHERE)[0]
+    assert (one["arm"], one["against"], one["tokens"]) == ("hybrid", "lstm", 1)
+    assert one["sentence"].endswith(" at every length, whatever the batch.")
+
+
 def test_an_arm_that_sees_what_follows_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = ATTENTION.with_overrides({"mixer.causal": False})
     configs = {"attention": ATTENTION, "encoder": encoder, "scan": preset("mamba-tiny")}
