@@ -139,8 +139,7 @@ def runs(folder: Path) -> list[RunDirectory]:
     """The run directories in `folder`, oldest first. Raises SpecError where that is a file."""
     if folder.is_file():
         raise SpecError(f"'{folder}' is a file; name the folder that runs are in")
-    found = sorted(path.parent for path in folder.glob("*/environment.json")) if folder.is_dir() else []
-    return [RunDirectory(path) for path in found]
+    return [RunDirectory(path) for path in sorted(folder.iterdir()) if is_run(path)] if folder.is_dir() else []
 
 
 def summary(run: RunDirectory) -> dict[str, Any]:
@@ -156,7 +155,9 @@ def summary(run: RunDirectory) -> dict[str, Any]:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "environment.json").is_file()
+    """Begun, so that it knows its machine; or what a report cannot do without is there."""
+    names = ("environment.json",), ("spec.toml", "result.json")
+    return any(all((folder / name).is_file() for name in of) for of in names)
 
 
 def resumes(path: Path) -> str:
@@ -187,7 +188,7 @@ def find(reference: str | None, folder: Path) -> RunDirectory:
     if reference is not None and is_run(Path(reference)):
         return RunDirectory(Path(reference))
     if reference is not None and "/" in reference and Path(reference).exists():
-        raise SpecError(f"{reference} is no run: it has no environment.json")
+        raise SpecError(f"{reference} is no run: it has neither environment.json nor spec.toml and result.json")
     known = runs(folder)
     if not known:
         raise SpecError(f"no runs in '{folder}'; make one with: lab run compare")

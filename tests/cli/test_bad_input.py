@@ -64,7 +64,7 @@ def one_line(stderr: str) -> str:
         (["run", "compare", "--seeds", "1000000000", "--dry-run"], "--seeds must be from 1 to 1000, got 1000000000"),
         (["run", "compare", "--device", "cdua"], "unknown device 'cdua': did you mean 'cuda'?"),
         (["run", "nowhere/spec.toml"], "no such file: nowhere/spec.toml"),
-        (["report", "/"], "/ is no run: it has no environment.json"),
+        (["report", "/"], "/ is no run: it has neither environment.json nor spec.toml and result.json"),
         (["run", "/"], "/ is a folder; name a specification, a .toml file"),
         (["run", "compare", "--set", "training.learning_rate=1"], "an arm has 'learning_rate', e.g. arms.transformer."),
         (["report", "--format", "htm"], "unknown format 'htm': did you mean 'html'?"),

@@ -40,6 +40,19 @@ def test_other_runs_are_listed_beside_a_damaged_one(
     assert [one["status"] for one in json.loads(stdout)] == ["complete", "damaged"]
 
 
+def test_a_run_that_lost_its_environment_is_listed_as_damaged(in_process: InProcess, tmp_path: Path) -> None:
+    """What a report cannot do without is there; of a folder without it nothing is said."""
+    for name, result in (("lost", True), ("something-else", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "spec.toml").write_text(load("compare", profile="smoke").to_toml(), encoding="utf-8")
+        if result:
+            write_json(tmp_path / name / "result.json", {"status": "complete"})
+    code, stdout, stderr = in_process("runs", "--out", tmp_path)
+    assert code == 0
+    assert [line.split()[:2] for line in stdout.splitlines()[1:]] == [["lost", "damaged"]]
+    assert "lost is damaged: no environment.json" in stderr
+
+
 def test_a_damaged_cell_names_the_remedy(tmp_path: Path) -> None:
     run, cell = RunDirectory(tmp_path), Cell("mamba", 0, "load")
     file = run.result_file(cell)
