@@ -162,6 +162,8 @@ def mamba3_siso_combined(
     assert Angles.shape == (rows, T, H, S)
     assert N & (N - 1) == P & (P - 1) == 0, "powers of two"
     assert (cu_seqlens, return_final_states) == (None, True)
+    for m in (Q, K, V, Z):  # a descriptor's rows, of what it is copied to where it does not count as contiguous
+        assert m.contiguous().stride(1) * m.element_size() % 16 == 0
     Q, K = (m.repeat_interleave(H // G, 2) for m in (Q, K))
     theta, h, before_k, before_v = (
         (torch.zeros(rows, H, S), torch.zeros(rows, H, P, N), torch.zeros(rows, H, N), torch.zeros(rows, H, P))

@@ -29,9 +29,11 @@ from models.mixers.attention import AttentionConfig
 from models.mixers.mamba2 import Mamba2, Mamba2Config
 from models.norm import RMSNorm
 from models.ops import kernels
+from models.presets import PRESETS
 
 OVER_LIBRARIES = ("cuda_form", "cuda_operators")
 KNOWN: dict[Any, Any] = {}
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 @pytest.fixture
@@ -165,7 +167,18 @@ def test_mamba2_behind_its_projection_is_one_operation_where_it_fits(
     torch.testing.assert_close(y, found["reference"]["y"], rtol=1e-4, atol=1e-5)
 
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+@pytest.mark.parametrize("T", [1, 2])
+@torch.no_grad()
+def test_a_single_token_of_a_projection_has_rows_that_a_descriptor_takes(cuda, T: int) -> None:
+    """In 16 bits a row of that projection is no multiple of 16 bytes, and a slice of one row counts as contiguous: what
+    the kernels do not copy has to come with strides of its own."""
+    config = PRESETS["mamba3-tiny"].with_overrides({"layers": 1, "mixer.backend": "reference"})
+    mixer = LanguageModel(config, seed=0, dtype=BF16).blocks[0].mixer
+    assert mixer.in_proj.weight.shape[0] % 8 != 0
+    x = torch.randn(1, T, config.width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected, _ = mixer(x)
+    mixer.ops = cuda
+    torch.testing.assert_close(mixer(x)[0], expected, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(("types", "precision", "width", "asked"), [
