@@ -105,6 +105,24 @@ def test_bfloat16_is_computed_in_float32():
     assert torch.equal(y, ops.reference(x.float(), weight.float(), EPS).bfloat16())
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_two_types_are_brought_to_the_wider_one(types):
+    """torch has no kernel for two, and warns of that: rows of what autocast gave under a weight in float32."""
+    given = [m.to(dtype).requires_grad_() for m, dtype in zip(draw((40, 24)), types, strict=True)]
+    y = ops.fused(*given, EPS)
+    assert y.dtype == types[0]
+    y.backward(gradient(y.shape).to(y))
+    assert [m.grad.dtype for m in given] == list(types)
+    wide = [m.detach().float().requires_grad_() for m in given]
+    expected = ops.reference(*wide, EPS)
+    expected.backward(gradient(y.shape).to(y).float())
+    for ours, theirs in ((y, expected), *((m.grad, w.grad) for m, w in zip(given, wide, strict=True))):
+        assert (ours.float() - theirs).abs().max() <= (
+            2**-8 if ours.dtype == torch.bfloat16 else 2e-6
+        ) * theirs.abs().max()
+
+
 def test_zeros_stay_zeros():
     for form in FORMS.values():
         assert torch.equal(form(torch.zeros(2, 8), torch.ones(8), EPS), torch.zeros(2, 8))
