@@ -80,7 +80,7 @@ class Block(nn.Module):
         if self.feedforward is None or self.feedforward_norm is None:
             return said, None
         x, branch = self._after(x, self.mixer(y)[0], self.mixer_norm)
-        _, y = self._before(x, branch, self.feedforward_norm)
+        _, y = self._before(x, branch, self.feedforward_norm, unrounded=self.feedforward.reads_unrounded)
         return said, self.feedforward.choice(y)
 
     def _feed_forward(
@@ -96,9 +96,9 @@ class Block(nn.Module):
         self, x: Tensor, branch: Tensor | None, norm: Norm, own: bool = False, unrounded: bool = False
     ) -> tuple[Tensor, Tensor]:
         """x + branch, and what a mixer or a feed-forward layer reads of it. own: whether x may be written over."""
-        if branch is not None and not (self.post_norm or unrounded) and suits_sum(norm, x, branch):
+        if branch is not None and not unrounded and suits_sum(norm, x, branch):
             return norm.of_sum(x, branch, own)
-        x = x if branch is None else x + branch
+        x = x if branch is None else _summed(x, branch, own)
         return x, x if self.post_norm else norm(x)
 
     def _after(self, x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None]:
@@ -114,3 +114,10 @@ class Block(nn.Module):
         """The weights of the projections whose output is added to the residual stream."""
         parts = (self.mixer, self.feedforward)
         return [part.output_weight for part in parts if part is not None]
+
+
+def _summed(x: Tensor, branch: Tensor, own: bool) -> Tensor:
+    """x + branch, over x where that is the caller's own and no gradient needs it."""
+    kept = torch.is_grad_enabled() and (x.requires_grad or branch.requires_grad)
+    fits = torch.promote_types(x.dtype, branch.dtype) == x.dtype
+    return x.add_(branch) if own and fits and not kept else x + branch

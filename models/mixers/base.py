@@ -1,9 +1,9 @@
 """What every mixer is.
 
     Mixer(config, width, device)          parameters allocated, not yet initialised
-    forward(x, state=None) -> (y, state)  x, y (B, T, D); a state continues a sequence; None wants none back. y may be
-                                          written over, and is memory of its own
-    step(x, state) -> (y, state)          one token, x, y (B, D)
+    forward(x, state=None) -> (y, state)  x, y (B, T, D); a state continues a sequence; None wants none back
+    step(x, state) -> (y, state)          one token, x, y (B, D); this y and that of forward may be written over, and
+                                          are memory of their own
     branch_step(x, norm, state)           x + step(norm(x)), which may be written over x, and the state
     make_state(batch, max_len, dtype, device) -> state
     reset_parameters(generator)           its own initialisation

@@ -65,6 +65,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.mark.parametrize("changes", [{"dropout": 0.5}, {"post_norm": True}, {"norm": "layernorm"}])
+@pytest.mark.parametrize("feedforward", [*FEEDFORWARDS.values(), None])
+@torch.no_grad()
+def test_a_step_that_has_no_branch_of_its_own_is_the_sequence(changes, feedforward):
+    """Dropout does nothing in decoding, but that such a block steps part by part."""
+    made, x = block(MIXERS["mamba2"], torch.float64, feedforward, **changes), torch.randn(2, 5, WIDTH).double()
+    state = made.mixer.make_state(2, 5, torch.float64, torch.device("cpu"))
+    whole = made(x).stream
+    for t in range(5):
+        y, state = made.step(x[:, t].clone(), state)
+        torch.testing.assert_close(y, whole[:, t], rtol=1e-10, atol=1e-10)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     name=st.sampled_from(list(MIXERS)), other=st.sampled_from(list(FEEDFORWARDS)), rows=st.integers(1, 6),

@@ -226,10 +226,17 @@ def test_gradients_are_finite_and_reach_everything(name, dtype):
 def test_what_a_mixer_gives_may_be_written_over(name):
     """It is memory of its own, whether or not it leaves a state."""
     mixer, x = build(name), tokens(1, 3)
-    for state in (None, mixer.make_state(1, 4, torch.float32, CPU)):
-        y, after = mixer(x, state)
+
+    def own(y: Tensor, x: Tensor, after) -> bool:
         others = [x, *mixer.parameters(), *(after.buffers.values() if after is not None else ())]
-        assert y.untyped_storage().data_ptr() not in {other.untyped_storage().data_ptr() for other in others}
+        return y.untyped_storage().data_ptr() not in {other.untyped_storage().data_ptr() for other in others}
+
+    y, after = mixer(x)
+    assert own(y, x, after)
+    y, after = mixer(x, mixer.make_state(1, 4, torch.float32, CPU))
+    assert own(y, x, after)
+    y, after = mixer.step(x[:, 0], after)
+    assert own(y, x, after)
 
 
 @each_mixer

@@ -50,12 +50,13 @@ def definition(
 
 def overwrites(form: OfSum, given: list[Tensor], found: list[Tensor], dtype: torch.dtype, own: bool) -> None:
     """What no gradient needs gives way to the results where these have its type and layout, and nothing else does."""
-    x, branch, weight = (m.clone() for m in given)
+    x, branch = (m.clone() for m in given[:2])
+    weight = given[2].clone().requires_grad_()
     with torch.no_grad():
         total, normed = form(x, branch, weight, EPS, dtype, own)
     assert torch.equal(total, found[0])
     assert torch.equal(normed, found[1])
-    over_x = own and x.dtype == total.dtype
+    over_x = own and x.dtype == total.dtype and x.is_contiguous()
     over_branch = branch.dtype == dtype and branch.is_contiguous()
     assert (total.data_ptr() == x.data_ptr(), normed.data_ptr() == branch.data_ptr()) == (over_x, over_branch)
     assert over_x or torch.equal(x, given[0])
@@ -65,13 +66,18 @@ def overwrites(form: OfSum, given: list[Tensor], found: list[Tensor], dtype: tor
 
 def agrees(
     form: OfSum, shape: tuple[int, ...], types: tuple[torch.dtype, ...], used: tuple[bool, bool], scale: float = 1.0,
-    device: str = "cpu",
+    device: str = "cpu", laid: str = "branch",
 ) -> None:  # fmt: skip
-    """used: whether the sum has a gradient, and its norm. Branch and gradients are laid out otherwise than x."""
+    """used: whether the sum has a gradient, and its norm. Gradients are laid out with the first axis innermost, and so
+    is what `laid` names."""
     g = torch.Generator().manual_seed(sum(shape))
     x, branch, *of_outputs = (scale * torch.randn(shape, generator=g) for _ in range(4))
     weight = 1 + torch.randn(shape[-1], generator=g) / 4
-    branch, *of_outputs = (m.transpose(0, -1).contiguous().transpose(0, -1) for m in (branch, *of_outputs))
+    of_outputs = [m.transpose(0, -1).contiguous().transpose(0, -1) for m in of_outputs]
+    if laid == "branch":
+        branch = branch.transpose(0, -1).contiguous().transpose(0, -1)
+    elif laid == "x":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
     given = [m.to(device, dtype) for m, dtype in zip((x, branch, weight), types, strict=False)]
     total = torch.promote_types(*types[:2])
     weights = [m.to(device, dtype) if is_used else None
@@ -102,10 +108,31 @@ def agrees(
     types=st.sampled_from([AUTOCAST, (F32,) * 4, (BF16,) * 4, (torch.float16,) * 4, (F32, torch.float16, F32, F32),
                            (BF16, F32, BF16, F32), (BF16, BF16, BF16, F32)]),
     used=st.sampled_from([(True, True), (False, True), (True, False)]), scale=st.sampled_from([1e-3, 1.0, 30.0]),
+    laid=st.sampled_from(["x", "branch", "neither"]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_the_interpreted_kernel_is_the_definition(kernels, shape, types, used, scale):
-    agrees(kernels.of_sum, shape, types, used, scale)
+def test_the_interpreted_kernel_is_the_definition(kernels, shape, types, used, scale, laid):
+    agrees(kernels.of_sum, shape, types, used, scale, laid=laid)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("which", range(3))
+def test_one_of_three_may_be_what_learns(kernels, which):
+    """Of x, branch and weight; where none does, with gradients enabled too, what was read gives way."""
+    given = [torch.randn(3, 8), torch.randn(3, 8), torch.rand(8) + 0.5]
+    expected = definition(*given, EPS, F32, True)
+    given[which].requires_grad_()
+    learned = given[which].detach().double().requires_grad_()
+    wide = [learned if at == which else m.double() for at, m in enumerate(given)]
+    gradients = []
+    for form, leaves in ((kernels.of_sum, given), (definition, wide)):
+        total, normed = form(*leaves, EPS, F32, True)
+        gradients.append(torch.autograd.grad((total * normed).sum(), leaves[which])[0].double())
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-5 * gradients[1].abs().max()
+    x, branch, weight = (m.detach() for m in given)
+    total, normed = kernels.of_sum(x, branch, weight, EPS, F32, True)
+    assert (total.data_ptr(), normed.data_ptr()) == (x.data_ptr(), branch.data_ptr())
+    torch.testing.assert_close((total, normed), expected)
 
 
 class TestOnAGpu:

@@ -215,7 +215,7 @@ def test_a_sum_that_is_read_by_products_alone_is_normalised_as_it_is_made(
     it is, and so does what the model gives its head: their norms stay apart."""
     config = ModelConfig(
         vocabulary=11, width=24, layers=2, mixer=AttentionConfig(heads=2, backend="sdpa"), feedforward=feedforward,
-        post_norm=post_norm,
+        post_norm=post_norm, norm_eps=0.01,
     )  # fmt: skip
     model, seen, widths, own = LanguageModel(config, seed=0), [], [], cuda.norm_of_sum
     tokens = torch.arange(22).view(2, 11) % 7
@@ -232,15 +232,23 @@ def test_a_sum_that_is_read_by_products_alone_is_normalised_as_it_is_made(
     assert [over for _, over in seen] == [False, True, True][
         3 - fused :
     ]  # not over what the embedding gave, in a block
-    assert widths == ([F32] * 2 if isinstance(feedforward, MoEConfig) else [])
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
     first = model.embed(tokens)
+    with autocast("bfloat16", torch.device("cpu")):
+        model.blocks[1].explain(first)
+    assert widths == ([F32] * 3 if isinstance(feedforward, MoEConfig) else [])
+    plain = LanguageModel(config, seed=0)
+    gradients = [torch.autograd.grad(one(tokens).sin().sum(), list(one.parameters())) for one in (model, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), expected)
         kept = first.clone()
         passed = model.blocks[0](first)
-    torch.testing.assert_close(first, kept)  # what has no branch is not the block's
-    assert (passed.branch is None) == (fused == 0)
+        torch.testing.assert_close(first, kept)  # what has no branch is not the block's
+        assert (passed.branch is None) == (fused == 0)
+        apart = plain.blocks[0](first)
+        assert apart.branch is None
+        torch.testing.assert_close(passed.stream, apart.x)
 
 
 def test_every_form_of_this_machine_agrees():
