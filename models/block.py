@@ -98,7 +98,7 @@ class Block(nn.Module):
         """x + branch, and what a mixer or a feed-forward layer reads of it. own: whether x may be written over."""
         if branch is not None and not unrounded and suits_sum(norm, x, branch):
             return norm.of_sum(x, branch, own)
-        x = x if branch is None else _summed(x, branch, own)
+        x = x if branch is None else summed(x, branch, own)
         return x, x if self.post_norm else norm(x)
 
     def _after(self, x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +116,7 @@ class Block(nn.Module):
         return [part.output_weight for part in parts if part is not None]
 
 
-def _summed(x: Tensor, branch: Tensor, own: bool) -> Tensor:
+def summed(x: Tensor, branch: Tensor, own: bool) -> Tensor:
     """x + branch, over x where that is the caller's own and no gradient needs it."""
     kept = torch.is_grad_enabled() and (x.requires_grad or branch.requires_grad)
     fits = torch.promote_types(x.dtype, branch.dtype) == x.dtype

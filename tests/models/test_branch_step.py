@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.block import Block
+from models.block import Block, summed
 from models.config import BlockConfig, ModelConfig
 from models.feedforward import FeedForward
 from models.feedforward.moe import MoEConfig
@@ -76,6 +76,13 @@ def test_a_step_that_has_no_branch_of_its_own_is_the_sequence(changes, feedforwa
     for t in range(5):
         y, state = made.step(x[:, t].clone(), state)
         torch.testing.assert_close(y, whole[:, t], rtol=1e-10, atol=1e-10)
+
+
+def test_a_sum_takes_the_place_of_what_is_narrower_than_it_nowhere():
+    narrow, wide = torch.ones(2, 3).bfloat16(), torch.full((2, 3), 2**-12)
+    assert torch.equal(summed(narrow, wide, True), torch.ones(2, 3) + 2**-12)
+    assert torch.equal(narrow, torch.ones(2, 3).bfloat16())
+    assert summed(wide, narrow, True) is wide
 
 
 @settings(deadline=None, max_examples=60)
