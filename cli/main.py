@@ -209,7 +209,7 @@ def report(
     if format not in formats:
         raise SpecError(f"unknown format '{format}': {nearest(format, formats)}")
     directory = store.find(name, out)
-    typer.echo(render(directory.path, format))  # type: ignore[arg-type]
+    typer.echo(render(directory.path, format).removesuffix("\n"))  # type: ignore[arg-type]
     if open_:
         typer.launch(str(directory.path / "report.html"))
 
@@ -355,7 +355,7 @@ def trace(
         typer.Option("--set", metavar="KEY=VALUE", help="Of a preset: change one setting, e.g. layers=2. Repeatable."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Of the weights of a preset; 0 by default.")
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Of the weights of a preset; 0 by default.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page with pictures here.")] = None,
@@ -394,7 +394,7 @@ def generate(
     arms: Annotated[
         str | None, typer.Option(help="Only these arms, separated by commas; every arm by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")] = 0,
     trained_seed: Annotated[int | None, typer.Option(help="Which trained seed; the first by default.")] = None,
     tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="How many tokens to add.")] = 64,
     temperature: Annotated[

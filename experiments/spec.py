@@ -213,6 +213,7 @@ UNREAD: dict[str, dict[str, set[str]]] = {  # and what of those tables it does n
         "measurement": {"contexts"},
     },
 }
+HIGHEST_SEED = 2**32 - 1  # torch's generator of a CPU takes 32 bits of a seed
 MOST_SEEDS = 1000
 Study = Literal["comparison", "lineage", "sparse", "moe", "masking", "vocabulary", "memory", "speed"]
 
@@ -282,6 +283,13 @@ class Experiment(Settings):
         if any(value < 0 for value in values):
             raise ValueError("must not be negative")
         return values
+
+    @field_validator("seeds")
+    @classmethod
+    def _different_streams(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if max(seeds, default=0) > HIGHEST_SEED:
+            raise ValueError(f"a seed must be at most {HIGHEST_SEED}")
+        return seeds
 
     @field_validator("learning_rates")
     @classmethod

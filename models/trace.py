@@ -246,7 +246,8 @@ def _reduced(said: Explanation | None) -> AttentionTrace | MemoryTrace | None:
         scores, weights, mixed = (_kept(x[0]) for x in (said.scores, said.weights, said.mixed))
         return AttentionTrace(scores, weights, scores[0] > float("-inf"), mixed.transpose(0, 1))
     lives = said.half_life[0].transpose(0, 1).flatten(1)  # (U, T N)
-    half_life = torch.stack([lives.amin(1), lives.median(1).values, lives.amax(1)], 1)
+    middle = (lives.median(1).values - (-lives).median(1).values) / 2  # torch's is the lower one of an even number
+    half_life = torch.stack([lives.amin(1), middle, lives.amax(1)], 1)
     written, left = (_kept(size[0]).norm(dim=-1) for size in (said.written, said.left))
     matrix = None if said.matrix is None else _kept(said.matrix[0].abs().mean(-1))
     return MemoryTrace(said.unit, _kept(half_life), written, left, matrix)

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.report import curves
-from experiments.report.drawing import ARMS, LINES, MARKERS
+from experiments.report.drawing import colour_of, line_of, marker_of
 from experiments.report.record import Record
 
 
@@ -16,15 +16,15 @@ def tokens_axis(record: Record) -> tuple[float, str]:
 
 def bundle(axes: Axes, series: list[curves.Series], at: int, factor: float, points: bool) -> None:
     """The curves of an arm, the `at`-th: every seed thin, their mean bold; x times `factor`."""
-    colour = ARMS[at % 8]
+    colour = colour_of(at)
     for x, y in series if len(series) > 1 else []:
         axes.plot(*_thinned(x * factor, y), color=colour, linewidth=0.7, alpha=0.5)
     middle = curves.mean(series)
     if middle is not None:
         x, y = _thinned(middle[0] * factor, middle[1])
         every = max(1, len(x) // 12)
-        style = {"marker": MARKERS[at % 8], "markersize": 4.2, "markevery": every} if points else {}
-        axes.plot(x, y, color=colour, linestyle=LINES[at % 8], linewidth=1.8, **style)
+        style = {"marker": marker_of(at), "markersize": 4.2, "markevery": every} if points else {}
+        axes.plot(x, y, color=colour, linestyle=line_of(at), linewidth=1.8, **style)
 
 
 def _thinned(x: np.ndarray, y: np.ndarray, most: int = 400) -> curves.Series:

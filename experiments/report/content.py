@@ -139,7 +139,7 @@ def _other_losses(record: Record) -> str:
 
 def _loss_caption(record: Record) -> str:
     bold = (
-        "Thin lines are single seeds, the bold line is their mean as far as every seed has come; both "
+        "Thin lines are single seeds, the bold line is the mean of those that came furthest; both "
         "against the tokens trained on."
     )
     if record.sweep:
@@ -167,8 +167,15 @@ def _loss_alt(record: Record) -> str:
 
 
 def _mean_of(record: Record, arm: str) -> str:
-    seeds = len(record.curves.get(arm, {}))
-    return "one seed" if seeds == 1 else f"mean of {seeds} seeds"
+    every = curves.validation(record, arm)
+    seeds, early = len(curves.furthest(every)), _ended_early(record, arm)
+    return ("one seed" if seeds == 1 else f"mean of {seeds} seeds") + (f"; {early}" if early else "")
+
+
+def _ended_early(record: Record, arm: str) -> str | None:
+    every = curves.validation(record, arm)
+    early = len(every) - len(curves.furthest(every))
+    return f"{plural(early, 'seed')} that ended early left out" if early else None
 
 
 def _loss_table(record: Record) -> Table:
@@ -182,8 +189,9 @@ def _loss_table(record: Record) -> Table:
         starts = [one.get("initial") or {} for one in record.evaluations.get(arm, {}).values()]
         expected = [start["expected_loss"] for start in starts if start.get("expected_loss") is not None]
         ends = [
-            [(float(at[i]), float(loss[i])) for i in (0, -1)] for at, loss in curves.validation(record, arm)
-        ]  # fmt: skip
+            [(float(at[i]), float(loss[i])) for i in (0, -1)]
+            for at, loss in curves.furthest(curves.validation(record, arm))
+        ]
         absent = record.absence(arm, "quality", "validation_bits_per_byte")
         other = other_loss(record, arm)
         refused = f"not comparable across arms: {other}" if other else None
@@ -193,7 +201,7 @@ def _loss_table(record: Record) -> Table:
         cells.append(number(expected[0], 3) if expected else table.cell(DASH, absent))
         cells.append(_range(table, [loss for _, (_, loss) in ends], absent, refused, spread))
         cells.append(_span([at for _, (at, _) in ends]) if ends else table.cell(DASH, absent))
-        cells.append(str(len(ends)))
+        cells.append(table.cell(str(len(ends)), _ended_early(record, arm)))
         table.add(*cells)
     return table
 

@@ -31,8 +31,15 @@ def validation(record: Record, arm: str) -> list[Series]:
     return [(curve.validation_tokens, curve.validation_loss) for _, curve in found if len(curve.validation_loss)]
 
 
+def furthest(series: list[Series]) -> list[Series]:
+    """Those of the seeds that came as far as any: one that failed on the way would cut a mean off where it ended."""
+    last = max((x[-1] for x, _ in series), default=None)
+    return [(x, y) for x, y in series if x[-1] == last]
+
+
 def mean(series: list[Series]) -> Series | None:
-    """Mean over seeds at the abscissae that all of them have."""
+    """Mean over the seeds that came furthest, at the abscissae that all of them have."""
+    series = furthest(series)
     if not series:
         return None
     shared = series[0][0]

@@ -26,6 +26,24 @@ LINES: tuple = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0
                 (0, (2.5, 2.5)), (0, (1, 3)))  # fmt: skip
 HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "||||", "++++")
 
+
+def colour_of(at: int) -> str:
+    """Of the at-th arm. The ninth has the first one's again, with another line, marker and hatch."""
+    return ARMS[at % len(ARMS)]
+
+
+def line_of(at: int) -> Any:
+    return LINES[(at + at // len(ARMS)) % len(LINES)]
+
+
+def marker_of(at: int) -> str:
+    return MARKERS[(at + at // len(ARMS)) % len(MARKERS)]
+
+
+def hatch_of(at: int) -> str:
+    return HATCHES[(at + at // len(ARMS)) % len(HATCHES)]
+
+
 RC: dict[str, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "lab-report",
@@ -115,7 +133,8 @@ def same_y(*every: Axes) -> None:
 
 
 def short(name: str, most: int = 26) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """At most so many letters, of the beginning and the end: names differ in either."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}"
 
 
 def legend_columns(names: Sequence[str], layout: Layout) -> int:
@@ -129,10 +148,10 @@ def legend(figure: Figure, names: Sequence[str], layout: Layout, handles: list |
             Line2D(
                 [],
                 [],
-                color=ARMS[at % 8],
-                linestyle=LINES[at % 8],
+                color=colour_of(at),
+                linestyle=line_of(at),
                 linewidth=1.8,
-                marker=MARKERS[at % 8],
+                marker=marker_of(at),
                 markersize=5,
             )
             for at in range(len(names))

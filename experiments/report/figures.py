@@ -18,19 +18,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from experiments.report import curves, masking_figures, speed_figures, study_figures, vocabulary_figures
 from experiments.report.bundles import bundle, tokens_axis
 from experiments.report.drawing import (
-    ARMS,
     DARK,
-    HATCHES,
     INK,
-    LINES,
-    MARKERS,
     MUTED,
     PAPER,
     RC,
     SIZES,
     Layout,
+    colour_of,
+    hatch_of,
     legend,
+    line_of,
     loglog,
+    marker_of,
     pad_x,
     panels,
     same_y,
@@ -164,7 +164,7 @@ def memory(record: Record, layout: Layout) -> Figure:
                 continue
             value = found.value / 1e6
             low, high = (end / 1e6 for end in curves.spread(record, found))
-            style = {"color": ARMS[at % 8], "hatch": HATCHES[at % 8], "edgecolor": PAPER, "linewidth": 0}
+            style = {"color": colour_of(at), "hatch": hatch_of(at), "edgecolor": PAPER, "linewidth": 0}
             axes.barh(y, value, height=thick * 0.88, **style)
             axes.plot([low, high], [y, y], color=INK, linewidth=0.9, solid_capstyle="butt")
             top = max(top, value, high)
@@ -180,7 +180,7 @@ def memory(record: Record, layout: Layout) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.set_xlabel("memory, MB")
     handles = [
-        Patch(facecolor=ARMS[at % 8], hatch=HATCHES[at % 8], edgecolor=PAPER, linewidth=0) for at in range(len(arms))
+        Patch(facecolor=colour_of(at), hatch=hatch_of(at), edgecolor=PAPER, linewidth=0) for at in range(len(arms))
     ]
     legend(figure, arms, layout, handles)
     return figure
@@ -200,7 +200,7 @@ def state(record: Record, layout: Layout) -> Figure:
         rows = [record.row(arm, "decode", "state_bytes_analytic", context) for context in contexts]
         known = [(row.context, row.value * factor) for row in rows if row is not None and row.value]
         if known:
-            axes.plot(*zip(*known, strict=True), color=ARMS[at % 8], linestyle=LINES[at % 8], linewidth=1.4)
+            axes.plot(*zip(*known, strict=True), color=colour_of(at), linestyle=line_of(at), linewidth=1.4)
     axes.set_ylabel(f"cache or state, {unit}")
     loglog(axes, contexts)
     legend(figure, record.arms, layout)
@@ -212,7 +212,7 @@ def sweep(record: Record, layout: Layout) -> Figure:
     bases = curves.sweep_rates(record)
     every: set[float] = set()
     for at, (base, rates) in enumerate(bases.items()):
-        colour = ARMS[at % 8]
+        colour = colour_of(at)
         for seed in record.seeds:
             rows = [
                 (rate, record.row(arm, "quality", "validation_bits_per_byte", seed=seed)) for rate, arm in rates.items()
@@ -242,9 +242,9 @@ def sweep(record: Record, layout: Layout) -> Figure:
             xs,
             ys,
             color=colour,
-            linestyle=LINES[at % 8],
+            linestyle=line_of(at),
             linewidth=1.9,
-            marker=MARKERS[at % 8],
+            marker=marker_of(at),
             markersize=5.5,
         )
         every |= set(rates)
@@ -297,11 +297,11 @@ def _whiskered(
             continue
         low, high = curves.spread(record, row)
         floor = row.value / 4  # an interval that reaches zero has no place on a logarithmic axis
-        axes.plot([context] * 2, [max(low, floor) * factor, high * factor], color=ARMS[at % 8], linewidth=1.2)
+        axes.plot([context] * 2, [max(low, floor) * factor, high * factor], color=colour_of(at), linewidth=1.2)
         xs.append(context)
         ys.append(row.value * factor)
-    style = LINES[at % 8] if line else "none"
+    style = line_of(at) if line else "none"
     axes.plot(
-        xs, ys, color=ARMS[at % 8], linestyle=style, linewidth=1.7, marker=MARKERS[at % 8], markersize=5.2,
+        xs, ys, color=colour_of(at), linestyle=style, linewidth=1.7, marker=marker_of(at), markersize=5.2,
         markeredgecolor=PAPER, markeredgewidth=0.6,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.report import curves
 from experiments.report.bundles import bundle, tokens_axis
-from experiments.report.drawing import ARMS, HATCHES, INK, LINES, MUTED, PAPER, SIZES, Layout, legend, panels
+from experiments.report.drawing import INK, MUTED, PAPER, SIZES, Layout, colour_of, hatch_of, legend, line_of, panels
 from experiments.report.masking import TRUE, costs, guesses, writers
 from experiments.report.numbers import number
 from experiments.report.record import Record, Row
@@ -26,14 +26,14 @@ def decoders(record: Record, layout: Layout) -> Figure:
     left.set_ylim(bottom=0)
     kinds = costs(record)
     for at, (_, arm, row) in enumerate(kinds):
-        index = record.arms.index(arm) % 8
-        colour, hatch = (MUTED, "") if row.mode == TRUE else (ARMS[index], HATCHES[index])
+        index = record.arms.index(arm)
+        colour, hatch = (MUTED, "") if row.mode == TRUE else (colour_of(index), hatch_of(index))
         _bar(right, at, row, 1.0, colour, hatch, layout)
     _bars(right, [title for title, *_ in kinds], layout)
     right.set_title("Worth: its text under the judge")
     right.set_xlabel("nats/token")
-    indices = [record.arms.index(arm) % 8 for arm in writers(record)]
-    handles = [Line2D([], [], color=ARMS[at], linestyle=LINES[at], linewidth=1.8) for at in indices]
+    indices = [record.arms.index(arm) for arm in writers(record)]
+    handles = [Line2D([], [], color=colour_of(at), linestyle=line_of(at), linewidth=1.8) for at in indices]
     legend(figure, writers(record), layout, handles)
     return figure
 
@@ -42,8 +42,8 @@ def blanks(record: Record, layout: Layout) -> Figure:
     shares = guesses(record)
     figure, (axes,) = panels(layout, 1, 0.32 * len(shares) + 0.8, stacked=False)
     for at, (arm, row) in enumerate(shares):
-        index = record.arms.index(arm) % 8
-        _bar(axes, at, row, 100.0, ARMS[index], HATCHES[index], layout)
+        index = record.arms.index(arm)
+        _bar(axes, at, row, 100.0, colour_of(index), hatch_of(index), layout)
     _bars(axes, [arm for arm, _ in shares], layout)
     axes.set_xlabel("hidden tokens guessed, %")
     return figure

@@ -12,14 +12,16 @@ from experiments.report.drawing import (
     ARMS,
     HATCHES,
     INK,
-    LINES,
-    MARKERS,
     PAPER,
     SIZES,
     Layout,
+    colour_of,
+    hatch_of,
     legend,
     legend_columns,
+    line_of,
     loglog,
+    marker_of,
     panels,
     short,
 )
@@ -38,7 +40,7 @@ def waterfall(record: Record, layout: Layout) -> Figure:
         at = record.arms.index(arm)
         found = stages(record, arm)
         for row, (_, value) in enumerate(found):
-            axes.barh(row, value, height=0.7, color=ARMS[at % 8], hatch=HATCHES[at % 8], edgecolor=PAPER, linewidth=0)
+            axes.barh(row, value, height=0.7, color=colour_of(at), hatch=hatch_of(at), edgecolor=PAPER, linewidth=0)
             axes.text(value, row, f" {number(value)}", va="center", ha="left", fontsize=SIZES[layout] - 1.5)
         axes.set_yticks(range(len(found)), [title for title, _ in found])
         axes.set_ylim(lines - 0.5, -0.5)
@@ -55,10 +57,10 @@ def against_context(record: Record, layout: Layout) -> Figure:
     figure, every = panels(layout, len(wanted), 2.9)
     for axes, (phase, batch) in zip(every, wanted, strict=True):
         for at, arm in enumerate(record.arms):
-            colour = ARMS[at % 8]
+            colour = colour_of(at)
             for metric, style in (
-                ("peak_bytes", {"linestyle": "none", "marker": MARKERS[at % 8], "markersize": 5.2}),
-                ("peak_bytes_analytic", {"linestyle": LINES[at % 8], "linewidth": 1.5}),
+                ("peak_bytes", {"linestyle": "none", "marker": marker_of(at), "markersize": 5.2}),
+                ("peak_bytes_analytic", {"linestyle": line_of(at), "linewidth": 1.5}),
             ):
                 rows = [row for row in record.over_seeds(phase, metric, arm, batch=batch) if row.value]
                 points = sorted((row.context or 0, row.known / 1e6) for row in rows)

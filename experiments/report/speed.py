@@ -126,11 +126,13 @@ def inference(record: Record) -> Section:
         intro += f" {RECORDED} does not get from other prompts."
     prefill = _table(record, "Prefill", "prefill", "time_to_first_token_ms", "ms to the first token", flops=True)
     decode = _table(record, "Decode", "decode", "ms_per_token", "ms per token", flops=False)
-    blocks: list[Block] = [table for table in (prefill, decode) if not table.empty]
+    phases = (("prefill", prefill), ("decode", decode))
+    blocks: list[Block] = [table for _, table in phases if not table.empty]
     if not blocks:
         return Section("inference", "Prefill and decode", intro, [Text("Nothing was measured.")])
     caption = f"Tokens per second against context, both axes logarithmic; {BARS}."
-    blocks.insert(0, Figure("speed-inference", _alt(record, "decode", "tokens_per_s"), caption))
+    alt = " ".join(_alt(record, phase, "tokens_per_s") for phase, shown in phases if not shown.empty)
+    blocks.insert(0, Figure("speed-inference", alt, caption))
     caption = f"Milliseconds per decoded token against the tokens before it, both axes logarithmic; {BARS}."
     blocks.insert(1, Figure("speed-decode", _alt(record, "decode", "ms_per_token"), caption))
     return Section("inference", "Prefill and decode", intro, blocks)
@@ -203,6 +205,7 @@ def _spread(row: Row) -> str:
 
 def _alt(record: Record, phase: str, metric: str) -> str:
     told = []
+    batches = {where.get("batch") for where in settings_of(record, phase)}
     for where in settings_of(record, phase):
         for arm in record.arms:
             found = lines(record, phase, metric, arm, **where)
@@ -210,6 +213,8 @@ def _alt(record: Record, phase: str, metric: str) -> str:
                 ends = [
                     f"{number(row.known)} at {count(row.context or 0)}" for row in dict.fromkeys((found[0], found[-1]))
                 ]
-                how = ", ".join(filter(None, (arm, where["mode"], where["dtype"])))
+                batch = where.get("batch")
+                of_batch = f"batch {batch}" if batch is not None and len(batches) > 1 else None
+                how = ", ".join(filter(None, (arm, where["mode"], where["dtype"], of_batch)))
                 told.append(f"{how}: {' and '.join(ends)}")
     return f"{metric.replace('_', ' ')} of {phase} against context. " + "; ".join(told) + "."

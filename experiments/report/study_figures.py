@@ -11,15 +11,16 @@ from experiments.report import curves
 from experiments.report import lineage as lineage_study
 from experiments.report.drawing import (
     ARMS,
-    HATCHES,
     INK,
-    LINES,
-    MARKERS,
     PAPER,
     SIZES,
     Layout,
+    colour_of,
+    hatch_of,
     legend,
+    line_of,
     loglog,
+    marker_of,
     panels,
     short,
     ticks,
@@ -37,8 +38,8 @@ def lineage(record: Record, layout: Layout) -> Figure:
     for row in lineage_study.quality(record):
         at = record.arms.index(row.arm)
         low, high = curves.spread(record, row)
-        quality.plot([low, high], [at, at], color=ARMS[at % 8], linewidth=1.6)
-        quality.plot(row.known, at, color=ARMS[at % 8], marker=MARKERS[at % 8], markersize=7, markeredgewidth=0)
+        quality.plot([low, high], [at, at], color=colour_of(at), linewidth=1.6)
+        quality.plot(row.known, at, color=colour_of(at), marker=marker_of(at), markersize=7, markeredgewidth=0)
     quality.margins(x=0.1)
     quality.set_title("Quality")
     quality.set_xlabel("test bits per byte")
@@ -47,7 +48,7 @@ def lineage(record: Record, layout: Layout) -> Figure:
         for row in kept:
             at = record.arms.index(row.arm)
             value = row.known * factor
-            every[1].plot(value, at, color=ARMS[at % 8], marker=MARKERS[at % 8], markersize=7, markeredgewidth=0)
+            every[1].plot(value, at, color=colour_of(at), marker=marker_of(at), markersize=7, markeredgewidth=0)
             every[1].annotate(number(value), (value, at), xytext=(6, 0), textcoords="offset points", va="center",
                               color=INK, fontsize=SIZES[layout] - 1.5)  # fmt: skip
         every[1].set_xscale("log")
@@ -74,9 +75,9 @@ def sparse(record: Record, layout: Layout) -> Figure:
         most = max([most, *map(abs, curve["difference"])])
         for x, low, high in zip(curve["positions"], curve["ci_low"], curve["ci_high"], strict=True):
             if low is not None and high is not None:
-                every[0].plot([x, x], [low, high], color=ARMS[at % 8], linewidth=0.8, alpha=0.6)
+                every[0].plot([x, x], [low, high], color=colour_of(at), linewidth=0.8, alpha=0.6)
         _line(every[0], curve["positions"], curve["difference"], at)
-        every[0].axvline(min(one["windows"]), color=ARMS[at % 8], linewidth=0.9, linestyle=":")
+        every[0].axvline(min(one["windows"]), color=colour_of(at), linewidth=0.9, linestyle=":")
     every[0].axhline(0, color=INK, linewidth=0.9)
     low, high = every[0].get_ylim()
     every[0].set_ylim(max(low, -CUT * most), min(high, CUT * most))
@@ -112,7 +113,7 @@ def moe(record: Record, layout: Layout) -> Figure:
     for row, one in enumerate(held):
         for at, value in enumerate([one["loaded_bytes"], *(one["touched_bytes"][batch] for batch in batches)]):
             y = row + (at - (len(names) - 1) / 2) * thick
-            style = {"color": ARMS[at % 8], "hatch": HATCHES[at % 8], "edgecolor": PAPER, "linewidth": 0}
+            style = {"color": colour_of(at), "hatch": hatch_of(at), "edgecolor": PAPER, "linewidth": 0}
             every[0].barh(y, value * factor, height=thick * 0.88, **style)
             every[0].annotate(number(value * factor), (value * factor, y), xytext=(3, 0), textcoords="offset points",
                               va="center", fontsize=SIZES[layout] - 1.5)  # fmt: skip
@@ -136,13 +137,13 @@ def moe(record: Record, layout: Layout) -> Figure:
         axes.set_xlabel("layer of experts")
         axes.set_ylabel("load over an even share")
     legend(figure, names, layout, [
-        Patch(facecolor=ARMS[at % 8], hatch=HATCHES[at % 8], edgecolor=PAPER, linewidth=0) for at in range(len(names))
+        Patch(facecolor=colour_of(at), hatch=hatch_of(at), edgecolor=PAPER, linewidth=0) for at in range(len(names))
     ])  # fmt: skip
     return figure
 
 
 def _line(axes: Axes, x: list[float], y: list[float], at: int) -> None:
     axes.plot(
-        x, y, color=ARMS[at % 8], linestyle=LINES[at % 8], linewidth=1.7, marker=MARKERS[at % 8], markersize=4.6,
+        x, y, color=colour_of(at), linestyle=line_of(at), linewidth=1.7, marker=marker_of(at), markersize=4.6,
         markeredgecolor=PAPER, markeredgewidth=0.5,
     )  # fmt: skip

@@ -437,7 +437,7 @@ def _half_life_alt(traced: Sequence[Traced]) -> str:
     for one in traced:
         every = memory(one, every=True)
         if every:
-            middle = [float(layer.said.half_life[:, 1].double().median()) for layer in every]
+            middle = [float(np.median(layer.said.half_life[:, 1].double().numpy())) for layer in every]
             parts.append(
                 f"{clean(one.subject.name)}: median half-life between {_tokens_long(min(middle))} and "
                 f"{_tokens_long(max(middle))} tokens over its blocks"

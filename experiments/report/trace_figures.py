@@ -16,14 +16,15 @@ from experiments.report.drawing import (
     ARMS,
     GRID,
     INK,
-    LINES,
-    MARKERS,
     MUTED,
     PAPER,
     SIZES,
     Layout,
+    colour_of,
     legend,
+    line_of,
     log_y,
+    marker_of,
     panels,
     short,
 )
@@ -97,7 +98,7 @@ def _lens(traced: Sequence[Traced], layout: Layout) -> Figure:
 
 def _line(axes: Axes, x: Sequence[int], y: Sequence[float], at: int) -> None:
     axes.plot(
-        x, y, color=ARMS[at % 8], linestyle=LINES[at % 8], linewidth=1.7, marker=MARKERS[at % 8], markersize=5.2,
+        x, y, color=colour_of(at), linestyle=line_of(at), linewidth=1.7, marker=marker_of(at), markersize=5.2,
         markeredgecolor=PAPER, markeredgewidth=0.6, markevery=max(1, len(x) // 12),
     )  # fmt: skip
 
@@ -234,9 +235,9 @@ def _half_life(traced: Sequence[Traced], layout: Layout) -> Figure:
             lives = layer.said.half_life[:, 1].double().numpy()
             low, quarter, middle, three, high = np.percentile(lives, [5, 25, 50, 75, 95])
             values += [float(low), float(high)]
-            axes.plot([layer.number] * 2, [low, high], color=ARMS[at % 8], linewidth=1.3)
-            axes.plot([layer.number] * 2, [quarter, three], color=ARMS[at % 8], linewidth=5, solid_capstyle="butt")
-            axes.plot(layer.number, middle, MARKERS[at % 8], color=PAPER, markeredgecolor=INK, markersize=5)
+            axes.plot([layer.number] * 2, [low, high], color=colour_of(at), linewidth=1.3)
+            axes.plot([layer.number] * 2, [quarter, three], color=colour_of(at), linewidth=5, solid_capstyle="butt")
+            axes.plot(layer.number, middle, marker_of(at), color=PAPER, markeredgecolor=INK, markersize=5)
         axes.set_title(short(one.subject.name))
         axes.set_ylabel("half-life, tokens")
         axes.set_xlabel("block")
@@ -252,7 +253,7 @@ def _written(one: Traced, at: int, layout: Layout) -> Figure:
     layers = memory(one)
     width = 3.7 if layout == "narrow" else 7.2
     figure = Figure(figsize=(width, len(layers) * 1.75 + 0.3), layout="constrained")
-    colour = ARMS[at % 8]
+    colour = colour_of(at)
     for row, layer in enumerate(layers):
         axes = figure.add_subplot(len(layers), 1, row + 1)
         written, left = (size.double().numpy()[-SHOWN:] for size in (layer.said.written, layer.said.left))

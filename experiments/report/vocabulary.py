@@ -176,7 +176,8 @@ def speed(record: Record) -> Section:
         return Section("speed", "Speed in tokens and in text", intro, [Text("No speed was measured.")])
     caption = (
         "Tokens (left) and bytes of text (right; on a phone each below the other) per second against the entries of "
-        f"the vocabulary, all axes logarithmic; mean over seeds with {WITHIN}, cut off below a quarter of the mean."
+        f"the vocabulary, all axes logarithmic; mean over seeds with {WITHIN}, cut off below a quarter of the mean; "
+        "with one seed, the median of its repeats with the 5th to 95th percentile."
     )
     figure = Figure("vocabulary-speed", "Bytes of text per second. " + "; ".join(told) + ".", caption)
     return Section("speed", "Speed in tokens and in text", intro, [figure, table])

@@ -4,7 +4,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.report import curves
-from experiments.report.drawing import ARMS, LINES, MARKERS, PAPER, Layout, legend, loglog, pad_x, panels, ticks
+from experiments.report.drawing import (
+    PAPER,
+    Layout,
+    colour_of,
+    legend,
+    line_of,
+    loglog,
+    marker_of,
+    pad_x,
+    panels,
+    ticks,
+)
 from experiments.report.record import Record
 from experiments.report.vocabulary import by_arm, lines, sizes
 
@@ -32,6 +43,7 @@ def speed(record: Record, layout: Layout) -> Figure:
     wanted = [(phase, metric) for phase in phases for metric in ("tokens_per_s", "bytes_per_s")]
     figure, every = panels(layout, len(wanted), 2.8)
     for axes, (phase, metric) in zip(every, wanted, strict=True):
+        axes.set_yscale("log")
         _draw(axes, record, phase, metric)
         axes.set_title("Training" if phase == "train" else "Decode")
         axes.set_ylabel("tokens per second" if metric == "tokens_per_s" else "bytes of text per second")
@@ -42,6 +54,7 @@ def speed(record: Record, layout: Layout) -> Figure:
 
 def state(record: Record, layout: Layout) -> Figure:
     figure, (axes,) = panels(layout, 1, 3.0)
+    axes.set_yscale("log")
     _draw(axes, record, "model", "state_bytes_per_byte")
     axes.set_ylabel("bytes per byte of text")
     _loglog(axes, record)
@@ -55,11 +68,12 @@ def _draw(axes: Axes, record: Record, phase: str, metric: str) -> None:
         found = lines(record, arm, phase, metric)
         for size, row in found.items():
             low, high = curves.spread(record, row)
-            # an interval that reaches zero has no place on a logarithmic axis
-            axes.plot([size] * 2, [max(low, row.known / 4), high], color=ARMS[at % 8], linewidth=1.2)
+            if axes.get_yscale() == "log":  # where an interval that reaches zero has no place
+                low = max(low, row.known / 4)
+            axes.plot([size] * 2, [low, high], color=colour_of(at), linewidth=1.2)
         axes.plot(
-            list(found), [row.known for row in found.values()], color=ARMS[at % 8], linestyle=LINES[at % 8],
-            linewidth=1.7, marker=MARKERS[at % 8], markersize=5.2, markeredgecolor=PAPER, markeredgewidth=0.6,
+            list(found), [row.known for row in found.values()], color=colour_of(at), linestyle=line_of(at),
+            linewidth=1.7, marker=marker_of(at), markersize=5.2, markeredgecolor=PAPER, markeredgewidth=0.6,
         )  # fmt: skip
 
 

@@ -350,13 +350,15 @@ def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
         what, where = f"At none of the lengths {every} does {one['arm']} {do} {faster}", ""
     elif one["tokens"] is None:
         where = f" at {listed([f'{at:,}' for at in one['ahead']])} tokens only, of the lengths {every}"
+        spread = ""  # it is of the length from which on one stays ahead
     elif one["tokens"] == 0:
         where = f", at every length {every}"
     elif one["until"]:
         where = f", up to about {one['tokens']:,.0f} tokens"
         spread += f" and not from there to {contexts[-1]:,}" if one["tokens"] < contexts[-1] else ""
     else:
-        where = f", from about {one['tokens']:,.0f} tokens on"
+        before = [f"{at:,}" for at in one["ahead"] if at < one["tokens"]]
+        where = f", from about {one['tokens']:,.0f} tokens on" + (f" and at {listed(before)}" if before else "")
     lost = [f"{arm} at {listed([f'{at:,}' for at in lengths])}" for arm, lengths in one["lost"].items()]
     rests = f" Not counted, for want of a result: {listed(lost)} tokens." if lost else ""
     return f"{what}{where}{spread}.{rests}{_doubts(one)}"

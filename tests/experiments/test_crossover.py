@@ -81,6 +81,12 @@ def test_what_is_faster_at_shorter_lengths_only_is_so_up_to_one():
     assert (between["tokens"], between["until"], between["ahead"]) == (None, False, [128])
     said = _crossing_sentence(TOLD | between, list(ones))
     assert said == f"{FASTER} at 128 tokens only, of the lengths from 64 to 512 tokens."
+    said = _crossing_sentence(TOLD | between | {"ci_low": 70.0, "ci_high": None}, list(ones))  # of another question
+    assert said == f"{FASTER} at 128 tokens only, of the lengths from 64 to 512 tokens."
+    again = crossover(speeds(ones, {64: 12.0, 128: 12.0, 256: 8.0, 512: 12.0}))
+    assert again["ahead"] == [64, 128, 512]
+    said = _crossing_sentence(TOLD | again, list(ones))
+    assert said == f"{FASTER}, from about {again['tokens']:,.0f} tokens on and at 64 and 128."
     twice = crossover(speeds(ones, {64: 12.0, 128: 8.0, 256: 12.0, 512: 8.0}))
     assert (twice["until"], twice["ahead"]) == (False, [64, 256])
     lost = {"a": [256], "b": [32, 512]}

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +94,9 @@ def test_shapes_sizes_and_changes(model):
 def test_inside_the_blocks(model):
     found = trace(model, TEXT)
     assert len(found.blocks) == model.config.layers
+    found_at, x = {}, torch.tensor([TEXT])
+    for stage in stages(model):
+        found_at[stage.name], x = x, stage(x)
     for block, kind in zip(found.blocks, model.config.blocks, strict=True):
         said = block.mixer
         if kind.mixer.kind == "attention":
@@ -102,6 +106,10 @@ def test_inside_the_blocks(model):
         else:
             assert isinstance(said, MemoryTrace)
             assert (said.half_life.diff(dim=1) >= 0).all()
+            x = found_at[block.name]
+            lives = model.blocks[int(block.name.split()[1].rstrip(":")) - 1].explain(x)[0].half_life[0]
+            middle = np.median(lives.transpose(0, 1).flatten(1).numpy(), axis=1)  # of an even number, of both
+            np.testing.assert_allclose(said.half_life[:, 1].numpy(), middle, rtol=1e-6)
             assert said.written.shape == said.left.shape == (len(TEXT),)
             assert float(said.left[-1]) == pytest.approx(float(said.written[-1]), rel=1e-5)
             assert (said.matrix is None) == (kind.mixer.kind == "lstm")

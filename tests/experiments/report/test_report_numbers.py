@@ -157,13 +157,15 @@ def test_smoothing_survives_a_step_that_is_not_finite() -> None:
     np.testing.assert_allclose(shown, [1.0, 1.0, 3.0, 4.0])
 
 
-def test_mean_over_seeds_only_where_all_have_come() -> None:
+def test_a_mean_is_over_the_seeds_that_came_furthest_where_all_of_them_were() -> None:
     long = (np.array([0.0, 10, 20]), np.array([5.0, 4, 3]))
-    short = (np.array([0.0, 10]), np.array([7.0, 6]))
-    found = curves.mean([long, short])
+    sparse = (np.array([0.0, 20]), np.array([7.0, 4]))
+    ended = (np.array([0.0, 10]), np.array([70.0, 60]))
+    found = curves.mean([long, ended, sparse])
     assert found is not None
-    np.testing.assert_array_equal(found[0], [0, 10])
-    np.testing.assert_array_equal(found[1], [6, 5])
+    np.testing.assert_array_equal(found[0], [0, 20])
+    np.testing.assert_array_equal(found[1], [6, 3.5])
+    assert curves.mean([]) is None
 
 
 @given(st.integers(1, 300))

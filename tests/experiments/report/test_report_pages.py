@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from synthetic_run import CONTEXT, HOSTILE, REFUSED, TEST_BYTES, UNLISTED, VARIANTS
 
 from experiments.errors import EnvironmentLacksError, RunFailedError, SpecError
-from experiments.report import FORMATS, Format, content, curves, figures, formats, frame, render, write_report
+from experiments.report import FORMATS, Format, content, curves, drawing, figures, formats, frame, render, write_report
 from experiments.report.document import Cell, Table, Verdict
 from experiments.report.numbers import DASH
 from experiments.report.record import read
@@ -614,7 +614,7 @@ def test_arm_names_that_matplotlib_would_interpret(make_run: Callable[..., Path]
     run = make_run(arms=("_hidden", "a" * 60))
     record = read(run)
     figure = figures.throughput(record, "narrow")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_hidden", "a" * 25 + "…"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_hidden", "a" * 13 + "…" + "a" * 12]
 
 
 # --- figures ----------------------------------------------------------------------------------------
@@ -667,6 +667,45 @@ def test_loss_figure_has_every_seed_and_their_mean(runs: Runs) -> None:
         assert [(x(line)[0], y(line)[0]) for line in arm] == [(0, 7.63)] * 4
         assert x(arm[3])[-1] == pytest.approx(120 * 2.048)
         assert arm[3].get_linewidth() > arm[0].get_linewidth()
+
+
+def test_a_seed_that_ended_early_cuts_no_mean_off(make_run: Callable[..., Path]) -> None:
+    """Nor is its last loss one of those at the end."""
+    whole = read(make_run())
+    curve = whole.curves["mamba"][1]
+    early = replace(curve, validation_tokens=curve.validation_tokens[:1], validation_loss=curve.validation_loss[:1])
+    cut = replace(whole, curves=whole.curves | {"mamba": whole.curves["mamba"] | {1: early}})
+    for record, seeds in ((whole, (0, 1, 2)), (cut, (0, 2))):
+        found = [record.curves["mamba"][seed] for seed in seeds]
+        tokens, loss = curves.mean_validation(record, "mamba")
+        np.testing.assert_allclose(loss, np.mean([one.validation_loss for one in found], axis=0))
+        assert tokens[-1] == found[0].validation_tokens[-1]
+        alt = content._loss_alt(record).split("; mamba")[1]
+        assert f"(mean of {len(seeds)} seeds" in alt
+        assert ("1 seed that ended early left out" in alt) == (record is cut)
+        (cells,) = [cells for cells in lines(content._loss_table(record)) if cells[0].text == "mamba"]
+        ends = [float(one.validation_loss[-1]) for one in found]
+        assert cells[3].text == f"{np.mean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})"
+        assert (cells[5].text, bool(cells[5].marks)) == (str(len(seeds)), record is cut)
+
+
+def test_arms_beyond_the_eighth_differ_from_the_first_ones() -> None:
+    looks = {(drawing.colour_of(at), str(drawing.line_of(at)), drawing.marker_of(at)) for at in range(64)}
+    fills = {(drawing.colour_of(at), drawing.hatch_of(at)) for at in range(64)}
+    assert len(looks) == len(fills) == 64
+
+
+@pytest.mark.parametrize("most", [5, 16, 26])
+def test_names_are_cut_in_the_middle(most: int) -> None:
+    names = ["transformer-dense-active-and-more", "transformer-dense-total-and-others", "a" * most]
+    cut = [drawing.short(name, most) for name in names]
+    assert [len(one) for one in cut] == [most] * 3
+    assert len(set(cut)) == 3
+    assert cut[2] == names[2]
+    for name, one in zip(names[:2], cut[:2], strict=True):
+        start, _, end = one.partition("…")
+        assert name.startswith(start)
+        assert name.endswith(end)
 
 
 @pytest.mark.parametrize("variant", ["eight-arms", "sweep"])

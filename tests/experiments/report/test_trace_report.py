@@ -131,6 +131,9 @@ def test_what_is_remembered(tmp_path):
             line[6].text
             == f"{'abcdef'[share.index(min(share))]} at {share.index(min(share)) + 1}, {min(share):.3f} left"
         )
+    (figure,) = [figure for figure in named(page, "figure") if figure.name == "half-life"]
+    told = sorted((line[2].text for line in lines), key=float)
+    assert f"median half-life between {told[0]} and {told[-1]} tokens" in figure.alt
     (figure,) = [figure for figure in named(page, "figure") if figure.name == "mixing"]
     assert "Hatched: masked" in figure.caption
     matrix = next(t for t in named(page, "table") if "|M|" in t.caption)
