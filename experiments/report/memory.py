@@ -3,7 +3,7 @@
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.numbers import DASH, count, number, percent, plural
 from experiments.report.record import Record, Row
-from experiments.report.tables import ON_CARD, RESIDUAL_LIMIT, room, tells_card
+from experiments.report.tables import NO_RESULT, ON_CARD, RESIDUAL_LIMIT, room, tells_card
 
 UNEXPLAINED = (
     f"beyond {RESIDUAL_LIMIT:.0%}. Not predicted are what the allocator keeps or rounds up, buffers of libraries, what "
@@ -111,10 +111,13 @@ def inference(record: Record) -> Section:
     ])  # fmt: skip
     for arm in record.arms:
         for phase in ("prefill", "decode"):
-            found = record.over_seeds(phase, "peak_bytes", arm)
-            for row in sorted(found, key=lambda one: (one.batch or 0, one.context or 0)):
-                where = {"batch": row.batch, "context": row.context}
-                cells: list[Cell | str] = [arm, phase, str(row.batch), count(row.context or 0)]
+            found = record.over_seeds(phase, "peak_bytes", None if record.incomplete(arm) else arm)
+            for batch, context in sorted({(one.batch or 0, one.context or 0) for one in found}):
+                where = {"batch": batch, "context": context}
+                cells: list[Cell | str] = [arm, phase, str(batch), count(context)]
+                if _one(record, arm, phase, "peak_bytes", where) is None:
+                    table.add(*cells, *[table.cell(DASH, NO_RESULT)] * 3, *["" if phase == "prefill" else DASH] * 3)
+                    continue
                 cells += _beside_formula(table, record, arm, phase, "peak_bytes", **where)
                 if phase == "decode":
                     cells += _beside_formula(table, record, arm, phase, "state_bytes", **where)
@@ -149,14 +152,19 @@ def training(record: Record) -> Section:
     ])  # fmt: skip
     told = []
     for arm in record.arms:
-        for row in record.over_seeds("train", "peak_bytes", arm):
-            where = {"context": row.context}
-            cells: list[Cell | str] = [arm, count(row.context or 0), str(row.batch)]
+        found = record.over_seeds("train", "peak_bytes", None if record.incomplete(arm) else arm)
+        for context, batch in sorted({(one.context or 0, one.batch or 0) for one in found}):
+            where = {"context": context}
+            cells: list[Cell | str] = [arm, count(context), str(batch)]
+            row = _one(record, arm, "train", "peak_bytes", where)
+            if row is None:
+                table.add(*cells, *[table.cell(DASH, NO_RESULT)] * (len(table.columns) - len(cells)))
+                continue
             cells += [_megabytes(table, record, arm, "train", metric, **where) for metric in list(PARTS)[:-1]]
             cells += _beside_formula(table, record, arm, "train", "activation_bytes", **where)
             cells += _beside_formula(table, record, arm, "train", "peak_bytes", **where)
             table.add(*cells)
-            told.append(f"{arm} at {count(row.context or 0)}: {number(row.known / 1e6)}")
+            told.append(f"{arm} at {count(context)}: {number(row.known / 1e6)}")
     if table.empty:
         return Section("training", "Training", intro, [Text("No training step was measured.")])
     caption = "What a training step holds, counted, one bar per arm and context; the line is the measured peak."

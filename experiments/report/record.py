@@ -181,6 +181,11 @@ class Record:
     def measured(self) -> bool:
         return any(row.phase in MEASURED_PHASES for row in self.rows)
 
+    def incomplete(self, arm: str) -> bool:
+        """Whether something of the arm failed, or is missing."""
+        cells = [one["cell"] or "" for one in self.failures] + self.missing
+        return any(cell.partition("/")[0] == arm for cell in cells)
+
     def absence(self, arm: str, phase: str, metric: str, context: int | None = None) -> str:
         """Why there is no number for it: the recorded reason, else the failure or the gap that explains it."""
         row = self.row(arm, phase, metric, context)

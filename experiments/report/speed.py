@@ -5,6 +5,7 @@ from typing import Any
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.numbers import DASH, count, number, percent
 from experiments.report.record import Record, Row
+from experiments.report.tables import NO_RESULT
 
 UNCLEAR = "not resolved: the interval holds 1"
 RECORDED = (
@@ -180,8 +181,18 @@ def _table(record: Record, title: str, phase: str, latency: str, heading: str, f
     kind = "flops" if flops else "bytes"
     share = "flops_utilisation" if flops else "bandwidth_utilisation"
     for where in settings_of(record, phase):
-        for arm in record.arms:
-            for row in lines(record, phase, "tokens_per_s", arm, **where):
+        by_arm = {
+            arm: {(row.context or 0, row.batch or 0): row for row in lines(record, phase, "tokens_per_s", arm, **where)}
+            for arm in record.arms
+        }
+        for arm, found in by_arm.items():
+            for at in sorted({at for every in by_arm.values() for at in every}):
+                row = found.get(at)
+                if row is None:
+                    if record.incomplete(arm):
+                        how = [where["mode"] or DASH, where["dtype"] or DASH, str(at[1]), count(at[0])]
+                        table.add(arm, *how, *[table.cell(DASH, NO_RESULT)] * (len(columns) - 1 - len(how)))
+                    continue
                 at = where | {"context": row.context, "batch": row.batch}
                 one = {
                     name: lines(record, phase, name, arm, **at)[0]

@@ -457,6 +457,9 @@ def comparisons(record: Record) -> Table:
     return table
 
 
+NO_RESULT = "no result: see warnings and failures"
+
+
 def room(record: Record) -> str:
     """What the bytes of a cache after so many tokens hold beside these, as a sentence to follow another."""
     settings = "memory" if record.study == "memory" else "measurement"

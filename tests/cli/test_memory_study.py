@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from conftest import InProcess, with_a_stand_in
 
 from experiments import capacity
 from experiments.report import content
+from experiments.report import memory as memory_report
 from experiments.report.document import Table
 from experiments.report.numbers import DASH, number
 from experiments.report.record import read
@@ -115,6 +117,25 @@ def test_the_report_shows_it(run: Path, result: dict[str, Any], in_process: InPr
     assert code == 0
     assert "Does loading cost more than inference?".upper() in table
     assert "on the card" not in table.lower()
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_what_failed_has_its_line_in_the_tables(run: Path, result: dict[str, Any], failed: bool) -> None:
+    """Where an arm has all its cells, what it lacks it was not asked for."""
+    record = read(run)
+    kept = [row for row in record.rows if row.arm != "mamba" or row.phase not in ("decode", "train")]
+    failures = [{"cell": "mamba/seed0/decode-24-b1", "message": "killed"}] if failed else []
+    lost = replace(record, rows=kept, result=result | {"failures": failures})
+    for section, phases in ((memory_report.inference, 2 * len(CONTEXTS) * 2), (memory_report.training, 1)):
+        for one, whole in ((record, True), (lost, False)):
+            (table,) = [block for block in section(one).blocks if isinstance(block, Table)]
+            lines = [[cell.text for cell in cells] for _, body in table.groups for cells in body]
+            mine = [line for line in lines if line[0] == "mamba"]
+            empty = [line for line in mine if set(line[4:]) <= {DASH, ""}]
+            gone = phases // 2 if phases > 1 else 1
+            assert len(mine) == (phases if whole or failed else phases - gone)
+            assert len(empty) == (0 if whole or not failed else gone)
+            assert any("no result" in note for note in table.notes) == bool(empty)
 
 
 def test_the_report_of_a_gpu_shows_what_the_process_holds(run: Path, result: dict[str, Any], tmp_path: Path) -> None:

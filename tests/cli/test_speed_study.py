@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from conftest import InProcess, with_a_stand_in
 
 from experiments.report import content
-from experiments.report.document import Verdict
+from experiments.report import speed as speed_report
+from experiments.report.document import Table, Verdict
+from experiments.report.numbers import DASH
 from experiments.report.record import read
 from experiments.result import build_result
 from experiments.store import Cell, RunDirectory, write_json
@@ -117,6 +120,22 @@ def test_findings_and_pictures(run: Path, result: dict[str, Any]) -> None:
         assert one["sentence"].split(" (")[0].replace("'", "&#39;") in page
     for name in ("speed-training", "speed-inference", "speed-decode", "speed-operators"):
         assert (run / "figures" / f"{name}.svg").stat().st_size > 2000
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_what_failed_has_its_line_in_the_tables(run: Path, result: dict[str, Any], failed: bool) -> None:
+    record = read(run)
+    longest = max(row.context for row in record.rows if row.phase == "decode")
+    kept = [row for row in record.rows if (row.arm, row.phase, row.context) != ("mamba", "decode", longest)]
+    failures = [{"cell": f"mamba/seed0/decode-{longest}", "message": "killed"}] if failed else []
+    lost = replace(record, rows=kept, result=result | {"failures": failures})
+    for one, empty in ((record, 0), (lost, len(BYTES) if failed else 0)):
+        table = [block for block in speed_report.inference(one).blocks if isinstance(block, Table)][-1]
+        lines = [[cell.text for cell in cells] for _, body in table.groups for cells in body]
+        gone = [line for line in lines if line[5] == DASH]
+        assert len(gone) == empty
+        assert all(line[0] == "mamba" and set(line[5:]) == {DASH} for line in gone)
+        assert {line[2] for line in gone} == (set(BYTES) if empty else set())
 
 
 def test_what_a_stand_in_does_decides_nothing(run: Path, tmp_path: Path) -> None:
