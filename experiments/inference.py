@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from experiments import reading, store
+from experiments.data.tokenizer import literal
 from experiments.errors import SpecError
 from experiments.store import Cell, RunDirectory
 from models import checkpoint, folders
@@ -273,11 +274,12 @@ def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """With nothing that it may keep for a model's inputs, a longest text or a padding: a prompt is read as it is."""
+    """With nothing that it may keep for a model's inputs, a longest text or a padding, and as texts are read in training,
+    where none spells a special token: a prompt is read as it is."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower class
         raise SpecError(f"{file} is no tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
+    return literal(tokenizer)

@@ -40,7 +40,7 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
             f"data.vocabulary = {vocabulary}: the train split supports {learned} entries; "
             f"set data.vocabulary to at most {learned} or use more text"
         )
-    return _literal(tokenizer)
+    return literal(tokenizer)
 
 
 def load(path: Path) -> Tokenizer:
@@ -49,7 +49,7 @@ def load(path: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return _literal(tokenizer)
+    return literal(tokenizer)
 
 
 def given(path: Path) -> Tokenizer:
@@ -88,7 +88,7 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     yield text[start:]
 
 
-def _literal(tokenizer: Tokenizer) -> Tokenizer:
+def literal(tokenizer: Tokenizer) -> Tokenizer:
     """Read "<|endoftext|>" in a text as those 13 characters. The setting is not part of the saved file."""
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from experiments import inference, tracing
 from experiments.data import tokenizer
 from experiments.errors import SpecError
-from experiments.inference import write, writers
+from experiments.inference import read_tokenizer, write, writers
 from models import checkpoint, cost
 from models.errors import ConfigError
 from models.generation import Sampling
@@ -154,6 +154,16 @@ def test_a_tokenizers_own_limits_do_not_cut_or_pad_a_prompt(folders, words, tmp_
     limited.save(str(tmp_path / "limited" / "tokenizer.json"))
     (writer,) = writers(tmp_path / "limited", PROMPT, 2)
     assert writer.ids == tuple(words.encode(PROMPT).ids)
+
+
+def test_a_prompt_spells_no_special_token(tmp_path):
+    """As no text does in training; the file does not say so."""
+    learned, text = tokenizer.train(["def f(x): return x\n"] * 9, 260), f"a{tokenizer.END_OF_TEXT}b"
+    learned.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.END_OF_TEXT_ID in Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+    ids = read_tokenizer(tmp_path / "tokenizer.json").encode(text).ids
+    assert ids == learned.encode(text).ids
+    assert tokenizer.END_OF_TEXT_ID not in ids
 
 
 def test_a_folder_without_a_model(tmp_path):
