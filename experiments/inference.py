@@ -274,8 +274,8 @@ def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """With nothing that it may keep for a model's inputs, a longest text or a padding, and as texts are read in training,
-    where none spells a special token: a prompt is read as it is."""
+    """With nothing that it may keep for a model's inputs, a longest text or a padding, and as texts are read in
+    training, where none spells a special token: a prompt is read as it is."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower class
