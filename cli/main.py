@@ -183,7 +183,7 @@ def finish(start: Callable[[Any], Any], progress: Any, as_json: bool) -> None:
     if as_json:
         print_json(result)
     else:
-        typer.echo(report.render(directory.path, "table"))
+        typer.echo(report.render(directory.path, "table"), nl=False)
         typer.echo(f"\n{directory.path}/report.html", err=True)
     if result["failures"]:
         count = len(result["failures"])
@@ -209,7 +209,7 @@ def report(
     if format not in formats:
         raise SpecError(f"unknown format '{format}': {nearest(format, formats)}")
     directory = store.find(name, out)
-    typer.echo(render(directory.path, format).removesuffix("\n"))  # type: ignore[arg-type]
+    typer.echo(render(directory.path, format), nl=False)  # type: ignore[arg-type]
     if open_:
         typer.launch(str(directory.path / "report.html"))
 
