@@ -142,7 +142,11 @@ def legend_columns(names: Sequence[str], layout: Layout) -> int:
     return max(1, min(len(names), (36 if layout == "narrow" else 84) // (longest + 7)))
 
 
-def legend(figure: Figure, names: Sequence[str], layout: Layout, handles: list | None = None) -> None:
+def legend(
+    figure: Figure, names: Sequence[str], layout: Layout, handles: list | None = None,
+    places: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    """places: which arms these are, where they are not all; handles: of what is no arm's line."""
     if handles is None:
         handles = [
             Line2D(
@@ -154,7 +158,7 @@ def legend(figure: Figure, names: Sequence[str], layout: Layout, handles: list |
                 marker=marker_of(at),
                 markersize=5,
             )
-            for at in range(len(names))
+            for at in (places or range(len(names)))
         ]
     # labels are set afterwards: matplotlib leaves out those that begin with an underscore
     drawn = figure.legend(

@@ -127,7 +127,8 @@ def position(record: Record, layout: Layout) -> Figure:
     axes.set_xlim(0.8, longest * 1.25)
     axes.set_xlabel("position in the context, tokens")
     axes.set_ylabel("loss, nats/token")
-    legend(figure, record.arms, layout)
+    drawn = [at for at, arm in enumerate(record.arms) if curves.positions(record, arm)]  # an encoder has none
+    legend(figure, [record.arms[at] for at in drawn], layout, places=drawn)
     return figure
 
 

@@ -689,6 +689,18 @@ def test_a_seed_that_ended_early_cuts_no_mean_off(make_run: Callable[..., Path])
         assert (cells[5].text, bool(cells[5].marks)) == (str(len(seeds)), record is cut)
 
 
+def test_a_legend_names_what_is_drawn_as_it_is_drawn(runs: Runs) -> None:
+    whole = read(runs("complete"))
+    assert whole.arms == ["transformer", "mamba"]
+    only = replace(whole, evaluations={"mamba": whole.evaluations["mamba"]})
+    for record, arms in ((whole, whole.arms), (only, ["mamba"])):
+        figure = figures.position(record, "wide")
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == arms
+        (axes,) = figure.axes
+        bold = [line.get_color() for line in axes.lines if line.get_linewidth() > 1.5]
+        assert [handle.get_color() for handle in figure.legends[0].get_lines()] == bold
+
+
 def test_arms_beyond_the_eighth_differ_from_the_first_ones() -> None:
     looks = {(drawing.colour_of(at), str(drawing.line_of(at)), drawing.marker_of(at)) for at in range(64)}
     fills = {(drawing.colour_of(at), drawing.hatch_of(at)) for at in range(64)}
