@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.data.tokenizer import end_of_text_id
 from experiments.errors import EnvironmentLacksError, SpecError
-from experiments.inference import read_tokenizer, trained
+from experiments.inference import check_trains, read_tokenizer, trained
 from experiments.store import RunDirectory
 from models import checkpoint, hf
 from models.errors import nearest
@@ -36,6 +36,7 @@ def export(
         raise SpecError(f"unknown format '{form}': {nearest(form, FORMATS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpecError(f"'{folder}' exists and is not an empty folder; name a new one")
+    check_trains(directory)
     experiment = directory.experiment()
     if arm is None:
         arm, *others = experiment.cells()

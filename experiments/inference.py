@@ -122,6 +122,13 @@ def trained(directory: RunDirectory, arms: Sequence[str] = (), seed: int | None 
     return {arm: places[arm] for arm in arms or known}
 
 
+def check_trains(directory: RunDirectory) -> None:
+    """Raises SpecError where the models of a run are initialised and no more."""
+    study = directory.experiment()
+    if not study.trains:
+        raise SpecError(f"the {study.study} study trains no model: those of {directory.path.name} are random")
+
+
 def writers(
     source: RunDirectory | Path, prompt: str, tokens: int, *, arms: Sequence[str] = (), trained_seed: int | None = None
 ) -> list[Writer]:
@@ -135,6 +142,7 @@ def writers(
             raise SpecError(f"{source} holds one model: there is no arm and no trained seed to choose")
         chosen = {source.resolve().name: (source, folders.tokenizer_file(source))}
     else:
+        check_trains(source)
         places = trained(source, arms, trained_seed)
         chosen = {arm: (folder, source.tokenizer_file(arm)) for arm, folder in places.items()}
         objectives = {arm: one.objective for arm, one in source.experiment().cells().items()}

@@ -24,7 +24,8 @@ BYTES = 256
 @dataclass(frozen=True)
 class Subject:
     """A model to take apart. origin: where its weights come from, in words. folder: of its weights; None, `config` is a
-    preset's, is initialised by `seed`, and reads bytes. fills_in: trained to fill in hidden tokens, not to continue."""
+    preset's, is initialised by `seed`, and reads bytes. trains: whether the run that it is of trains its models.
+    objective: what it was trained to."""
 
     name: str
     origin: str
@@ -32,11 +33,12 @@ class Subject:
     tokenizer: Tokenizer
     folder: Path | None
     seed: int = 0
-    fills_in: bool = False
+    trains: bool = True
+    objective: str = "causal"
 
     @property
     def untrained(self) -> bool:
-        return self.folder is None
+        return self.folder is None or not self.trains
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def subjects(
     found = _meant(name, out, arms, trained_seed, settings, 0 if seed is None else seed)
     if against is not None:
         found += _meant(against, out, (), None, (), 0 if seed is None else seed)
-    if seed is not None and not any(one.untrained for one in found):
+    if seed is not None and not any(one.folder is None for one in found):
         raise SpecError("--seed initialises the weights of a preset; no preset is here")
     named: list[Subject] = []
     for one in found:
@@ -155,7 +157,7 @@ def _meant(
         Subject(
             arm, f"arm {arm}, seed {shown} of the run {source.path.name}", folders.read_config(folder),
             inference.read_tokenizer(source.tokenizer_file(arm)), folder,
-            fills_in=experiment.cells()[arm].objective == "masked",
+            trains=experiment.trains, objective=experiment.cells()[arm].objective,
         )
         for arm, folder in inference.trained(source, arms, trained_seed).items()
     ]  # fmt: skip

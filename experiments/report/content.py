@@ -479,7 +479,8 @@ def sweep(record: Record) -> Section:
 def samples(record: Record) -> Section:
     intro = (
         "Text that the trained models wrote, unedited; control characters are shown as visible signs. A "
-        "small model trained briefly writes fragments. Samples illustrate, they prove nothing."
+        "small model trained briefly writes fragments. Samples illustrate, they prove nothing. For a seed all "
+        "arms draw with the same random numbers, so models that know little yet write alike."
     )
     blocks: list[Block] = []
     for arm in _sampled(record):

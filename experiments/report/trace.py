@@ -129,14 +129,29 @@ def _notices(traced: Sequence[Traced]) -> list[Notice]:
         notices.append(Notice("warning", f"Untrained: {_names(raw)}", (
             "The weights are random numbers. What such a model predicts, attends to and remembers says nothing about "
             "language; shapes, bytes and how the parts follow each other are those of a trained one.",
-            "It has no tokenizer and reads the bytes of the prompt (UTF-8), one token each.",
+            *([f"{_names(bytewise)} has no tokenizer and reads the bytes of the prompt (UTF-8), one token each."]
+              if (bytewise := [one for one in raw if one.subject.folder is None]) else []),
         )))  # fmt: skip
-    hidden = [one for one in traced if one.subject.fills_in]
+    seen = [one for one in traced if one.subject.objective == "unmasked"]
+    if seen:
+        notices.append(Notice("note", f"Trained to read off the next token: {_names(seen)}", (
+            "It saw the token that it was to predict. After the last token of the prompt there is none to see: its "
+            "scores there say nothing beside those of a model that predicts.",
+        )))  # fmt: skip
+    hidden = [one for one in traced if one.subject.objective == "masked"]
     if hidden:
         notices.append(Notice("note", f"Trained to fill in hidden tokens: {_names(hidden)}", (
             "The scores after the last token are for what stands at its own place, not for the token after it.",
         )))  # fmt: skip
     return notices
+
+
+def _doubt(one: Traced) -> str:
+    """Why what a model chooses is no prediction of the next token, or nothing."""
+    if one.subject.untrained:
+        return "untrained: the weights are random"
+    trained_to = {"unmasked": "trained to read off the next token", "masked": "trained to fill in hidden tokens"}
+    return trained_to.get(one.subject.objective, "")
 
 
 def _tokens(traced: Sequence[Traced]) -> Section:
@@ -210,11 +225,12 @@ def _next(traced: Sequence[Traced]) -> Section:
         best = one.trace.candidates[0]
         added = f"decoded: {_quoted(one.text)}" if one.text else "it has no text"
         added = "it is no whole character" if one.text == reading.UNFINISHED else added
+        doubt = _doubt(one)
         blocks.append(Verdict(
-            "open" if one.subject.untrained else "resolved",
+            "open" if doubt else "resolved",
             f"{clean(one.subject.name)} chooses token {best.id}, {one.name(best.id)}; {added}.",
             f"probability {_share(best.probability)}",
-            "untrained: the weights are random" if one.subject.untrained else "",
+            doubt,
         ))  # fmt: skip
     columns = [Column("Rank", key=True)]
     for one in traced:

@@ -94,12 +94,28 @@ def verdict(record: Record) -> Section:
             blocks.append(Text(f"{plural(rest, 'further comparison')}: see the table of paired comparisons."))
         if record.verdicts and not any(record.has("quality", metric) for metric in TESTED):
             blocks.append(Text("Quality on the test text was not evaluated: nothing says which arm predicts better."))
+        if beaten := by_frequencies(record):
+            blocks.append(Text(beaten))
         if not record.verdicts:
             alone = len(record.arms) < 2
             said = "This run has one arm, so it compares nothing." if alone else "This run recorded no comparison."
             blocks.append(Text(said))
     blocks.append(Text(limits(record)))
     return Section("verdict", "Verdict", intro, blocks)
+
+
+def by_frequencies(record: Record) -> str | None:
+    """Which arms have learned no more than how frequent tokens are, if any."""
+    known = (record.result["baselines"] or {}).get("unigram_bits_per_byte")
+    rows = {arm: record.row(arm, "quality", "test_bits_per_byte") for arm in record.arms}
+    arms = [arm for arm, row in rows.items() if known and row and row.value is not None and row.value >= known]
+    if not arms:
+        return None
+    return (
+        f"{listed(arms)} {'predicts' if len(arms) == 1 else 'predict'} the test text no better than the frequencies of "
+        f"its tokens in the training text, {number(known, 3)} bits per byte: which of the arms learns more once they "
+        "have learned something, this run cannot say."
+    )
 
 
 def headlines(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:

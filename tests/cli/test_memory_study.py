@@ -119,6 +119,22 @@ def test_the_report_shows_it(run: Path, result: dict[str, Any], in_process: InPr
     assert "on the card" not in table.lower()
 
 
+def test_models_that_were_only_initialised_are_not_taken_for_trained_ones(
+    run: Path, in_process: InProcess, tmp_path: Path
+) -> None:
+    for command in (("generate", run, "a"), ("export", run, tmp_path / "hf", "--arm", "mamba")):
+        code, stdout, stderr = in_process(*command)
+        assert (code, stdout) == (2, "")
+        assert stderr == f"lab: the memory study trains no model: those of {run.name} are random\n"
+    assert not (tmp_path / "hf").exists()
+    code, stdout, _ = in_process("trace", run, "a")
+    assert code == 0
+    assert "Untrained: transformer, mamba" in stdout
+    assert "reads the bytes" not in stdout  # it has the run's tokenizer
+    code, stdout, _ = in_process("trace", run, "a", "--json")
+    assert [one["untrained"] for one in json.loads(stdout)["models"]] == [True, True]
+
+
 @pytest.mark.parametrize("failed", [True, False])
 def test_what_failed_has_its_line_in_the_tables(run: Path, result: dict[str, Any], failed: bool) -> None:
     """Where an arm has all its cells, what it lacks it was not asked for."""

@@ -153,3 +153,15 @@ def test_a_run_that_evaluated_no_test_text_says_so(make_run: Callable[..., Path]
     rows = [row for row in made.rows if evaluated or row.metric != "test_bits_per_byte"]
     texts = [block.text for block in verdict(replace(made, rows=rows)).blocks if isinstance(block, Text)]
     assert any("Quality on the test text was not evaluated" in text for text in texts) != evaluated
+
+
+@pytest.mark.parametrize(("known", "said"), [
+    (1.0, "transformer and mamba predict"), (2.0095, "transformer predicts"), (3.412, ""), (None, ""),
+])  # fmt: skip
+def test_arms_that_learned_no_more_than_frequencies_are_named(record: Record, known: float | None, said: str) -> None:
+    values = [record.row(arm, "quality", "test_bits_per_byte").known for arm in ("mamba", "transformer")]
+    assert 1.0 < values[0] < 2.0095 < values[1] < 3.412
+    made = replace(record, result=record.result | {"baselines": {"unigram_bits_per_byte": known}})
+    found = [block.text for block in verdict(made).blocks if isinstance(block, Text) and "no better than" in block.text]
+    assert len(found) == bool(said)
+    assert all(text.startswith(f"{said} the test text no better than the frequencies") for text in found)

@@ -177,8 +177,14 @@ def test_a_model_that_fills_in_is_not_said_to_continue(tmp_path):
     (figure,) = [figure for figure in named(trace.document("ab", [one]), "figure") if figure.name == "mixing"]
     assert "Nothing is masked" in figure.caption
     assert "fill in hidden tokens" not in render_trace("ab", [one], "table")
-    trained = replace(one, subject=replace(one.subject, fills_in=True))
-    assert "Trained to fill in hidden tokens: transformer-tiny" in render_trace("ab", [trained], "table")
+    for objective, said in (("masked", "fill in hidden tokens"), ("unmasked", "read off the next token")):
+        trained = replace(one, subject=replace(one.subject, objective=objective, folder=tmp_path))
+        text = render_trace("ab", [trained], "table")
+        assert f"Trained to {said}: transformer-tiny" in text
+        (verdict,) = [
+            block for block in named(trace.document("ab", [trained]), "verdict") if "chooses" in block.sentence
+        ]
+        assert (verdict.tone, verdict.numbers) == ("open", f"trained to {said}")
 
 
 def test_few_are_chosen_evenly():
