@@ -106,9 +106,11 @@ def verdict(record: Record) -> Section:
 
 def by_frequencies(record: Record) -> str | None:
     """Which arms have learned no more than how frequent tokens are, if any."""
-    known = (record.result["baselines"] or {}).get("unigram_bits_per_byte")
+    known: float | None = (record.result["baselines"] or {}).get("unigram_bits_per_byte")
+    if known is None:
+        return None
     rows = {arm: record.row(arm, "quality", "test_bits_per_byte") for arm in record.arms}
-    arms = [arm for arm, row in rows.items() if known and row and row.value is not None and row.value >= known]
+    arms = [arm for arm, row in rows.items() if row and row.value is not None and row.value >= known]
     if not arms:
         return None
     return (
