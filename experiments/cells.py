@@ -229,13 +229,11 @@ def train_cell(
     first = first_model(arm, config, seed, device)
     tokens = _gradient_tokens(dataset_folder, config, device)
     passed += _gradient_gates(first, tokens, settings.precision)
-    initial = {"expected_loss": math.log(config.vocabulary), "test_bits_per_byte": None, "loss": None}
-    if "test" in evaluation.splits:
-        before = quality(first, "test")
-        if isinstance(before, Quality):
-            initial |= {"test_bits_per_byte": before.bits_per_byte, "loss": before.nats_per_token}
-        else:
-            initial["loss"] = before.masked_token_loss
+    initial = {"expected_loss": math.log(config.vocabulary), "test_bits_per_byte": None}
+    if "test" in evaluation.splits and arm.objective != "masked":
+        initial["test_bits_per_byte"] = evaluate(
+            first, dataset.splits["test"], batch=evaluation.batch, **length
+        ).bits_per_byte
     checkpoint.save(model, folder / "checkpoint")
     if measured_folder(experiment, folder) != folder / "checkpoint":
         checkpoint.save(model.cast(DTYPES[experiment.measurement.dtype]), measured_folder(experiment, folder))

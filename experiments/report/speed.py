@@ -186,11 +186,11 @@ def _table(record: Record, title: str, phase: str, latency: str, heading: str, f
             for arm in record.arms
         }
         for arm, found in by_arm.items():
-            for at in sorted({at for every in by_arm.values() for at in every}):
-                row = found.get(at)
+            for context, batch in sorted({place for every in by_arm.values() for place in every}):
+                row = found.get((context, batch))
                 if row is None:
                     if record.incomplete(arm):
-                        how = [where["mode"] or DASH, where["dtype"] or DASH, str(at[1]), count(at[0])]
+                        how = [where["mode"] or DASH, where["dtype"] or DASH, str(batch), count(context)]
                         table.add(arm, *how, *[table.cell(DASH, NO_RESULT)] * (len(columns) - 1 - len(how)))
                     continue
                 at = where | {"context": row.context, "batch": row.batch}

@@ -32,7 +32,7 @@ def train_result(arm: str, seed: int) -> dict[str, Any]:
         "loss_at_position": [1.0 + i for i in range(6)],
     }  # fmt: skip
     return {
-        "arm": arm, "seed": seed, "initial": {"test_bits_per_byte": 5.0, "loss": 6.0, "expected_loss": 6.2},
+        "arm": arm, "seed": seed, "initial": {"test_bits_per_byte": 5.0, "expected_loss": 6.2},
         "splits": {"validation": quality, "test": quality}, "samples": [],
         "gates": [{"name": "causality", "value": 0.0, "limit": 0.0, "passed": True}],
         "backend": {"name": "numba", "asked": "auto", "fallback": None}, "data_sha256": f"hash{seed}",

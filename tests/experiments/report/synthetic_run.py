@@ -208,7 +208,6 @@ class Builder:
         text = HOSTILE if self.options.hostile else "def load(path):\n    with open(path) as file:\n        return"
         evaluation = {
             "initial": {
-                "loss": 7.631,
                 "expected_loss": float(np.log(VOCABULARY)),
                 "test_bits_per_byte": 3.94,
             },
