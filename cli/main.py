@@ -16,12 +16,36 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 OK, FAILED, USAGE, LACKING, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 5, 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer hold
+
+
+class OneLineUsage(TyperGroup):
+    """What the parser refuses, in its words, but on one line like every other mistake."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        return self._in_one_line(super().make_context, *args, **kwargs)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        return self._in_one_line(super().invoke, *args, **kwargs)
+
+    @staticmethod
+    def _in_one_line(parse: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return parse(*args, **kwargs)
+        except UsageError as error:
+            if type(error).show is not UsageError.show:  # no argument at all: it shows the help
+                raise
+            help_at = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+            fail(error.format_message().rstrip(".") + help_at, USAGE)
+
 
 app = typer.Typer(
     name="lab",
+    cls=OneLineUsage,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,7 +70,13 @@ def options(
     """The comparison lab for sequence models: transformers and state-space models, measured alike."""
 
 
-Out = Annotated[Path, typer.Option("--out", help="The folder of run directories.")]
+def named_folder(text: str | Path) -> Path:
+    if not str(text):  # which Path would read as the current folder, and a script writes for an unset variable
+        raise typer.BadParameter("the name of a folder is missing")
+    return Path(text)
+
+
+Out = Annotated[Path, typer.Option("--out", help="The folder of run directories.", parser=named_folder, metavar="PATH")]
 RunName = Annotated[
     str | None,
     typer.Argument(help="A run directory or the name of one in --out; 'latest', or nothing, for the latest."),

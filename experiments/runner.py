@@ -108,7 +108,10 @@ def _check_mode(mode: str, dtypes: Sequence[str], experiment: Experiment) -> Non
         refused = f"mode '{mode}' is refused for every arm on a CPU: {reason}"
         if torch.cuda.is_available():
             raise ConfigError(refused)
-        raise EnvironmentLacksError(f"{refused}, and torch sees no GPU here; a CPU has mode eager and --profile cpu")
+        if experiment.profile == "cuda":
+            raise EnvironmentLacksError(f"profile 'cuda' is for a GPU, and torch sees none here (its {refused}); "
+                                        "use --profile cpu")  # fmt: skip
+        raise EnvironmentLacksError(f"{refused}, and torch sees no GPU here; a CPU has mode eager")
     if mode != "eager" and not has_triton():
         raise ConfigError(f"mode '{mode}' is refused for every arm: it needs Triton (pip install triton)")
     for name, config in cells.model_configs(experiment).items() if mode != "eager" else ():

@@ -32,7 +32,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature must be 0 (greedy) or above, got {self.temperature!r}")
+            raise ConfigError(f"temperature must be 0 (greedy) or a finite number above, got {self.temperature!r}")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k must be at least 1, got {self.top_k!r}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

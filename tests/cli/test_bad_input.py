@@ -79,6 +79,35 @@ def test_misspelt(in_process: InProcess, tmp_path: Path, arguments: list[str], s
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said", "ending"),
+    [
+        (["rum"], "lab: No such command 'rum'", "(see lab --help)\n"),
+        (["kernels", "chek"], "lab: No such command 'chek'", "(see lab kernels --help)\n"),
+        (["--nothing"], "lab: No such option: --nothing", "(see lab --help)\n"),
+        (["run"], "lab: Missing argument", "(see lab run --help)\n"),
+        (["run", "compare", "again"], "lab: Got unexpected extra argument", "(see lab run --help)\n"),
+        (["run", "compare", "--set"], "lab: Option '--set' requires an argument", "\n"),
+        (["run", "compare", "--out", ""], "lab: Invalid value for '--out': the name of a folder is missing", "\n"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line(
+    in_process: InProcess, arguments: list[str], said: str, ending: str
+) -> None:
+    code, stdout, stderr = in_process(*arguments)
+    assert (code, stdout) == (USAGE, "")
+    assert one_line(stderr).startswith(said)
+    assert stderr.endswith(ending)
+
+
+@pytest.mark.parametrize("arguments", [[], ["kernels"]])
+def test_no_argument_asks_for_help(in_process: InProcess, arguments: list[str]) -> None:
+    code, stdout, stderr = in_process(*arguments)
+    assert code == USAGE
+    assert (stdout + stderr).startswith("Usage: lab")
+    assert "Commands:" in stdout + stderr
+
+
 @pytest.mark.parametrize("command", ["runs", "report", "resume"])
 def test_runs_are_looked_for_in_a_folder(in_process: InProcess, tmp_path: Path, command: str) -> None:
     file = tmp_path / "file"
@@ -174,14 +203,20 @@ def test_cuda_without_cuda(in_process: InProcess, tmp_path: Path, monkeypatch: p
     assert "torch sees no CUDA GPU; use --device cpu" in one_line(stderr)
 
 
-@pytest.mark.parametrize("arguments", [["--set", "measurement.decode_mode=graph"], ["--profile", "cuda"]])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "measurement.decode_mode=graph"], "CUDA graphs need a GPU, and torch sees no GPU here"),
+        (["--profile", "cuda"], "lab: profile 'cuda' is for a GPU, and torch sees none here"),
+    ],
+)
 def test_cuda_graphs_without_cuda(
-    in_process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+    in_process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, stderr = in_process("run", "compare", *arguments, "--out", tmp_path / "runs")
     assert code == LACKING
-    assert "CUDA graphs need a GPU, and torch sees no GPU here" in one_line(stderr) == stderr.strip()
+    assert said in one_line(stderr) == stderr.strip()
 
 
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])
@@ -299,7 +334,8 @@ def test_an_arm_that_diverges_stops_alone(diverged: tuple[Path, tuple[int, str, 
     ("arguments", "said"),
     [
         (["latest", ""], "the prompt is empty"),
-        (["latest", "the", "--temperature", "-1"], "temperature must be 0 (greedy) or above, got -1.0"),
+        (["latest", "the", "--temperature", "-1"], "temperature must be 0 (greedy) or a finite number above, got -1.0"),
+        (["latest", "the", "--temperature", "inf"], "temperature must be 0 (greedy) or a finite number above, got inf"),
         (["latest", "the", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
         (["latest", "the", "--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["latest", "the", "--top-k", "0"], "top_k must be at least 1, got 0"),
