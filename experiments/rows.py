@@ -16,7 +16,6 @@ SEES = "the model saw the token that it was to predict"
 OTHER_LOSS = {"unmasked": SEES, "masked": "the loss of hidden tokens, guessed from both sides"}
 READ_IN_PAGES = {"resident_bytes", "peak_bytes"}  # on a CPU; a GPU's allocator counts to the byte
 
-
 _RANGE = {("quality", "share"): (0.0, 1.0), ("quality", "perplexity"): (1.0, None)}
 
 
@@ -38,13 +37,30 @@ def row(cell: Cell, phase: str, metric: str, value: float | None, unit: str, dir
     } | rest  # fmt: skip
 
 
+def bytes_row(cell: Cell, phase: str, metric: str, value: float | None, **rest: Any) -> dict:
+    """Of memory, of which less is better; of a prediction neither is."""
+    direction = "none" if metric.endswith("analytic") else "lower"
+    return row(cell, phase, metric, value, "bytes", direction, **rest)
+
+
+def load_rows(cell: Cell, result: dict[str, Any], **rest: Any) -> Iterator[dict]:
+    """Of what `measure_load` (experiments/measurement/phases.py) gives."""
+    metrics = ("file_bytes", "host_peak_bytes", "device_peak_bytes", "resident_bytes", "resident_bytes_analytic")
+    for metric in metrics:
+        reason = "no GPU in this run" if result[metric] is None else None
+        yield bytes_row(cell, "load", metric, result[metric], reason=reason, **rest)
+    yield from on_card(cell, "load", result, **rest)
+    times = percentiles(result["samples"]["ms"])
+    yield row(cell, "load", "load_ms", unit="ms", direction="lower", **times, **rest)
+
+
 def on_card(cell: Cell, phase: str, result: dict[str, Any], **rest: Any) -> Iterator[dict]:
     """What was held on the GPU beside tensors, see `PeakMemory.on_card`; no rows on a CPU."""
     if "process_bytes" in result:
-        yield row(cell, phase, "reserved_peak_bytes", result["reserved_peak_bytes"], "bytes", "lower", **rest)
+        yield bytes_row(cell, phase, "reserved_peak_bytes", result["reserved_peak_bytes"], **rest)
         process = result["process_bytes"]
         reason = result["process_method"] if process is None else None
-        yield row(cell, phase, "process_bytes", process, "bytes", "lower", reason=reason, **rest)
+        yield bytes_row(cell, phase, "process_bytes", process, reason=reason, **rest)
 
 
 def turn_ms(result: dict[str, Any]) -> np.ndarray:
@@ -62,3 +78,8 @@ def rate(times_ms: dict[str, Any], tokens: int) -> dict[str, Any]:
     """Tokens per second from milliseconds: the elapsed time, and its percentiles change places."""
     value, p95, p5 = (1e3 * tokens / times_ms[key] for key in ("value", "p5", "p95"))
     return {"value": value, "p5": p5, "p95": p95, "n": times_ms["n"]}
+
+
+def per_step(times_ms: dict[str, Any], steps: float) -> dict[str, Any]:
+    """Milliseconds of one step, from those of samples of `steps` steps each."""
+    return {key: value if key == "n" else value / steps for key, value in times_ms.items()}

@@ -9,7 +9,19 @@ from typing import Any, NamedTuple
 from experiments import cells
 from experiments.objectives import SELECTED
 from experiments.report.numbers import SLIGHT, apart, left_out, multiple, number, plural, signed
-from experiments.rows import PAGE, READ_IN_PAGES, SEES, on_card, percentiles, rate, row, turn_ms
+from experiments.rows import (
+    PAGE,
+    READ_IN_PAGES,
+    SEES,
+    bytes_row,
+    load_rows,
+    on_card,
+    per_step,
+    percentiles,
+    rate,
+    row,
+    turn_ms,
+)
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
 from experiments.store import Cell, RunDirectory
@@ -74,7 +86,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
         yield from _quality_rows(cell, result, experiment.cells()[cell.arm].objective)
         yield from _training_rows(cell, result, experiment, run)
     elif cell.kind == "load":
-        yield from _load_rows(cell, result, experiment)
+        yield from load_rows(cell, result, batch=None, mode="eager", dtype=experiment.measurement.dtype)
     else:
         yield from _phase_rows(cell, result, experiment)
 
@@ -99,15 +111,8 @@ def _quality_rows(cell: Cell, result: dict[str, Any], objective: str) -> Iterato
         yield row(cell, "quality", "initial_test_bits_per_byte", initial, "bits/byte", "none", **common)
     for split, quality in result["splits"].items():
         common["n"] = quality["tokens"]
-        yield row(
-            cell,
-            "quality",
-            f"{split}_bits_per_byte",
-            quality["bits_per_byte"],
-            "bits/byte",
-            "lower",
-            **common,
-        )
+        bits = quality["bits_per_byte"]
+        yield row(cell, "quality", f"{split}_bits_per_byte", bits, "bits/byte", "lower", **common)
         if split == "test":
             perplexity = quality["token_perplexity"]
             reason = {"reason": common.get("reason") or "too large for a number"} if perplexity is None else {}
@@ -138,7 +143,7 @@ def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, r
         cell, "train", "tokens_per_s", unit="tokens/s", direction="higher",
         **rate(times, train["tokens_per_step"]), **common,
     )  # fmt: skip
-    yield row(cell, "train", "peak_bytes", train["peak_bytes"], "bytes", "lower", **common)
+    yield bytes_row(cell, "train", "peak_bytes", train["peak_bytes"], **common)
     yield from on_card(cell, "train", train, **common)
     predicted = SELECTED if experiment.cells()[cell.arm].objective == "masked" else 1.0
     flops = cost.training_flops_per_token(cells.kept_config(run.folder(cell)), settings.context, predicted)
@@ -149,30 +154,6 @@ def _training_rows(cell: Cell, result: dict[str, Any], experiment: Experiment, r
         yield row(cell, "train", "busiest_expert_load", busiest, "x", "lower", **common)
 
 
-def _load_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> Iterator[dict]:
-    common = {"batch": None, "mode": "eager", "dtype": experiment.measurement.dtype}
-    for metric in (
-        "file_bytes",
-        "host_peak_bytes",
-        "device_peak_bytes",
-        "resident_bytes",
-        "resident_bytes_analytic",
-    ):
-        reason = "no GPU in this run" if result[metric] is None else None
-        direction = "none" if metric.endswith("analytic") else "lower"
-        yield row(cell, "load", metric, result[metric], "bytes", direction, reason=reason, **common)
-    yield from on_card(cell, "load", result, **common)
-    yield row(
-        cell,
-        "load",
-        "load_ms",
-        unit="ms",
-        direction="lower",
-        **percentiles(result["samples"]["ms"]),
-        **common,
-    )
-
-
 def _phase_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> Iterator[dict]:
     common = {
         "batch": result["batch"], "mode": result.get("mode", "eager"), "dtype": experiment.measurement.dtype,
@@ -180,32 +161,23 @@ def _phase_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> I
     }  # fmt: skip
     times = percentiles(turn_ms(result).tolist())
     if cell.kind == "prefill":
-        per_sample, latency = result["batch"] * result["context"], "time_to_first_token_ms"
+        tokens, steps, latency = result["context"], 1, "time_to_first_token_ms"
     else:
-        per_sample, latency = result["batch"] * result["tokens_per_sample"], "ms_per_token"
-    yield row(
-        cell,
-        cell.kind,
-        "tokens_per_s",
-        unit="tokens/s",
-        direction="higher",
-        **rate(times, per_sample),
-        **common,
-    )
-    steps = result.get("tokens_per_sample", 1)
-    latencies = {key: value / steps if key != "n" else value for key, value in times.items()}
-    yield row(cell, cell.kind, latency, unit="ms", direction="lower", **latencies, **common)
+        tokens = steps = result["tokens_per_sample"]
+        latency = "ms_per_token"
+    speed = rate(times, result["batch"] * tokens)
+    yield row(cell, cell.kind, "tokens_per_s", unit="tokens/s", direction="higher", **speed, **common)
+    yield row(cell, cell.kind, latency, unit="ms", direction="lower", **per_step(times, steps), **common)
     metrics = ["peak_bytes", "working_bytes"]
     if cell.kind == "decode":
         metrics += ["state_bytes", "state_bytes_analytic"]
     for metric in metrics:
-        direction = "none" if metric.endswith("analytic") else "lower"
         reason = UNCOUNTED if result[metric] is None else None
-        yield row(cell, cell.kind, metric, result[metric], "bytes", direction, reason=reason, **common)
+        yield bytes_row(cell, cell.kind, metric, result[metric], reason=reason, **common)
     yield from on_card(cell, cell.kind, result, **common)
 
 
-# what the verdict speaks about: phase, metric, kind, noun for a sentence, which context
+# what the verdict speaks about: phase, metric, kind, and at which context where there are several
 _QUESTIONS = (
     ("quality", "test_bits_per_byte", "difference", None),
     ("quality", "test_masked_token_loss", "difference", None),

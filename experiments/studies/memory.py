@@ -7,7 +7,7 @@ from typing import Any
 from experiments import cells
 from experiments.measurement.loading import WAYS
 from experiments.report.numbers import size as shown
-from experiments.rows import on_card, percentiles, row
+from experiments.rows import bytes_row, load_rows, on_card
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory
 from experiments.studies.comparison import comparability
@@ -63,15 +63,14 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
         return
     config = cells.kept_config(run.folder(cell))
     if cell.kind == "load":
-        yield from _load_rows(cell, result, experiment)
+        yield from load_rows(cell, result, dtype=experiment.memory.dtype)
         return
     common = {"backend": result["backend"], "dtype": experiment.memory.dtype}
     phase = "train" if cell.kind == "step" else cell.kind
     found = _step(config, cell, result) if cell.kind == "step" else _inference(config, cell, result, experiment)
     for metric, value in found.items():
-        direction = "none" if metric.endswith("analytic") else "lower"
         reason = result.get("unpredicted", "no prediction was made beside the measurement") if value is None else None
-        yield row(cell, phase, metric, value, "bytes", direction, reason=reason, **common)
+        yield bytes_row(cell, phase, metric, value, reason=reason, **common)
     yield from on_card(cell, phase, result, **common)
 
 
@@ -158,18 +157,6 @@ def _against(exceeding: Sequence[int], measured: list[int]) -> str:
     if below[-1] < exceeding[0]:
         return f"more than inference up to {below[-1]:,} tokens and less from {exceeding[0]:,} on"
     return f"less than inference at {', '.join(f'{at:,}' for at in exceeding)} tokens and more at the other lengths"
-
-
-def _load_rows(cell: Cell, result: dict[str, Any], experiment: Experiment) -> Iterator[dict]:
-    common: dict[str, Any] = {"dtype": experiment.memory.dtype}
-    metrics = ["file_bytes", "host_peak_bytes", "device_peak_bytes", "resident_bytes", "resident_bytes_analytic"]
-    for metric in metrics:
-        reason = "no GPU in this run" if result[metric] is None else None
-        direction = "none" if metric.endswith("analytic") else "lower"
-        yield row(cell, "load", metric, result[metric], "bytes", direction, reason=reason, **common)
-    yield from on_card(cell, "load", result, **common)
-    times = percentiles(result["samples"]["ms"])
-    yield row(cell, "load", "load_ms", unit="ms", direction="lower", **times, **common)
 
 
 def _inference(

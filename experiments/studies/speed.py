@@ -11,7 +11,7 @@ import numpy as np
 from experiments import cells
 from experiments.measurement.speed import OPERATORS
 from experiments.report.numbers import listed, multiple, number, plural
-from experiments.rows import percentiles, rate, row, turn_ms
+from experiments.rows import per_step, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory
 from experiments.studies.comparison import comparability
@@ -100,8 +100,7 @@ def rows(cell: Cell, result: dict[str, Any], experiment: Experiment, run: RunDir
     if phase == "operator":
         return
     steps = result["tokens_per_sample"] / cell.batch if phase == "decode" else 1
-    latency = {key: value / steps if key != "n" else value for key, value in times.items()}
-    yield row(cell, phase, LATENCY[phase], unit="ms", direction="lower", **latency, **common)
+    yield row(cell, phase, LATENCY[phase], unit="ms", direction="lower", **per_step(times, steps), **common)
     yield row(cell, phase, "first_call_ms", result["first_call_ms"], "ms", "none", **common)
     config = cells.kept_config(run.folder(cell))
     yield from _achieved(cell, phase, config, result, speed, common)
