@@ -271,7 +271,7 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
 @one_line_errors
 def models(as_json: AsJson = False) -> None:
     """List the presets: parameters, mixers, feed-forward, bytes of decode state."""
-    from experiments.report.numbers import size
+    from experiments.numbers import size
     from models import anatomy, cost
     from models.presets import PRESETS
 
@@ -478,7 +478,7 @@ def generate(
 
 def print_speeds(made: list[Any]) -> None:
     """A line for each arm that wrote: tokens, speeds, bytes of its state."""
-    from experiments.report.numbers import number
+    from experiments.numbers import number
 
     lines = [("arm", "prompt", "prefill", "new", "decode", "state")]
     for one in made:

@@ -17,7 +17,7 @@ import psutil
 from experiments import cells
 from experiments.errors import EnvironmentLacksError
 from experiments.limits import free_memory
-from experiments.report.numbers import size
+from experiments.numbers import size
 from experiments.spec import Experiment
 from experiments.studies import STUDIES
 from experiments.training import DTYPES

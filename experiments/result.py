@@ -5,7 +5,7 @@ from typing import Any
 from experiments.cells import WARM_UP_STEPS, model_configs
 from experiments.errors import RunFailedError
 from experiments.kernels.check import doubt, kernels_of
-from experiments.report.numbers import plural
+from experiments.numbers import plural
 from experiments.rows import UNMATCHED, mean_of
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, now

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from experiments.kernels.verdict import by_form
+from experiments.numbers import DASH, count, interval, number, plural, scale
 from experiments.report import curves, lineage, moe, sparse
 from experiments.report import masking as masking_study
 from experiments.report import memory as memory_study
 from experiments.report import speed as speed_study
 from experiments.report import vocabulary as vocabulary_study
 from experiments.report.document import Block, Cell, Code, Column, Document, Figure, Notice, Section, Table, Text, Tone
-from experiments.report.numbers import DASH, count, interval, number, plural, scale
 from experiments.report.record import Record
 from experiments.report.tables import (
     ARROWS,

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from experiments.numbers import number
 from experiments.report import curves, masking_figures, speed_figures, study_figures, vocabulary_figures
 from experiments.report.bundles import bundle, tokens_axis
 from experiments.report.drawing import (
@@ -38,7 +39,6 @@ from experiments.report.drawing import (
     ticks,
 )
 from experiments.report.memory_figures import against_context, training_split, waterfall
-from experiments.report.numbers import number
 from experiments.report.record import Record
 
 

@@ -1,7 +1,7 @@
 """What the report of the lineage says before the comparison's sections."""
 
+from experiments.numbers import DASH, count, interval, number, scale
 from experiments.report.document import Block, Column, Figure, Section, Table, Text, Verdict
-from experiments.report.numbers import DASH, count, interval, number, scale
 from experiments.report.record import Record, Row
 from experiments.report.tables import WITHIN, room, settled
 

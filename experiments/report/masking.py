@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
+from experiments.numbers import DASH, MINUS, interval, number, plural, probability
 from experiments.report.document import Block, Cell, Code, Column, Figure, Section, Table, Text, Verdict
-from experiments.report.numbers import DASH, MINUS, interval, number, plural, probability
 from experiments.report.record import Record, Row
 from experiments.report.tables import WITHIN, seed_counts, value_cell
 

@@ -5,11 +5,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from experiments.numbers import number
 from experiments.report import curves
 from experiments.report.bundles import bundle, tokens_axis
 from experiments.report.drawing import INK, MUTED, PAPER, SIZES, Layout, colour_of, hatch_of, legend, line_of, panels
 from experiments.report.masking import TRUE, costs, guesses, writers
-from experiments.report.numbers import number
 from experiments.report.record import Record, Row
 
 

@@ -1,7 +1,7 @@
 """The sections of a memory study's report."""
 
+from experiments.numbers import DASH, count, number, percent, plural
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Verdict
-from experiments.report.numbers import DASH, count, number, percent, plural
 from experiments.report.record import Record, Row
 from experiments.report.tables import NO_RESULT, ON_CARD, RESIDUAL_LIMIT, room, tells_card
 

@@ -8,6 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from experiments.numbers import number
 from experiments.report.drawing import (
     ARMS,
     HATCHES,
@@ -26,7 +27,6 @@ from experiments.report.drawing import (
     short,
 )
 from experiments.report.memory import PARTS, stages
-from experiments.report.numbers import number
 from experiments.report.record import Record
 
 

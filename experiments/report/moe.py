@@ -1,7 +1,7 @@
 """What the report of the study of experts says before the comparison's sections."""
 
+from experiments.numbers import number, scale
 from experiments.report.document import Block, Figure, Section, Text, Verdict
-from experiments.report.numbers import number, scale
 from experiments.report.record import Record
 from experiments.report.tables import settled
 

@@ -1,7 +1,7 @@
 """What the report of the study of sliding windows says before the comparison's sections."""
 
+from experiments.numbers import count, number
 from experiments.report.document import Block, Figure, Section, Text, Verdict
-from experiments.report.numbers import count, number
 from experiments.report.record import Record
 from experiments.report.tables import room, settled
 

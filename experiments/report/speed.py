@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from experiments.numbers import DASH, count, number, percent
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Verdict
-from experiments.report.numbers import DASH, count, number, percent
 from experiments.report.record import Record, Row
 from experiments.report.tables import NO_RESULT
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from experiments.numbers import number, scale
 from experiments.report import curves
 from experiments.report import lineage as lineage_study
 from experiments.report.drawing import (
@@ -25,7 +26,6 @@ from experiments.report.drawing import (
     short,
     ticks,
 )
-from experiments.report.numbers import number, scale
 from experiments.report.record import Record
 from experiments.report.sparse import CUT
 

@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from experiments.report import curves
-from experiments.report.document import Cell, Column, Table, Tone
-from experiments.report.numbers import (
+from experiments.numbers import (
     DASH,
     MINUS,
     count,
@@ -20,6 +18,8 @@ from experiments.report.numbers import (
     probability,
     scale,
 )
+from experiments.report import curves
+from experiments.report.document import Cell, Column, Table, Tone
 from experiments.report.record import Record, Row
 from experiments.rows import OTHER_LOSS, PAGE, READ_IN_PAGES, mean_of
 

@@ -3,9 +3,9 @@
 from collections import Counter
 from typing import Any
 
+from experiments.numbers import SLIGHT, count, interval, left_out, listed, number, plural, scale
 from experiments.report import curves
 from experiments.report.document import Block, Notice, Section, Text, Tone, Verdict
-from experiments.report.numbers import SLIGHT, count, interval, left_out, listed, number, plural, scale
 from experiments.report.record import Record
 from experiments.report.tables import WITHIN, estimate, evidence, place, standing, widened_by_pages
 from experiments.rows import PAGE, UNMATCHED

@@ -1,7 +1,7 @@
 """The sections of a vocabulary study's report."""
 
+from experiments.numbers import DASH, count, number
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Tone, Verdict
-from experiments.report.numbers import DASH, count, number
 from experiments.report.record import Record, Row
 from experiments.report.tables import WITHIN, comparisons, settled, value_cell
 from experiments.report.verdict import limits

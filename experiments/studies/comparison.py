@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments import cells
+from experiments.numbers import SLIGHT, apart, left_out, multiple, number, plural, signed
 from experiments.objectives import SELECTED
-from experiments.report.numbers import SLIGHT, apart, left_out, multiple, number, plural, signed
 from experiments.rows import (
     PAGE,
     READ_IN_PAGES,

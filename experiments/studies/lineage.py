@@ -5,7 +5,7 @@ Arms are trained, evaluated and measured as in a comparison. Their order in the 
 from itertools import pairwise
 from typing import Any
 
-from experiments.report.numbers import listed, number, size
+from experiments.numbers import listed, number, size
 from experiments.spec import Experiment
 from experiments.store import RunDirectory
 from experiments.studies import comparison

@@ -9,8 +9,8 @@ from typing import Any
 
 from experiments import cells, scoring
 from experiments.evaluation import perplexity
+from experiments.numbers import number, plural
 from experiments.objectives import SELECTED
-from experiments.report.numbers import number, plural
 from experiments.rows import OTHER_LOSS, row
 from experiments.scoring import GREEDY, SAMPLED, TRUE
 from experiments.spec import Experiment

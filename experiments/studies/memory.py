@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments import cells
 from experiments.measurement.loading import WAYS
-from experiments.report.numbers import size as shown
+from experiments.numbers import size as shown
 from experiments.rows import bytes_row, load_rows, on_card
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments import cells
-from experiments.report.numbers import number, size
+from experiments.numbers import number, size
 from experiments.rows import row
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from experiments import cells
+from experiments.numbers import number, signed, size
 from experiments.report.curves import binned
-from experiments.report.numbers import number, signed, size
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, mean_interval, paired_difference
 from experiments.store import Cell, RunDirectory

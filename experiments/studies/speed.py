@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import cells
 from experiments.measurement.speed import OPERATORS
-from experiments.report.numbers import listed, multiple, number, plural
+from experiments.numbers import listed, multiple, number, plural
 from experiments.rows import per_step, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory

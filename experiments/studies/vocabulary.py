@@ -15,7 +15,7 @@ from experiments import cells
 from experiments.data.dataset import Dataset
 from experiments.data.places import PlacedBatches, token_bytes
 from experiments.data.prepared import tokens_per_byte
-from experiments.report.numbers import apart, multiple, number, plural, scale
+from experiments.numbers import apart, multiple, number, plural, scale
 from experiments.rows import row
 from experiments.spec import Arm, Experiment
 from experiments.store import Cell, RunDirectory

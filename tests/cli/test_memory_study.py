@@ -10,10 +10,10 @@ import pytest
 from conftest import InProcess, with_a_stand_in
 
 from experiments import capacity
+from experiments.numbers import DASH, number
 from experiments.report import content
 from experiments.report import memory as memory_report
 from experiments.report.document import Table
-from experiments.report.numbers import DASH, number
 from experiments.report.record import read
 from experiments.spec import Arm, Data, Experiment
 from experiments.store import RunDirectory

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from conftest import InProcess, with_a_stand_in
 
+from experiments.numbers import DASH
 from experiments.report import content
 from experiments.report import speed as speed_report
 from experiments.report.document import Table, Verdict
-from experiments.report.numbers import DASH
 from experiments.report.record import read
 from experiments.result import build_result
 from experiments.store import Cell, RunDirectory, write_json

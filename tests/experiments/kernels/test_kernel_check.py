@@ -17,8 +17,8 @@ from experiments.kernels import check as checking
 from experiments.kernels.check import OPERATIONS, absent, check, doubt, of_this_gpu, tolerance
 from experiments.kernels.verdict import by_form
 from experiments.measurement.process import CellFailedError
+from experiments.numbers import DASH
 from experiments.report import content
-from experiments.report.numbers import DASH
 from experiments.spec import load
 from experiments.training import autocast
 from models.config import ModelConfig

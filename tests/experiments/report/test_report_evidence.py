@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report.numbers import number
+from experiments.numbers import number
 from experiments.report.record import Record, read
 from experiments.report.tables import comparisons, estimate, evidence, placing, settled
 

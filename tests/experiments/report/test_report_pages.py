@@ -21,9 +21,9 @@ from matplotlib.patches import Rectangle
 from synthetic_run import CONTEXT, HOSTILE, REFUSED, TEST_BYTES, UNLISTED, VARIANTS
 
 from experiments.errors import EnvironmentLacksError, RunFailedError, SpecError
+from experiments.numbers import DASH
 from experiments.report import FORMATS, Format, content, curves, drawing, figures, formats, frame, render, write_report
 from experiments.report.document import Cell, Table, Verdict
-from experiments.report.numbers import DASH
 from experiments.report.record import read
 from experiments.report.tables import TITLES
 

@@ -1,4 +1,5 @@
-"""How numbers are printed: three significant digits, thousands separators, one scale per line of a table.
+"""How numbers are printed, in reports, findings and messages: three significant digits, thousands separators, one scale
+per line of a table.
 
 An interval decides the digits of its value: enough to show two digits of its half-width, so
 2.0312 +- 0.0201 prints as "2.031 [2.011, 2.051]".
