@@ -501,7 +501,7 @@ def names(listed: str | None) -> list[str]:
 
 def typed(start: str) -> Callable[[str], None]:
     """Prints pieces of text as they come, `start` before the first of them."""
-    from experiments.report.record import clean
+    from experiments.printable import clean
 
     def heard(piece: str) -> None:
         nonlocal start

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from experiments.report.record import clean
+from experiments.printable import clean
 
 UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no character, or not yet one
 _ONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how a tokenizer with byte fallback names a byte

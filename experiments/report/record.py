@@ -1,14 +1,13 @@
 """A run directory, read once and checked: every number of a report comes from a `Record`.
 
-Text is cleaned on the way in: control characters, lone surrogates and bidirectional overrides become
-visible escapes, so that nothing a model wrote or an exception said can drive a terminal or a browser.
+Text is made printable on the way in, so that nothing a model wrote or an exception said can drive a terminal or a
+browser.
 """
 
 import json
 import math
 import tomllib
-import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import RunFailedError, SpecError
+from experiments.printable import clean
 from experiments.store import NO_STEPS, again, damaged, log_again, parsed, read_json, read_text, rebuilt, resumes
 
 SCHEMA_VERSION = 1
@@ -282,28 +282,6 @@ def read(run: Path) -> Record:
         evaluations=evaluations,
         remarks=clean(remarks),
     )
-
-
-def clean(value: Any) -> Any:
-    """`value` with every string in it (keys too) made harmless to print; newline and tab stay."""
-    if isinstance(value, str):
-        return value if value.isprintable() else "".join(_visible(character) for character in value)
-    if isinstance(value, Mapping):
-        return {clean(key): clean(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [clean(item) for item in value]
-    return value
-
-
-def _visible(character: str) -> str:
-    if character in "\n\t":
-        return character
-    if ord(character) < 0x20:
-        return chr(0x2400 + ord(character))  # the control pictures: ESC becomes one visible sign
-    # Cc, Cf, Cs: controls, bidirectional overrides, lone surrogates; Zl, Zp: line breaks in disguise
-    if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"} and character != "\u200d":
-        return f"‹U+{ord(character):04X}›"
-    return character
 
 
 def _lines(path: Path, remarks: list[str], remedy: str) -> list[dict[str, Any]]:

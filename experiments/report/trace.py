@@ -11,8 +11,8 @@ from torch import Tensor
 
 from experiments import reading
 from experiments.numbers import DASH, count, number, plural, scale
+from experiments.printable import clean
 from experiments.report.document import Block, Cell, Column, Document, Figure, Notice, Section, Table, Text, Verdict
-from experiments.report.record import clean
 from experiments.tracing import Traced
 from models import anatomy
 from models.feedforward import ExpertChoice

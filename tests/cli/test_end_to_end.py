@@ -12,7 +12,7 @@ import pytest
 from conftest import Finished, InProcess, Lab
 
 from cli.main import print_speeds
-from experiments.report.record import clean
+from experiments.printable import clean
 from models import cost
 from models.config import ModelConfig
 
