@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from experiments import reading, store
-from experiments.data.tokenizer import literal
+from experiments.data.tokenizer import load
 from experiments.errors import SpecError
 from experiments.store import Cell, RunDirectory
 from models import checkpoint, folders
@@ -182,10 +182,13 @@ def write(
     prompt = torch.tensor([writer.ids], device=device)
     _rehearse(model, prompt, tokens, writer.folder)
     heard(writer.prompt)
-    reader, pieces, made, seconds, likely = reading.Reader(writer.tokenizer, writer.ids), [], [], [], []
-    state_bytes = 0
+    reader = reading.Reader(writer.tokenizer, writer.ids)
     running = steps(model, prompt, tokens, sampling, seed=seed)
-    interrupted = False
+    pieces: list[str] = []
+    made: list[int] = []
+    seconds: list[float] = []  # for each token
+    likely: list[Choice] = []
+    state_bytes, interrupted = 0, False
     try:
         for _ in range(tokens):
             start = time.perf_counter()
@@ -282,12 +285,8 @@ def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """With nothing that it may keep for a model's inputs, a longest text or a padding, and as texts are read in
-    training, where none spells a special token: a prompt is read as it is."""
+    """As `experiments.data.tokenizer.load` does: a prompt is read as texts are in training. Raises SpecError."""
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        return load(file)
     except Exception as error:  # the library raises no narrower class
         raise SpecError(f"{file} is no tokenizer: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return literal(tokenizer)

@@ -40,16 +40,16 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
             f"data.vocabulary = {vocabulary}: the train split supports {learned} entries; "
             f"set data.vocabulary to at most {learned} or use more text"
         )
-    return literal(tokenizer)
+    return _literal(tokenizer)
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer saved at `path`, as `train` returned it. What another may keep in its file for a model's inputs,
-    a longest text and a padding, is left out: a text is encoded as it is."""
+    """The tokenizer saved at `path`, as `train` returned it. What one from elsewhere may keep in its file for a model's
+    inputs, truncation and padding, is left out: a text is encoded as it is."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return literal(tokenizer)
+    return _literal(tokenizer)
 
 
 def given(path: Path) -> Tokenizer:
@@ -88,7 +88,7 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     yield text[start:]
 
 
-def literal(tokenizer: Tokenizer) -> Tokenizer:
+def _literal(tokenizer: Tokenizer) -> Tokenizer:
     """Read "<|endoftext|>" in a text as those 13 characters. The setting is not part of the saved file."""
     tokenizer.encode_special_tokens = True
     return tokenizer
