@@ -1,13 +1,15 @@
 """Quality on fixed splits, in bits per byte of the original text, so that vocabularies compare."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from experiments.data.batches import Batches, windows
+from experiments.data.batches import Batch, Batches, windows
 from experiments.data.dataset import TokenSplit
 from experiments.objectives import IGNORED, Objective
 from experiments.training import autocast, token_loss
@@ -40,21 +42,30 @@ def perplexity(nats: float) -> float | None:
     return math.exp(nats) if nats < 700 else None
 
 
-@torch.no_grad()
-def evaluate(model: LanguageModel, split: TokenSplit, *, context: int, batch: int, precision: str) -> Quality:
-    """Raises CorpusError when the split is shorter than one window."""
+@contextmanager
+def _evaluating(model: LanguageModel) -> Iterator[None]:
+    """Without dropout and without gradients; afterwards the model is in the mode that it was in."""
     was_training = model.training
     model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(model: LanguageModel, split: TokenSplit, *, context: int, batch: int, precision: str) -> Quality:
+    """Raises CorpusError when the split is shorter than one window."""
     total, count, full = 0.0, 0, 0
     at_position = torch.zeros(context, dtype=torch.float64)
-    for inputs, targets in windows(split.tokens, context=context, batch=batch):
-        losses = _losses(model, inputs, targets, precision)
-        total += losses.sum().item()
-        count += losses.numel()
-        if losses.shape[1] == context:
-            at_position += losses.sum(0)
-            full += losses.shape[0]
-    model.train(was_training)
+    with _evaluating(model):
+        for inputs, targets in windows(split.tokens, context=context, batch=batch):
+            losses = _losses(model, inputs, targets, precision)
+            total += losses.sum().item()
+            count += losses.numel()
+            if losses.shape[1] == context:
+                at_position += losses.sum(0)
+                full += losses.shape[0]
     nats = total / count
     return Quality(
         bits_per_byte=total / math.log(2) / split.bytes,
@@ -83,50 +94,46 @@ class MaskedQuality:
         return asdict(self)
 
 
-@torch.no_grad()
 def evaluate_masked(
     model: LanguageModel, split: TokenSplit, objective: Objective, *, context: int, batch: int, precision: str
 ) -> MaskedQuality:
     """Raises CorpusError when the split is shorter than one window."""
-    model.eval()
     total, right, count = 0.0, 0, 0
-    for step, (text, _) in enumerate(windows(split.tokens, context=context, batch=batch)):
-        inputs, targets = (x.to(model.device) for x in replace(objective, seed=0).batch(text, text, step))
-        with autocast(precision, model.device):
-            logits = model(inputs)[targets != IGNORED].float()
-        targets = targets[targets != IGNORED]
-        total += F.cross_entropy(logits, targets, reduction="sum").item()
-        right += int((logits.argmax(1) == targets).sum())
-        count += len(targets)
-    model.train()
+    with _evaluating(model):
+        for step, (text, _) in enumerate(windows(split.tokens, context=context, batch=batch)):
+            inputs, targets = (x.to(model.device) for x in replace(objective, seed=0).batch(text, text, step))
+            with autocast(precision, model.device):
+                logits = model(inputs)[targets != IGNORED].float()
+            targets = targets[targets != IGNORED]
+            total += F.cross_entropy(logits, targets, reduction="sum").item()
+            right += int((logits.argmax(1) == targets).sum())
+            count += len(targets)
     return MaskedQuality(total / count, right / count, count)
 
 
-@torch.no_grad()
+def _curve_batch(split: TokenSplit, objective: Objective, context: int, sequences: int) -> Batch:
+    """(sequences, T): the same windows from all over the split, and the same tokens hidden, whatever the seed."""
+    inputs, targets = Batches(split.tokens, context=context, batch=sequences, seed=0).at(0)
+    return replace(objective, seed=0).batch(inputs, targets, 0)
+
+
 def mean_loss(
     model: LanguageModel, split: TokenSplit, objective: Objective, *, context: int, sequences: int, precision: str
 ) -> float:
     """Nats per predicted token over `sequences` fixed windows from all over a split: a point of the curve."""
-    inputs, targets = Batches(split.tokens, context=context, batch=sequences, seed=0).at(0)
-    inputs, targets = replace(objective, seed=0).batch(inputs, targets, 0)
-    model.eval()
-    with autocast(precision, model.device):
-        inputs, targets = inputs.to(model.device), targets.to(model.device)
+    inputs, targets = (x.to(model.device) for x in _curve_batch(split, objective, context, sequences))
+    with _evaluating(model), autocast(precision, model.device):
         loss, _ = token_loss(model, inputs, targets, some=objective.name == "masked")
-    model.train()
     return loss.item()
 
 
-@torch.no_grad()
 def expert_load(
     model: LanguageModel, split: TokenSplit, objective: Objective, *, context: int, sequences: int
 ) -> list[list[float]]:
     """For each layer of experts the share of assignments that goes to each, on the windows of `mean_loss`."""
-    inputs, targets = Batches(split.tokens, context=context, batch=sequences, seed=0).at(0)
-    inputs, _ = replace(objective, seed=0).batch(inputs, targets, 0)
-    model.eval()
-    routing = model.hidden(inputs.to(model.device)).routing
-    model.train()
+    inputs, _ = _curve_batch(split, objective, context, sequences)
+    with _evaluating(model):
+        routing = model.hidden(inputs.to(model.device)).routing
     return [used.load.tolist() for used in routing]
 
 
