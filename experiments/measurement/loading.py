@@ -56,5 +56,4 @@ def load(folder: Path, device: torch.device, way: str = "mapped") -> LanguageMod
 
 def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     """Of the weights, apart from those that a mixer keeps in float32."""
-    return torch.float32 if all(t.dtype == torch.float32 for t in tensors.values()) else next(
-        t.dtype for t in tensors.values() if t.dtype != torch.float32)  # fmt: skip
+    return next((t.dtype for t in tensors.values() if t.dtype != torch.float32), torch.float32)

@@ -42,7 +42,7 @@ def measure_load(folder: Path, settings: Measurement, device: torch.device, way:
         model = load(folder, device, way)
     settle()
     resident = resident_bytes() - baseline if device.type == "cpu" else _allocated(device) - device_baseline
-    element = state_element_size(model)
+    element = model.dtype.itemsize
     del model
     keep_freed_memory()
     samples = timed(
@@ -97,7 +97,6 @@ def measure_decode(
     settle()
     before_phase = _baseline(device)
     peak = _peak(write, device)
-    element = state_element_size(model)
     found = _phase(model, peak, before_load, before_phase)
     if settings.decode_mode == "graph":
         found["working_bytes"] = None
@@ -106,7 +105,7 @@ def measure_decode(
         "tokens_per_sample": settings.decode_tokens,
         "state_bytes": state.nbytes,
         "state_bytes_analytic": cost.state_bytes(
-            model.config, tokens.shape[0], context + settings.decode_tokens, element
+            model.config, tokens.shape[0], context + settings.decode_tokens, model.dtype.itemsize
         ),
         **((yield from _times(write, settings, device)) if times else {}),
     }  # fmt: skip
@@ -145,7 +144,7 @@ def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: 
     kept = _Kept(model)
     with torch.autograd.graph.saved_tensors_hooks(kept.see, lambda tensor: tensor):
         step()
-    gradients = sum(_bytes(p.grad) for p in model.parameters() if p.grad is not None)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     optimizer.zero_grad()
     settle()
     with PeakMemory(device) as peak:
@@ -153,9 +152,9 @@ def measure_step(folder: Path, tokens: Tensor, device: torch.device, precision: 
     states = [value for state in optimizer.state.values() for value in state.values()]
     return {
         "context": tokens.shape[1] - 1, "batch": tokens.shape[0],
-        "weight_bytes": sum(_bytes(p) for p in model.parameters()),
+        "weight_bytes": sum(p.nbytes for p in model.parameters()),
         "gradient_bytes": gradients,
-        "optimizer_bytes": sum(_bytes(value) for value in states if isinstance(value, Tensor)),
+        "optimizer_bytes": sum(value.nbytes for value in states if isinstance(value, Tensor)),
         "activation_bytes": kept.bytes,
         "backend": model.backend.name,
     } | _over(peak, before_load)  # fmt: skip
@@ -200,14 +199,6 @@ class _Kept:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def state_element_size(model: LanguageModel) -> int:
-    return torch.empty(0, dtype=model.dtype).element_size()
 
 
 def _phase(model: LanguageModel, peak: PeakMemory, before_load: int, before_phase: int) -> dict[str, Any]:
