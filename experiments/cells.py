@@ -17,24 +17,11 @@ from experiments import environment, gates
 from experiments.data.batches import Batches, StreamHash
 from experiments.data.dataset import Dataset
 from experiments.errors import RunFailedError
-from experiments.evaluation import (
-    MaskedQuality,
-    Quality,
-    evaluate,
-    evaluate_masked,
-    expert_load,
-    mean_loss,
-)
+from experiments.evaluation import MaskedQuality, Quality, evaluate, evaluate_masked, expert_load, mean_loss
 from experiments.measurement.card import remember_cards
 from experiments.measurement.loading import load
 from experiments.measurement.memory import keep_freed_memory
-from experiments.measurement.phases import (
-    measure_decode,
-    measure_load,
-    measure_prefill,
-    measure_step,
-    measure_training,
-)
+from experiments.measurement.phases import measure_decode, measure_load, measure_prefill, measure_step, measure_training
 from experiments.measurement.process import side_by_side
 from experiments.measurement.speed import Subject, measure_speed
 from experiments.objectives import Objective
@@ -51,6 +38,10 @@ from models.ops.kernels.tuning import untimed
 
 Send = Callable[[Any], None]
 WARM_UP_STEPS = 5  # left out of the reported step time
+TURN_MS = 500.0  # of training steps in a turn, at least
+LOADS = 3  # timed, per cell of the memory study
+PROMPT = 32  # tokens of a prompt, of a longer text
+AFTER_A_PROMPT = f"evaluation.sample_tokens after a prompt of {PROMPT}"
 
 
 def model_config(arm: Arm, vocabulary: int) -> ModelConfig:
@@ -123,9 +114,10 @@ def prepare_process(experiment: Experiment) -> torch.device:
     return torch.device(experiment.device)
 
 
-def compile_kernels(send: Send, experiment: Experiment, dataset_folder: Path) -> dict[str, str]:
+def compile_kernels(send: Send, experiment: Experiment, dataset_folder: Path) -> dict[str, dict[str, str | None]]:
     """Build each arm's model and run one tiny training step and decode, so that kernels are compiled (and cached on
-    disk) before anything is measured. Returns the backend of each arm."""
+    disk) before anything is measured. Of each arm the `name` of the form that ran and its `fallback`, see
+    `models.ops.kernels.Selection`. What an arm raises has a note that names it."""
     device = prepare_process(experiment)
     vocabulary = Dataset.load(dataset_folder).vocabulary
     backends = {}
@@ -168,9 +160,6 @@ def _try(model: LanguageModel) -> None:
             model.step(tokens[:rows, 0], state)
 
 
-TURN_MS = 500.0  # of training steps in a turn, at least
-
-
 def train_cell(
     send: Send, experiment: Experiment, name: str, arm: Arm, seed: int, dataset_folder: Path, folder: Path,
     batches: Batches | None = None,
@@ -192,9 +181,7 @@ def train_cell(
 
     assert arm.learning_rate is not None  # the specification sees to it
     model = first_model(arm, config, seed, device)
-    tokens = _text(dataset_folder, 2, gates.length(config, device.type) + 1).to(device)
-    with untimed(device):
-        passed = gates.check(model, tokens[:, :-1], untrained=arm.start == "scratch")
+    passed = _gates(model, dataset, arm)
     del model
     memory = measure_training(lambda: first_model(arm, config, seed, device), batches, settings, objective, device)
     step_ms, stream = [], StreamHash()
@@ -227,8 +214,7 @@ def train_cell(
 
     splits = {split: quality(model, split).to_dict() for split in evaluation.splits}
     first = first_model(arm, config, seed, device)
-    tokens = _gradient_tokens(dataset_folder, config, device)
-    passed += _gradient_gates(first, tokens, settings.precision)
+    passed += _gradient_gates(first, _gradient_tokens(first, dataset), settings.precision)
     initial = {"expected_loss": math.log(config.vocabulary), "test_bits_per_byte": None}
     if "test" in evaluation.splits and arm.objective != "masked":
         initial["test_bits_per_byte"] = evaluate(
@@ -238,7 +224,9 @@ def train_cell(
     if measured_folder(experiment, folder) != folder / "checkpoint":
         checkpoint.save(model.cast(DTYPES[experiment.measurement.dtype]), measured_folder(experiment, folder))
     samples = _samples(model, dataset, experiment, seed) if arm.objective == "causal" else []
-    result = {
+    tokens_per_step = settings.accumulate * settings.batch * settings.context
+    timed_ms = step_ms[WARM_UP_STEPS:] or step_ms
+    return {
         "arm": name, "seed": seed, "initial": initial, "splits": splits, "samples": samples,
         "gates": [gate.to_dict() for gate in passed],
         "expert_load": expert_load(
@@ -247,20 +235,26 @@ def train_cell(
         "backend": asdict(model.backend),
         "data_sha256": stream.hexdigest(),
         "train": {
-            "tokens": settings.steps * settings.accumulate * settings.batch * settings.context,
-            "tokens_per_step": settings.accumulate * settings.batch * settings.context,
-            "step_ms": step_ms[WARM_UP_STEPS:] or step_ms,
-            "median_step_ms": statistics.median(step_ms[WARM_UP_STEPS:] or step_ms),
+            "tokens": settings.steps * tokens_per_step,
+            "tokens_per_step": tokens_per_step,
+            "step_ms": timed_ms,
+            "median_step_ms": statistics.median(timed_ms),
             **memory,
         },
     }  # fmt: skip
-    return result
 
 
-def _gradient_tokens(dataset_folder: Path, config: ModelConfig, device: torch.device) -> torch.Tensor:
-    """Inputs and one more."""
-    rows, length = gates.gradient_shape(config, device.type)
-    return _text(dataset_folder, rows, length + 1).to(device)
+def _gates(model: LanguageModel, dataset: Dataset, arm: Arm) -> list[gates.Gate]:
+    """Those of a model as it starts."""
+    tokens = _text(dataset, 2, gates.length(model.config, model.device.type) + 1).to(model.device)
+    with untimed(model.device):
+        return gates.check(model, tokens[:, :-1], untrained=arm.start == "scratch")
+
+
+def _gradient_tokens(model: LanguageModel, dataset: Dataset) -> torch.Tensor:
+    """(rows, T + 1), for inputs and targets of T tokens."""
+    rows, length = gates.gradient_shape(model.config, model.device.type)
+    return _text(dataset, rows, length + 1).to(model.device)
 
 
 def _gradient_gates(model: LanguageModel, tokens: torch.Tensor, precision: str) -> list[gates.Gate]:
@@ -271,10 +265,6 @@ def _gradient_gates(model: LanguageModel, tokens: torch.Tensor, precision: str) 
         with nullcontext() if one == precision else untimed(model.device):
             found.append(gates.check_gradients(model, tokens[:, :-1], tokens[:, 1:], one))
     return found
-
-
-PROMPT = 32  # tokens of a prompt, of a longer text
-AFTER_A_PROMPT = f"evaluation.sample_tokens after a prompt of {PROMPT}"
 
 
 def spread(tokens: np.ndarray, count: int, length: int) -> torch.Tensor:
@@ -320,7 +310,7 @@ def measure_cell(
     if phase == "load":
         return measure_load(folder, settings, device)
     assert context is not None
-    tokens = _text(dataset_folder, batch or settings.batch, context)
+    tokens = _text(Dataset.load(dataset_folder), batch or settings.batch, context)
     measure = measure_prefill if phase == "prefill" else measure_decode
     return (yield from measure(folder, settings, context, tokens, device))
 
@@ -332,10 +322,9 @@ def build_cell(
     device = prepare_process(experiment)
     dataset = Dataset.load(dataset_folder)
     model = first_model(arm, model_config(arm, dataset.vocabulary), seed, device)
-    tokens = _text(dataset_folder, 2, gates.length(model.config, device.type) + 1).to(device)
+    passed = _gates(model, dataset, arm)
+    tokens = _gradient_tokens(model, dataset)
     with untimed(device):
-        passed = gates.check(model, tokens[:, :-1], untrained=arm.start == "scratch")
-        tokens = _gradient_tokens(dataset_folder, model.config, device)
         passed.append(gates.check_gradients(model, tokens[:, :-1], tokens[:, 1:], "float32"))
     checkpoint.save(model.cast(DTYPES[dtype]), folder / "checkpoint")
     return {"gates": [gate.to_dict() for gate in passed], "backend": asdict(model.backend)}
@@ -356,13 +345,14 @@ def memory_cell(
     config = checkpoint.read_config(folder)
     with untimed(device):
         if phase == "step":
-            tokens = _text(dataset_folder, batch, context + 1)
+            tokens = _text(Dataset.load(dataset_folder), batch, context + 1)
             measured = measure_step(folder, tokens, device, settings.dtype)
             return measured | _predicted(
                 config, lambda: asdict(replay.training(config, batch, context, device.type, settings.dtype))
             )
         measure = measure_prefill if phase == "prefill" else measure_decode
-        tokens, once = _text(dataset_folder, batch, context), Measurement(decode_tokens=settings.decode_tokens)
+        tokens = _text(Dataset.load(dataset_folder), batch, context)
+        once = Measurement(decode_tokens=settings.decode_tokens)
         measured = yield from measure(folder, once, context, tokens, device, times=False)
     if phase == "decode":
         return measured
@@ -389,7 +379,7 @@ def speed_cell(
 ) -> Generator[None, None, dict[str, Any]]:  # fmt: skip
     """The speed of one phase of the model in `folder`, in one execution mode and type, turn by turn."""
     subject = _subject(experiment, mode, dtype, folder)
-    return measure_speed(subject, phase, _text(dataset_folder, batch, context + 1))
+    return measure_speed(subject, phase, _text(Dataset.load(dataset_folder), batch, context + 1))
 
 
 def speed_cells(
@@ -397,8 +387,8 @@ def speed_cells(
     dataset_folder: Path, folder: Path,
 ) -> Generator[None, None, list[Any]]:  # fmt: skip
     """Those of one phase at several shapes (context, batch), of one model in one process."""
-    subject = _subject(experiment, mode, dtype, folder)
-    works = [measure_speed(subject, phase, _text(dataset_folder, batch, context + 1)) for context, batch in shapes]
+    subject, dataset = _subject(experiment, mode, dtype, folder), Dataset.load(dataset_folder)
+    works = [measure_speed(subject, phase, _text(dataset, batch, context + 1)) for context, batch in shapes]
     return side_by_side(works)
 
 
@@ -407,11 +397,8 @@ def _subject(experiment: Experiment, mode: str, dtype: str, folder: Path) -> Sub
     return Subject(model, experiment.speed, mode, dtype)
 
 
-LOADS = 3  # timed, per cell of the memory study
-
-
-def _text(dataset_folder: Path, rows: int, length: int) -> torch.Tensor:
+def _text(dataset: Dataset, rows: int, length: int) -> torch.Tensor:
     """(rows, length): the start of the validation text, repeated where that is shorter."""
-    tokens = Dataset.load(dataset_folder).splits["validation"].tokens
+    tokens = dataset.splits["validation"].tokens
     at = np.arange(rows * length).reshape(rows, length) % len(tokens)
     return torch.from_numpy(tokens[at].astype(np.int64))
