@@ -35,7 +35,20 @@ def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _once(values: tuple) -> tuple:
+    if len(set(values)) != len(values):
+        raise ValueError("each may appear once")
+    return values
+
+
+def _not_negative(values: tuple) -> tuple:
+    if any(value < 0 for value in values):
+        raise ValueError("must not be negative")
+    return values
+
+
 Ascending = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(_ascending)]
+Once, NotNegative = AfterValidator(_once), AfterValidator(_not_negative)
 
 
 class Arm(Settings):
@@ -94,19 +107,12 @@ class Training(Settings):
 
 
 class Evaluation(Settings):
-    splits: tuple[Split, ...] = ("validation", "test")
+    splits: Annotated[tuple[Split, ...], Once] = ("validation", "test")
     batch: int = Field(default=16, ge=1)
     curve_sequences: int = Field(default=16, ge=1, description="validation sequences per point of the curve")
     samples: int = Field(default=2, ge=0, description="pieces of generated text per arm and seed")
     sample_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=0.8, ge=0)
-
-    @field_validator("splits")
-    @classmethod
-    def _once(cls, splits: tuple[Split, ...]) -> tuple[Split, ...]:
-        if len(set(splits)) != len(splits):
-            raise ValueError("each may appear once")
-        return splits
 
 
 class Measurement(Settings):
@@ -145,23 +151,16 @@ class Speed(Settings):
     train_contexts: Ascending = Field(default=(256,), description="tokens per sequence of a training step")
     train_tokens: int = Field(default=2048, ge=1, description="tokens of a training step, or one sequence if longer")
     operator_contexts: Ascending = Field(default=(256,), description="tokens for a mixer's operation by itself")
-    modes: tuple[Literal["eager", "compiled", "graph", "compiled-graph"], ...] = Field(
+    modes: Annotated[tuple[Literal["eager", "compiled", "graph", "compiled-graph"], ...], Once] = Field(
         default=("eager",), min_length=1, description="each for every arm: torch.compile, CUDA graphs, both"
     )
     repeats: int = Field(default=10, ge=6, description="at least this many turns per cell, of a timed call or more")
     seconds: float = Field(default=1.0, ge=0, description="and at least so many seconds of timed calls")
     decode_tokens: int = Field(default=16, ge=1, description="tokens per timed decode repeat")
-    dtypes: tuple[Dtype, ...] = Field(
+    dtypes: Annotated[tuple[Dtype, ...], Once] = Field(
         default=("float32",), min_length=1,
         description="each for every arm: of weights and state; training keeps float32 weights under autocast",
     )  # fmt: skip
-
-    @field_validator("modes", "dtypes")
-    @classmethod
-    def _once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(values)) != len(values):
-            raise ValueError("each may appear once")
-        return values
 
 
 class Masking(Settings):
@@ -223,7 +222,7 @@ class Experiment(Settings):
     title: str
     study: Study = Field(default="comparison", description="the kind of question: what is done with the arms")
     profile: str = Field(default="", description="the profile it was resolved with")
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, max_length=MOST_SEEDS)
+    seeds: Annotated[tuple[int, ...], Once, NotNegative] = Field(default=(0, 1, 2), min_length=1, max_length=MOST_SEEDS)
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(
         default=0, ge=0, description="CPU threads; 0: as torch chooses, and no more than this process may use"
@@ -234,7 +233,7 @@ class Experiment(Settings):
         description="seconds after which a cell, or those that share a process, are stopped, as failed",
     )
     arms: dict[str, Arm] = Field(min_length=1)
-    learning_rates: tuple[float, ...] = Field(
+    learning_rates: Annotated[tuple[float, ...], Once, NotNegative] = Field(
         default=(), description="a sweep: every arm at each of these rates instead of its own"
     )
     data: Data = Data()
@@ -274,15 +273,6 @@ class Experiment(Settings):
         if self.study == "masking" and not any(arm.objective == "causal" for arm in self.arms.values()):
             raise ValueError("the masking study needs an arm with objective = causal, which judges what others write")
         return self
-
-    @field_validator("seeds", "learning_rates")
-    @classmethod
-    def _distinct(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if len(set(values)) != len(values):
-            raise ValueError("each may appear once")
-        if any(value < 0 for value in values):
-            raise ValueError("must not be negative")
-        return values
 
     @field_validator("seeds")
     @classmethod
