@@ -117,6 +117,12 @@ def probability(value: float) -> str:
     return number(value, places(value, digits))
 
 
+def after_holm(p: float) -> str:
+    """E.g. "p = 0.012 after Holm's correction"."""
+    text = probability(p)
+    return f"p {text if text.startswith('<') else f'= {text}'} after Holm's correction"
+
+
 def percent(fraction: float) -> str:
     """A signed share, e.g. "+0.31%"; below 0.005% of a difference counts as none."""
     share = 100 * fraction

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.kernels.verdict import by_form
-from experiments.numbers import DASH, count, interval, number, plural, scale
+from experiments.numbers import DASH, count, interval, number, plural, size
 from experiments.report import curves, lineage, moe, sparse
 from experiments.report import masking as masking_study
 from experiments.report import memory as memory_study
@@ -312,9 +312,9 @@ def _how(record: Record) -> list[Block]:
             same = len({tuple(found) for found in by_phase.values()}) == 1
             each = [", ".join(found) + ("" if same else f" ({phase})") for phase, found in by_phase.items()]
             told.append(f"{what} of every arm: {', '.join(dict.fromkeys(each))}.")
-    size = record.spec.get("measurement", {}).get("batch") if record.measured else None
-    if size:
-        told.append(f"Batch of prefill and decode: {size}.")
+    batch = record.spec.get("measurement", {}).get("batch") if record.measured else None
+    if batch:
+        told.append(f"Batch of prefill and decode: {batch}.")
     return [Text(" ".join(told))] if told else []
 
 
@@ -423,8 +423,7 @@ def _state_alt(record: Record) -> str:
     for arm in record.arms:
         told = []
         for context, value in _ends(record, arm, "decode", "state_bytes"):
-            factor, unit = scale([value], "bytes")
-            told.append(f"{number(value * factor)} {unit} at context {count(context)}")
+            told.append(f"{size(value)} at context {count(context)}")
         if told:
             parts.append(f"{arm}: {' and '.join(told)}")
     return "Cache or state against context length, measured. " + "; ".join(parts) + "."
@@ -569,8 +568,7 @@ def _environment_table(record: Record) -> Table:
         elif isinstance(value, dict):
             table.add(label, ", ".join(f"{name}: {_plain(item)}" for name, item in value.items()))
         elif key.endswith("_bytes"):
-            factor, unit = scale([value], "bytes")
-            table.add(label, f"{number(value * factor)} {unit}")
+            table.add(label, size(value))
         else:
             table.add(label, _plain(value))
     for group, heading in groups.items():

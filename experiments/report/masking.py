@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from experiments.numbers import DASH, MINUS, interval, number, plural, probability
+from experiments.numbers import DASH, MINUS, after_holm, interval, number, plural
 from experiments.report.document import Block, Cell, Code, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.record import Record, Row
 from experiments.report.tables import WITHIN, seed_counts, value_cell
@@ -63,8 +63,7 @@ def _told(one: dict[str, Any]) -> Verdict:
     unit = "of the tokens" if one["kind"] == "blanks" else "nats/token"
     numbers = f"{one['arm']} {MINUS} {one['against']}: {value} {unit}; n = {plural(one['n'], 'paired seed')}"
     if one["p_holm"] is not None:
-        p = probability(one["p_holm"])
-        numbers += f"; p {p if p.startswith('<') else f'= {p}'} after Holm's correction"
+        numbers += f"; {after_holm(one['p_holm'])}"
     if not one.get("comparable", True):  # absent in older records
         return Verdict("blocked", one["sentence"], "not comparable", numbers)
     if one["resolved"]:

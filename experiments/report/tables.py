@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from experiments.numbers import (
     DASH,
     MINUS,
+    after_holm,
     count,
     interval,
     left_out,
@@ -121,6 +122,16 @@ def tells_card(record: Record) -> bool:
     return any(row.metric == "process_bytes" for row in record.rows)
 
 
+def neutral(one: dict[str, Any]) -> float:
+    """The estimate that means no difference."""
+    return 0.0 if one["kind"] == "difference" else 1.0
+
+
+def same_at_every_seed(one: dict[str, Any]) -> bool:
+    """Whether a comparison found none, over several seeds: that is no difference that is open."""
+    return one["n"] > 1 and one["ci_low"] == one["ci_high"] == neutral(one)
+
+
 def standing(one: dict[str, Any]) -> tuple[Tone, str]:
     """How a verdict stands, from its record alone: nothing here decides anew."""
     if not one["comparable"]:
@@ -129,14 +140,13 @@ def standing(one: dict[str, Any]) -> tuple[Tone, str]:
         return "resolved", f"resolved: {one['better']} is better" if one["better"] else "resolved"
     if one["n"] == 0:
         return "open", "not resolved: no seed has both arms"
-    neutral = 0.0 if one["kind"] == "difference" else 1.0
-    if one["n"] > 1 and one["ci_low"] == one["ci_high"] == neutral:
+    if same_at_every_seed(one):
         return "open", "the same at every seed"
     if one["ci_low"] is None or one["ci_high"] is None:
         return "open", "not resolved: one seed has no interval" if one["n"] == 1 else "not resolved: no interval"
     if one["more_seeds"]:
         return "open", f"not resolved, even odds with about {plural(one['more_seeds'], 'more seed')}"
-    if not one["ci_low"] <= neutral <= one["ci_high"]:
+    if not one["ci_low"] <= neutral(one) <= one["ci_high"]:
         return "open", "not resolved after the correction for several comparisons"
     return "open", "not resolved"
 
@@ -174,8 +184,7 @@ def estimate(one: dict[str, Any]) -> str:
         return DASH
     values = (one["estimate"], one["ci_low"], one["ci_high"])
     factor, unit = scale(values, one["unit"])
-    difference = one["kind"] == "difference"
-    text = interval(*values, factor=factor, sign=difference, neutral=0.0 if difference else 1.0)
+    text = interval(*values, factor=factor, sign=one["kind"] == "difference", neutral=neutral(one))
     if unit == "×":
         value, _, limits = text.partition(" ")
         return f"{value}× {limits}".rstrip()
@@ -207,8 +216,7 @@ def evidence(record: Record, one: dict[str, Any]) -> str:
         parts.append(f"read to {count(PAGE)} bytes, which the ratio's interval covers")
     parts.append(f"n = {plural(one['n'], 'paired seed')}")
     if one["p_holm"] is not None:
-        p = probability(one["p_holm"])
-        parts.append(f"p {p if p.startswith('<') else f'= {p}'} after Holm's correction")
+        parts.append(after_holm(one["p_holm"]))
     return "; ".join(parts)
 
 
@@ -316,7 +324,11 @@ def line_scale(rows: Iterable[Row | None]) -> tuple[float, str]:
 
 
 def seed_counts(rows: list[Row | None]) -> str:
-    counts = [row.n if row is not None and row.value is not None else 0 for row in rows]
+    return _counts([row.n if row is not None and row.value is not None else 0 for row in rows])
+
+
+def _counts(counts: list[int]) -> str:
+    """Of each arm, or one for all where they are alike."""
     return str(counts[0]) if len(set(counts)) == 1 else " / ".join(map(str, counts))
 
 
@@ -548,7 +560,6 @@ def gates_table(record: Record) -> Table:
             finite = all(math.isfinite(gate["value"]) for gate in gates)
             text = f"{max(gate['value'] for gate in gates):.2g}" if finite else "not finite"
             cells.append(table.cell(text, "failed: what it taints is marked as not comparable" if failed else None))
-        counts = [len(by_arm.get(arm, [])) for arm in record.arms]
-        cells.append(str(counts[0]) if len(set(counts)) == 1 else " / ".join(map(str, counts)))
+        cells.append(_counts([len(by_arm.get(arm, [])) for arm in record.arms]))
         table.add(*cells)
     return table

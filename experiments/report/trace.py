@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments import reading
-from experiments.numbers import DASH, count, number, plural, scale
+from experiments.numbers import DASH, count, number, plural, size
 from experiments.printable import clean
 from experiments.report.document import Block, Cell, Column, Document, Figure, Notice, Section, Table, Text, Verdict
 from experiments.tracing import Traced
@@ -97,8 +97,8 @@ def document(prompt: str, traced: Sequence[Traced]) -> Document:
     facts = [("prompt", _quoted(prompt))]
     for one in traced:
         config = one.subject.config
-        size = f"{anatomy.mixers(config)}, width {count(config.width)}"
-        facts.append((one.subject.name, clean(f"{one.subject.origin}; {size}, vocabulary {count(config.vocabulary)}")))
+        shape = f"{anatomy.mixers(config)}, width {count(config.width)}, vocabulary {count(config.vocabulary)}"
+        facts.append((one.subject.name, clean(f"{one.subject.origin}; {shape}")))
     sections = [_tokens(traced), _stages(traced), _next(traced), _lens(traced)]
     if any(mixing(one) for one in traced):
         sections.append(_mixing(traced))
@@ -354,8 +354,8 @@ def _attention(traced: Sequence[Traced]) -> Section:
                 weights, scores = layer.said.weights[head, -1], layer.said.scores[head, -1]
                 best = weights.topk(min(GATHERED, int(layer.said.seen[-1].sum()))).indices.tolist()
                 most = [f"{_at(one, s)} ({_share(float(weights[s]))}; {_small(float(scores[s]))})" for s in best]
-                size = float(layer.said.mixed[head, -1].double().norm())
-                table.add(str(layer.number), str(head + 1), ", ".join(most), _small(size))
+                gathered = float(layer.said.mixed[head, -1].double().norm())
+                table.add(str(layer.number), str(head + 1), ", ".join(most), _small(gathered))
         blocks.append(table)
         if len(one.names) <= WRITTEN_OUT:
             said = layers[0].said
@@ -534,10 +534,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _bytes(value: int) -> str:
-    if value == 0:
-        return DASH
-    factor, unit = scale([value], "bytes")
-    return f"{number(value * factor)} {unit}"
+    return size(value) if value else DASH
 
 
 def _share(value: float) -> str:

@@ -3,11 +3,20 @@
 from collections import Counter
 from typing import Any
 
-from experiments.numbers import SLIGHT, count, interval, left_out, listed, number, plural, scale
+from experiments.numbers import SLIGHT, count, interval, left_out, listed, number, plural, size
 from experiments.report import curves
 from experiments.report.document import Block, Notice, Section, Text, Tone, Verdict
 from experiments.report.record import Record
-from experiments.report.tables import WITHIN, estimate, evidence, place, standing, widened_by_pages
+from experiments.report.tables import (
+    WITHIN,
+    estimate,
+    evidence,
+    neutral,
+    place,
+    same_at_every_seed,
+    standing,
+    widened_by_pages,
+)
 from experiments.rows import PAGE, UNMATCHED
 
 TESTED = ("test_bits_per_byte", "test_masked_token_loss")
@@ -176,21 +185,20 @@ def _outcome(one: dict[str, Any]) -> str:
     if one["resolved"]:
         slight = "slightly " if one["kind"] == "ratio" and abs(one["estimate"] - 1) < SLIGHT else ""
         return slight + ("better" if one["better"] == one["b"] else "worse")
-    neutral = 0.0 if one["kind"] == "difference" else 1.0
-    if one["n"] > 1 and one["ci_low"] == one["ci_high"] == neutral:
+    if same_at_every_seed(one):
         return "same"
-    return "tried" if one["n"] > 1 and not one["ci_low"] <= neutral <= one["ci_high"] else "open"
+    return "tried" if one["n"] > 1 and not one["ci_low"] <= neutral(one) <= one["ci_high"] else "open"
 
 
 def limits(record: Record) -> str:
     """What nobody may read into this run."""
     sizes = sorted({arm["parameters"] for arm in record.result["arms"].values() if arm.get("parameters")})
     if not sizes:
-        size = "one model size"
+        models = "one model size"
     elif sizes[0] == sizes[-1]:
-        size = f"one model size ({count(sizes[0])} parameters)"
+        models = f"one model size ({count(sizes[0])} parameters)"
     else:
-        size = f"one model size per arm ({count(sizes[0])} to {count(sizes[-1])} parameters)"
+        models = f"one model size per arm ({count(sizes[0])} to {count(sizes[-1])} parameters)"
     corpus = record.environment.get("data", {}).get("corpus") or record.spec.get("data", {}).get("corpus")
     text = f"one corpus ({corpus})" if corpus else "one corpus"
     where = f"one machine ({machine(record.environment)})" if record.environment else "one machine"
@@ -203,7 +211,7 @@ def limits(record: Record) -> str:
     if any(widened_by_pages(record, one) for one in record.verdicts):
         pages = f"; that of a ratio of memory also the {count(PAGE)} bytes to which a process's memory is read"
     return (
-        f"What this run does not show: it has {size}, {text}{budget} and {where}, and "
+        f"What this run does not show: it has {models}, {text}{budget} and {where}, and "
         f"{plural(len(record.seeds), 'seed')}. It says nothing about larger models, other text, longer "
         "training, other hardware or other settings, and an interval covers the spread over seeds only"
         f"{pages}." + _installed(record.environment.get("data", {}))
@@ -214,10 +222,9 @@ def _installed(data: dict[str, Any]) -> str:
     """What has to be said of a corpus that every machine has another of."""
     if data.get("corpus") != "installed-python":
         return ""
-    files, size = sum(data["documents"].values()), sum(data["bytes"].values())
-    factor, unit = scale([size], "bytes")
+    files, text = sum(data["documents"].values()), sum(data["bytes"].values())
     return (
-        f" Its corpus is {plural(files, 'file')} ({number(size * factor)} {unit}) of Python source, of that machine's "
+        f" Its corpus is {plural(files, 'file')} ({size(text)}) of Python source, of that machine's "
         f"standard library and {plural(len(data['packages']), 'installed package')} (listed with the environment): "
         "only the same files give these numbers again, so arms of this run compare with each other, and not with "
         "those of another machine."
