@@ -10,6 +10,7 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 Layout = Literal["wide", "narrow"]  # a page and a phone
@@ -44,6 +45,24 @@ def hatch_of(at: int) -> str:
     return HATCHES[(at + at // len(ARMS)) % len(HATCHES)]
 
 
+def line_style(at: int, **other: Any) -> dict[str, Any]:
+    """For `Axes.plot`, of the at-th arm's points. other: in place of what is usual, or beside it."""
+    return {
+        "color": colour_of(at), "linestyle": line_of(at), "linewidth": 1.7, "marker": marker_of(at), "markersize": 5.2,
+        "markeredgecolor": PAPER, "markeredgewidth": 0.6,
+    } | other  # fmt: skip
+
+
+def bar_style(at: int) -> dict[str, Any]:
+    """For `Axes.barh`, of the at-th arm, or of the at-th of what the bars show beside each other."""
+    return {"color": colour_of(at), "hatch": hatch_of(at), "edgecolor": PAPER, "linewidth": 0}
+
+
+def bar_keys(count: int) -> list[Patch]:
+    """For `legend`, of the first `count` of `bar_style`."""
+    return [Patch(facecolor=colour_of(at), hatch=hatch_of(at), edgecolor=PAPER, linewidth=0) for at in range(count)]
+
+
 RC: dict[str, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "lab-report",
@@ -74,15 +93,15 @@ RC: dict[str, Any] = {
     "path.simplify": True,
 }
 SIZES = {"wide": 9.0, "narrow": 8.2}  # points
+WIDTHS = {"wide": 7.2, "narrow": 3.7}  # inches
 
 
 def panels(layout: Layout, count: int, height: float, stacked: bool = True) -> tuple[Figure, list[Axes]]:
     """Side by side (at most two in a row) on a page, stacked on a phone; `height` in inches of one panel."""
     across = 1 if layout == "narrow" else min(count, 2)
     down = math.ceil(count / across)
-    width = 3.7 if layout == "narrow" else 7.2
     tall = height * (0.84 if layout == "narrow" and stacked else 1.0)
-    figure = Figure(figsize=(width, tall * down), layout="constrained")
+    figure = Figure(figsize=(WIDTHS[layout], tall * down), layout="constrained")
     axes = [figure.add_subplot(down, across, at + 1) for at in range(count)]
     return figure, axes
 
@@ -150,13 +169,7 @@ def legend(
     if handles is None:
         handles = [
             Line2D(
-                [],
-                [],
-                color=colour_of(at),
-                linestyle=line_of(at),
-                linewidth=1.8,
-                marker=marker_of(at),
-                markersize=5,
+                [], [], color=colour_of(at), linestyle=line_of(at), linewidth=1.8, marker=marker_of(at), markersize=5
             )
             for at in (places or range(len(names)))
         ]

@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.numbers import number
@@ -22,14 +21,15 @@ from experiments.report.drawing import (
     DARK,
     INK,
     MUTED,
-    PAPER,
     RC,
     SIZES,
     Layout,
+    bar_keys,
+    bar_style,
     colour_of,
-    hatch_of,
     legend,
     line_of,
+    line_style,
     loglog,
     marker_of,
     pad_x,
@@ -150,7 +150,7 @@ def memory(record: Record, layout: Layout) -> Figure:
     lines = curves.memory_lines(record)
     arms = record.arms
     thick = 0.8 / len(arms)
-    inches = max(0.20 if len(arms) < 3 else 0.13, 0.12)
+    inches = 0.20 if len(arms) < 3 else 0.13
     height = len(lines) * (len(arms) * inches + 0.10) + 0.9 + (0.18 * len(arms) if layout == "narrow" else 0.2)
     figure, (axes,) = panels(layout, 1, height, stacked=False)
     top = 0.0
@@ -165,8 +165,7 @@ def memory(record: Record, layout: Layout) -> Figure:
                 continue
             value = found.value / 1e6
             low, high = (end / 1e6 for end in curves.spread(record, found))
-            style = {"color": colour_of(at), "hatch": hatch_of(at), "edgecolor": PAPER, "linewidth": 0}
-            axes.barh(y, value, height=thick * 0.88, **style)
+            axes.barh(y, value, height=thick * 0.88, **bar_style(at))
             axes.plot([low, high], [y, y], color=INK, linewidth=0.9, solid_capstyle="butt")
             top = max(top, value, high)
             if len(arms) <= 4:
@@ -180,10 +179,7 @@ def memory(record: Record, layout: Layout) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(5 if layout == "narrow" else 7))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.set_xlabel("memory, MB")
-    handles = [
-        Patch(facecolor=colour_of(at), hatch=hatch_of(at), edgecolor=PAPER, linewidth=0) for at in range(len(arms))
-    ]
-    legend(figure, arms, layout, handles)
+    legend(figure, arms, layout, bar_keys(len(arms)))
     return figure
 
 
@@ -230,24 +226,9 @@ def sweep(record: Record, layout: Layout) -> Figure:
             low, high = curves.spread(record, row)
             axes.plot([rate, rate], [low, high], color=colour, linewidth=1.1)
             if rate == best:
-                axes.plot(
-                    rate,
-                    row.known,
-                    "o",
-                    markersize=13,
-                    markerfacecolor="none",
-                    markeredgecolor=INK,
-                    markeredgewidth=1.1,
-                )
-        axes.plot(
-            xs,
-            ys,
-            color=colour,
-            linestyle=line_of(at),
-            linewidth=1.9,
-            marker=marker_of(at),
-            markersize=5.5,
-        )
+                ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.1}
+                axes.plot(rate, row.known, "o", **ring)
+        axes.plot(xs, ys, color=colour, linestyle=line_of(at), linewidth=1.9, marker=marker_of(at), markersize=5.5)
         every |= set(rates)
     axes.set_xscale("log")
     ticks(axes, sorted(every), [f"{rate:g}" for rate in sorted(every)])
@@ -301,8 +282,4 @@ def _whiskered(
         axes.plot([context] * 2, [max(low, floor) * factor, high * factor], color=colour_of(at), linewidth=1.2)
         xs.append(context)
         ys.append(row.value * factor)
-    style = line_of(at) if line else "none"
-    axes.plot(
-        xs, ys, color=colour_of(at), linestyle=style, linewidth=1.7, marker=marker_of(at), markersize=5.2,
-        markeredgecolor=PAPER, markeredgewidth=0.6,
-    )  # fmt: skip
+    axes.plot(xs, ys, **line_style(at, linestyle=line_of(at) if line else "none"))

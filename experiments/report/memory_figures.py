@@ -5,19 +5,16 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.numbers import number
 from experiments.report.drawing import (
-    ARMS,
-    HATCHES,
     INK,
-    PAPER,
     SIZES,
     Layout,
+    bar_keys,
+    bar_style,
     colour_of,
-    hatch_of,
     legend,
     legend_columns,
     line_of,
@@ -40,7 +37,7 @@ def waterfall(record: Record, layout: Layout) -> Figure:
         at = record.arms.index(arm)
         found = stages(record, arm)
         for row, (_, value) in enumerate(found):
-            axes.barh(row, value, height=0.7, color=colour_of(at), hatch=hatch_of(at), edgecolor=PAPER, linewidth=0)
+            axes.barh(row, value, height=0.7, **bar_style(at))
             axes.text(value, row, f" {number(value)}", va="center", ha="left", fontsize=SIZES[layout] - 1.5)
         axes.set_yticks(range(len(found)), [title for title, _ in found])
         axes.set_ylim(lines - 0.5, -0.5)
@@ -85,9 +82,7 @@ def training_split(record: Record, layout: Layout) -> Figure:
         left = 0.0
         for at, metric in enumerate(PARTS):
             value = sum(one.known for one in record.over_seeds("train", metric, arm, context=context)) / 1e6
-            axes.barh(
-                row, value, left=left, height=0.7, color=ARMS[at], hatch=HATCHES[at], edgecolor=PAPER, linewidth=0
-            )
+            axes.barh(row, value, left=left, height=0.7, **bar_style(at))
             left += value
         peak = sum(one.known for one in record.over_seeds("train", "peak_bytes", arm, context=context)) / 1e6
         axes.plot([peak, peak], [row - 0.42, row + 0.42], color=INK, linewidth=1.8)
@@ -95,11 +90,7 @@ def training_split(record: Record, layout: Layout) -> Figure:
     axes.set_yticks(range(len(lines)), [f"{short(arm, 16)}, {context:,}" for arm, context in lines])
     axes.set_ylim(len(lines) - 0.5, -0.5)
     _megabytes(axes, top * 1.06, layout)
-    handles: list = [
-        Patch(facecolor=ARMS[at], hatch=HATCHES[at], edgecolor=PAPER, linewidth=0) for at in range(len(PARTS))
-    ]
-    handles.append(Line2D([], [], color=INK, linewidth=1.8))
-    legend(figure, names, layout, handles)
+    legend(figure, names, layout, [*bar_keys(len(PARTS)), Line2D([], [], color=INK, linewidth=1.8)])
     return figure
 
 

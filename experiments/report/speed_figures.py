@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report.drawing import PAPER, Layout, colour_of, legend, line_of, loglog, marker_of, panels
+from experiments.report.drawing import Layout, colour_of, legend, line_style, loglog, panels
 from experiments.report.record import Record
 from experiments.report.speed import lines, settings_of
 
@@ -51,8 +51,5 @@ def _line(axes: Axes, record: Record, phase: str, metric: str, arm: str, at: int
     for row in found:
         if row.p5 and row.p95:
             axes.plot([row.context or 0] * 2, [row.p5, row.p95], color=colour_of(at), linewidth=1.2)
-    axes.plot(
-        contexts, [row.known for row in found], color=colour_of(at), linestyle=line_of(at),
-        linewidth=1.7, marker=marker_of(at), markersize=5.2, markeredgecolor=PAPER, markeredgewidth=0.6,
-    )  # fmt: skip
+    axes.plot(contexts, [row.known for row in found], **line_style(at))
     return set(contexts)

@@ -4,7 +4,6 @@ import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.numbers import number, scale
@@ -13,13 +12,13 @@ from experiments.report import lineage as lineage_study
 from experiments.report.drawing import (
     ARMS,
     INK,
-    PAPER,
     SIZES,
     Layout,
+    bar_keys,
+    bar_style,
     colour_of,
-    hatch_of,
     legend,
-    line_of,
+    line_style,
     loglog,
     marker_of,
     panels,
@@ -113,8 +112,7 @@ def moe(record: Record, layout: Layout) -> Figure:
     for row, one in enumerate(held):
         for at, value in enumerate([one["loaded_bytes"], *(one["touched_bytes"][batch] for batch in batches)]):
             y = row + (at - (len(names) - 1) / 2) * thick
-            style = {"color": colour_of(at), "hatch": hatch_of(at), "edgecolor": PAPER, "linewidth": 0}
-            every[0].barh(y, value * factor, height=thick * 0.88, **style)
+            every[0].barh(y, value * factor, height=thick * 0.88, **bar_style(at))
             every[0].annotate(number(value * factor), (value * factor, y), xytext=(3, 0), textcoords="offset points",
                               va="center", fontsize=SIZES[layout] - 1.5)  # fmt: skip
     every[0].set_yticks(range(len(held)), [short(one["arm"], 16) for one in held])
@@ -136,14 +134,9 @@ def moe(record: Record, layout: Layout) -> Figure:
         axes.set_title(f"Experts of {short(one['arm'], 16)}")
         axes.set_xlabel("layer of experts")
         axes.set_ylabel("load over an even share")
-    legend(figure, names, layout, [
-        Patch(facecolor=colour_of(at), hatch=hatch_of(at), edgecolor=PAPER, linewidth=0) for at in range(len(names))
-    ])  # fmt: skip
+    legend(figure, names, layout, bar_keys(len(names)))
     return figure
 
 
 def _line(axes: Axes, x: list[float], y: list[float], at: int) -> None:
-    axes.plot(
-        x, y, color=colour_of(at), linestyle=line_of(at), linewidth=1.7, marker=marker_of(at), markersize=4.6,
-        markeredgecolor=PAPER, markeredgewidth=0.5,
-    )  # fmt: skip
+    axes.plot(x, y, **line_style(at, markersize=4.6, markeredgewidth=0.5))

@@ -19,10 +19,11 @@ from experiments.report.drawing import (
     MUTED,
     PAPER,
     SIZES,
+    WIDTHS,
     Layout,
     colour_of,
     legend,
-    line_of,
+    line_style,
     log_y,
     marker_of,
     panels,
@@ -97,10 +98,7 @@ def _lens(traced: Sequence[Traced], layout: Layout) -> Figure:
 
 
 def _line(axes: Axes, x: Sequence[int], y: Sequence[float], at: int) -> None:
-    axes.plot(
-        x, y, color=colour_of(at), linestyle=line_of(at), linewidth=1.7, marker=marker_of(at), markersize=5.2,
-        markeredgecolor=PAPER, markeredgewidth=0.6, markevery=max(1, len(x) // 12),
-    )  # fmt: skip
+    axes.plot(x, y, **line_style(at, markevery=max(1, len(x) // 12)))
 
 
 def _depth(axes: Axes, traced: Sequence[Traced]) -> None:
@@ -149,9 +147,8 @@ def _attention(one: Traced, layout: Layout) -> Figure:
 
 def _experts(one: Traced, layout: Layout) -> Figure:
     layers = experts(one)
-    width = 3.7 if layout == "narrow" else 7.2
     count = layers[0].said.probability.shape[1]
-    figure = Figure(figsize=(width, len(layers) * (0.75 + 0.17 * count) + 0.3), layout="constrained")
+    figure = Figure(figsize=(WIDTHS[layout], len(layers) * (0.75 + 0.17 * count) + 0.3), layout="constrained")
     for row, layer in enumerate(layers):
         axes = figure.add_subplot(len(layers), 1, row + 1)
         choice = layer.said
@@ -166,11 +163,10 @@ def _experts(one: Traced, layout: Layout) -> Figure:
 
 
 def _grid(count: int, across: int, layout: Layout) -> tuple[Figure, list[Axes]]:
-    width = 3.7 if layout == "narrow" else 7.2
     across = min(across, count)
     down = math.ceil(count / across)
-    side = min(width / across, 3.6)
-    figure = Figure(figsize=(width, down * (side + 0.25) + 0.35), layout="constrained")
+    side = min(WIDTHS[layout] / across, 3.6)
+    figure = Figure(figsize=(WIDTHS[layout], down * (side + 0.25) + 0.35), layout="constrained")
     return figure, [figure.add_subplot(down, across, at + 1) for at in range(count)]
 
 
@@ -251,8 +247,7 @@ def _half_life(traced: Sequence[Traced], layout: Layout) -> Figure:
 def _written(one: Traced, at: int, layout: Layout) -> Figure:
     """A row for each block shown: what each token wrote, outlined, and what is left of it, filled."""
     layers = memory(one)
-    width = 3.7 if layout == "narrow" else 7.2
-    figure = Figure(figsize=(width, len(layers) * 1.75 + 0.3), layout="constrained")
+    figure = Figure(figsize=(WIDTHS[layout], len(layers) * 1.75 + 0.3), layout="constrained")
     colour = colour_of(at)
     for row, layer in enumerate(layers):
         axes = figure.add_subplot(len(layers), 1, row + 1)

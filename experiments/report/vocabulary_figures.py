@@ -4,18 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.report import curves
-from experiments.report.drawing import (
-    PAPER,
-    Layout,
-    colour_of,
-    legend,
-    line_of,
-    loglog,
-    marker_of,
-    pad_x,
-    panels,
-    ticks,
-)
+from experiments.report.drawing import Layout, colour_of, legend, line_style, loglog, pad_x, panels, ticks
 from experiments.report.record import Record
 from experiments.report.vocabulary import by_arm, lines, sizes
 
@@ -71,10 +60,7 @@ def _draw(axes: Axes, record: Record, phase: str, metric: str) -> None:
             if axes.get_yscale() == "log":  # where an interval that reaches zero has no place
                 low = max(low, row.known / 4)
             axes.plot([size] * 2, [low, high], color=colour_of(at), linewidth=1.2)
-        axes.plot(
-            list(found), [row.known for row in found.values()], color=colour_of(at), linestyle=line_of(at),
-            linewidth=1.7, marker=marker_of(at), markersize=5.2, markeredgecolor=PAPER, markeredgewidth=0.6,
-        )  # fmt: skip
+        axes.plot(list(found), [row.known for row in found.values()], **line_style(at))
 
 
 def _loglog(axes: Axes, record: Record) -> None:
