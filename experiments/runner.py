@@ -38,6 +38,9 @@ from models.feedforward import FEEDFORWARDS
 from models.mixers import MIXERS
 from models.ops.kernels import has_triton
 
+# of the environment, what a run that goes on must find as it was: its numbers would not compare with new ones
+SETTLED = ("source_sha256", "cpu", "cores", "gpu", "gpu_driver", "threads", "gomp_spincount", "packages", "python")
+
 
 @dataclass(frozen=True)
 class Event:
@@ -140,45 +143,35 @@ def run(
     made. `into` continues that run, and tries its failed cells again. Cells that fail are recorded and their
     neighbours run. Raises LabError and its kin for what a person can mend, InterruptedRunError on Ctrl-C.
     """
-    check(experiment, begun=into is not None)
-    _check_out(into.path if into else out, begun=into is not None)
+    begun = into is not None
+
+    def note(text: str, group: str | None = None) -> None:
+        listener(Event("note", text, group))
+
+    check(experiment, begun)
+    _check_out(into.path if into else out, begun)
     if experiment.study == "comparison" and len(experiment.arms) == 1 and not experiment.learning_rates:
-        listener(Event("note", "one arm: it will be trained and measured, and compared with nothing"))
-    dataset = prepare_all(
-        experiment.data, experiment.vocabularies, cache or default_cache(),
-        lambda message: listener(Event("note", message)),
-    )  # fmt: skip
+        note("one arm: it will be trained and measured, and compared with nothing")
+    cache = cache or default_cache()
+    dataset = prepare_all(experiment.data, experiment.vocabularies, cache, note)
     _check_lengths(experiment, dataset)
     directory = into or _unfinished(experiment, dataset, out)
     if directory is None:
         capacity.check(experiment)
-    with _writable(out, begun=into is not None), ExitStack() as held:
+    with _writable(out, begun), ExitStack() as held:
         if directory is None:
-            found = _made_ready(experiment, dataset, listener, cache or default_cache())
+            found = _made_ready(experiment, dataset, listener, cache)
             directory = _new_directory(experiment, dataset, out)
             held.enter_context(_alone(directory))
             _begin(directory, experiment, dataset, command, found)
         else:
             held.enter_context(_alone(directory))
             _check_same_run(directory, experiment, dataset)
-            listener(Event("note", f"continuing {directory.path}"))
-            for file in _keep_tokenizers(directory, experiment, dataset):
-                listener(Event("note", f"{file} was missing and is there again"))
-            for group, file in _without_model(directory, experiment).items():
-                listener(
-                    Event(
-                        "note",
-                        f"{file} is missing or damaged: the model and what was measured of it are made again",
-                        group,
-                    )
-                )
-                for cell in STUDIES[experiment.study].plan(experiment):
-                    if cell.group == group:
-                        directory.forget(cell)
-        retry = into is not None
-        todo = _todo(directory, experiment, retry)
+            note(f"continuing {directory.path}")
+            _make_good(directory, experiment, dataset, note)
+        todo = _todo(directory, experiment, retry=begun)
         if not todo:
-            listener(Event("note", f"{directory.path} has every cell; nothing is left to run"))
+            note(f"{directory.path} has every cell; nothing is left to run")
         try:
             _run_cells(directory, experiment, dataset, todo, listener)
         except KeyboardInterrupt:
@@ -275,6 +268,20 @@ def _keep_tokenizers(directory: RunDirectory, experiment: Experiment, dataset: P
     return kept
 
 
+def _make_good(
+    directory: RunDirectory, experiment: Experiment, dataset: Prepared, note: Callable[..., None]
+) -> None:  # fmt: skip
+    """What a run has lost since it began: tokenizers are put back; the cells of a model that lost a file are forgotten,
+    so that they are done again. note: is told, with the cells' group where it is about one."""
+    for file in _keep_tokenizers(directory, experiment, dataset):
+        note(f"{file} was missing and is there again")
+    for group, file in _without_model(directory, experiment).items():
+        note(f"{file} is missing or damaged: the model and what was measured of it are made again", group)
+        for cell in STUDIES[experiment.study].plan(experiment):
+            if cell.group == group:
+                directory.forget(cell)
+
+
 def _without_model(directory: RunDirectory, experiment: Experiment) -> dict[str, Path]:
     """Groups of cells whose model was made and has lost a file, or a part of it, and that file."""
     study, found = STUDIES[experiment.study], {}
@@ -303,17 +310,7 @@ def _check_same_run(directory: RunDirectory, experiment: Experiment, dataset: Pr
     if then.get("spec_sha256", _spec_sha256(directory)) != _spec_sha256(directory):
         spec = directory.path / "spec.toml"
         raise RunFailedError(f"{spec} was changed since the run began: `lab run {spec}` starts a new run of it")
-    for key in (
-        "source_sha256",
-        "cpu",
-        "cores",
-        "gpu",
-        "gpu_driver",
-        "threads",
-        "gomp_spincount",
-        "packages",
-        "python",
-    ):
+    for key in SETTLED:
         if then[key] != here[key]:
             raise RunFailedError(
                 f"{directory.path} was begun with another {key} ({then[key]}, here {here[key]}): its numbers would "
