@@ -318,6 +318,13 @@ def by_seed(
     }  # fmt: skip
 
 
+def mean_over_seeds(rows: list[dict], arm: str, phase: str, metric: str, context: int | None = None) -> float | None:
+    """None where no seed has a value."""
+    found = by_seed(rows, arm, phase, metric, context=context).values()
+    values = [row["value"] for row in found if row["value"] is not None]
+    return sum(values) / len(values) if values else None
+
+
 class PairedMeans(NamedTuple):
     """Means of several arms over the same seeds. counted: arms whose values compare; means: none where these have no
     seed in common; over: in words, after "bits per byte", where that is not every seed of the run."""

@@ -63,7 +63,7 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
             where = f" after {one['context']:,} tokens" if one["context"] else ""
             parts.append(f"it {word}{where} {comparison.faster(one)}")
     longest = experiment.measurement.contexts[-1]
-    before, after = (_mean(rows, arm, "decode", "state_bytes", longest) for arm in (a, b))
+    before, after = (comparison.mean_over_seeds(rows, arm, "decode", "state_bytes", longest) for arm in (a, b))
     if before is not None and after is not None:
         before, after = (held / experiment.measurement.batch for held in (before, after))
         figures |= {"state_bytes_before": before, "state_bytes": after}
@@ -101,10 +101,3 @@ def _overall(found: list[dict], whole: dict, quality: PairedMeans, left_out: lis
         "kind": "overall", "arm": whole["b"], "against": whole["a"], "bits_per_byte": whole["estimate"],
         "lowered": len(lower), "raised": len(higher), "best": best, "sentence": f"{text}.",
     }  # fmt: skip
-
-
-def _mean(rows: list[dict], arm: str, phase: str, metric: str, context: int | None = None) -> float | None:
-    """Over seeds; None where no seed has a value."""
-    found = comparison.by_seed(rows, arm, phase, metric, context=context).values()
-    values = [row["value"] for row in found if row["value"] is not None]
-    return sum(values) / len(values) if values else None

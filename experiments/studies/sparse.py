@@ -3,6 +3,7 @@
 Arms are trained, evaluated and measured as in a comparison, at a context longer than the windows. The first arm without
 a window is what the others are compared with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -179,7 +180,7 @@ def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str,
     contexts, batch = experiment.measurement.contexts, experiment.measurement.batch
     bounds = windows(cells.model_configs(experiment)[arm])
     assert bounds is not None
-    kept = {name: {at: held for at in contexts if (held := _mean(rows, name, at)) is not None} for name in (base, arm)}
+    kept = {name: _kept(rows, name, contexts) for name in (base, arm)}
     longest = contexts[-1]
     if any(longest not in held for held in kept.values()):
         return None
@@ -219,7 +220,7 @@ def _overall(base: str, after: dict[str, dict]) -> dict:
     return {"kind": "overall", "against": base, "worse": lost, "better": won, "sentence": sentence}
 
 
-def _mean(rows: list[dict], arm: str, context: int) -> float | None:
-    """Bytes of cache over seeds; None where no seed has them."""
-    found = [row["value"] for row in comparison.by_seed(rows, arm, "decode", "state_bytes", context=context).values()]
-    return sum(found) / len(found) if found else None
+def _kept(rows: list[dict], arm: str, contexts: Sequence[int]) -> dict[int, float]:
+    """Bytes of cache by context, mean over seeds, where any seed has them."""
+    means = {at: comparison.mean_over_seeds(rows, arm, "decode", "state_bytes", at) for at in contexts}
+    return {at: held for at, held in means.items() if held is not None}
