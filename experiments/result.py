@@ -6,13 +6,12 @@ from experiments.cells import WARM_UP_STEPS, model_configs
 from experiments.errors import RunFailedError
 from experiments.kernels.check import doubt, kernels_of
 from experiments.numbers import plural
-from experiments.rows import UNMATCHED, mean_of
+from experiments.rows import SCHEMA_VERSION, UNMATCHED, mean_of
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory, now
 from experiments.studies import STUDIES
 from models import cost
 
-SCHEMA_VERSION = 1
 UNTOUCHED = {  # metrics that do not depend on the form that ran
     "file_bytes", "state_bytes", "flops_per_token", "flops_per_byte", "tokens_per_byte", "bytes_seen", "parameters",
     "embedding_parameters", "embedding_share", "state_bytes_per_byte", "unigram_bits_per_byte", "state_bytes_analytic",

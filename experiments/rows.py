@@ -9,6 +9,7 @@ import numpy as np
 from experiments.statistics import Interval, mean_interval
 from experiments.store import Cell
 
+SCHEMA_VERSION = 1  # of result.json
 PAGE = 4096  # bytes: what a process holds is read in whole ones
 UNMATCHED = "the arms are not of one size"  # how the warning of that begins
 SEES = "the model saw the token that it was to predict"

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
+from experiments.spec import MOST_SEEDS
+
 CONFIDENCE = 0.95
-MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Comparison:
     """b against a over paired seeds.
 
     p: two-sided paired t test of no difference. None where there is nothing to test: one seed, or no spread at all.
-    exact: every pair gives the same non-zero difference of what was counted (bytes of state, say), or would.
-    differences: one per pair, in the scale of the test (of logarithms for a ratio); deviation: what is taken for their
-    standard deviation, 0 for one.
+    exact: what was compared was counted (bytes of state, say) and differs by the same amount in every pair.
+    differences: one per pair, in the scale of the test (of logarithms for a ratio). deviation: what is taken for their
+    standard deviation, 0 where there is one alone.
     """
 
     interval: Interval

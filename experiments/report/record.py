@@ -17,9 +17,9 @@ import numpy as np
 
 from experiments.errors import RunFailedError, SpecError
 from experiments.printable import clean
+from experiments.rows import SCHEMA_VERSION
 from experiments.store import NO_STEPS, again, damaged, log_again, parsed, read_json, read_text, rebuilt, resumes
 
-SCHEMA_VERSION = 1
 REQUIRED = {
     "schema_version": int, "run_id": str, "experiment": str, "title": str, "status": str, "missing": list,
     "failures": list, "warnings": list, "arms": dict, "rows": list,
