@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -117,7 +117,8 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def fail(error: object, code: int) -> None:
+def fail(error: object, code: int) -> NoReturn:
+    """Say why on one line of stderr, and leave with the code."""
     typer.echo(f"lab: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(code)
 
@@ -185,16 +186,15 @@ def resume(name: RunName = None, out: Out = Path("runs"), as_json: AsJson = Fals
 
     directory = store.find(name, out)
     spec = directory.experiment()
-    finish(
-        lambda listener: runner.run(
-            spec, directory.path.parent, command=_command(), listener=listener, into=directory
-        ),
-        Progress(), as_json,
-    )  # fmt: skip
+
+    def start(listener: Any) -> Any:
+        return runner.run(spec, directory.path.parent, command=_command(), listener=listener, into=directory)
+
+    finish(start, Progress(), as_json)
 
 
 def finish(start: Callable[[Any], Any], progress: Any, as_json: bool) -> None:
-    """Run, then print the result and leave with the code that says how it went."""
+    """Run, then print the result and leave with the code that says how it went. start: given a listener, runs."""
     from experiments import report, store
     from experiments.runner import InterruptedRunError
 
@@ -203,10 +203,7 @@ def finish(start: Callable[[Any], Any], progress: Any, as_json: bool) -> None:
             directory = start(progress)
     except InterruptedRunError as error:
         missing = ", ".join(error.missing[:4]) + (", ..." if len(error.missing) > 4 else "")
-        fail(
-            f"interrupted; kept in {error.run.path}; missing: {missing}; the same command goes on",
-            INTERRUPTED,
-        )
+        fail(f"interrupted; kept in {error.run.path}; missing: {missing}; the same command goes on", INTERRUPTED)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on", INTERRUPTED)
     result = store.read_json(directory.path / "result.json")
@@ -216,9 +213,9 @@ def finish(start: Callable[[Any], Any], progress: Any, as_json: bool) -> None:
         typer.echo(report.render(directory.path, "table"), nl=False)
         typer.echo(f"\n{directory.path}/report.html", err=True)
     if result["failures"]:
-        count = len(result["failures"])
-        fail(f"{count} cell{'s' if count > 1 else ''} failed, first {result['failures'][0]['cell']}: "
-             f"{result['failures'][0]['message']}", SOME_FAILED)  # fmt: skip
+        count, first = len(result["failures"]), result["failures"][0]
+        cells = f"{count} cell{'s' if count > 1 else ''}"
+        fail(f"{cells} failed, first {first['cell']}: {first['message']}", SOME_FAILED)
 
 
 @app.command()
@@ -232,12 +229,11 @@ def report(
     """Read a result, the latest by default."""
     from experiments import store
     from experiments.errors import SpecError
-    from experiments.report import render
+    from experiments.report import FORMATS, render
     from models.errors import nearest
 
-    formats = ("table", "md", "html", "csv", "json")
-    if format not in formats:
-        raise SpecError(f"unknown format '{format}': {nearest(format, formats)}")
+    if format not in FORMATS:
+        raise SpecError(f"unknown format '{format}': {nearest(format, FORMATS)}")
     directory = store.find(name, out)
     typer.echo(render(directory.path, format), nl=False)  # type: ignore[arg-type]
     if open_:
