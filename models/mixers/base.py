@@ -21,6 +21,7 @@ and of every `Config`, D being the model's width:
     flops_per_token(D, context)           forward, the mean over a sequence of `context` tokens
     state_bytes(D, max_len, element_size) of `make_state` for one sequence, exact
     state_formula(D)                      that in words
+    cuda_limit(D)                         of a mixer with the form cuda: why its kernels do not take this shape, or None
     causal                                False where a token sees what comes after it
 """
 
@@ -68,8 +69,15 @@ class Mixer(nn.Module):
 
     @classmethod
     def select(cls, config: Any, width: int, device: torch.device) -> Selection:
-        """Raises ConfigError (no such form), BackendUnavailableError (not on this machine)."""
-        return select(config.backend, device, cls.forms, cls.operation)
+        """Where the CUDA kernels do not take a shape, `auto` falls back to torch. Raises ConfigError (no such form),
+        BackendUnavailableError (not on this machine, or not in this shape)."""
+        selection = select(config.backend, device, cls.forms, cls.operation)
+        problem = config.cuda_limit(width) if selection.name == "cuda" else None
+        if problem is None:
+            return selection
+        if selection.asked == "cuda":
+            raise BackendUnavailableError(f"backend 'cuda' cannot run this {config.kind}: {problem}; choose 'torch'")
+        return Selection("torch", selection.asked, fallback=problem)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         raise NotImplementedError
@@ -106,14 +114,3 @@ def at_least_float32() -> torch.dtype:
 def written(ops: ModuleType, y: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
     """The last projection of a step, y (B, E), weight (D, E); added to `onto` (B, D), which may be written over."""
     return ops.linear_step(y, weight) if onto is None else ops.residual_step(onto, y, weight)
-
-
-def within_cuda_limits(config: Any, width: int, selection: Selection) -> Selection:
-    """The official CUDA kernels do not take every shape (`config.cuda_limit` says what stands in the way): `auto`
-    then falls back to torch, aloud. Raises BackendUnavailableError where cuda was asked for by name."""
-    problem = config.cuda_limit(width) if selection.name == "cuda" else None
-    if problem is None:
-        return selection
-    if selection.asked == "cuda":
-        raise BackendUnavailableError(f"backend 'cuda' cannot run this {config.kind}: {problem}; choose 'torch'")
-    return Selection("torch", selection.asked, fallback=problem)

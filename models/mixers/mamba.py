@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
-from models.mixers.base import Mixer, at_least_float32, within_cuda_limits, written
+from models.mixers.base import Mixer, at_least_float32, written
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
 from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
-from models.ops.kernels import Selection
 from models.ops.projections import columns, kept
 from models.ops.selective_scan import decay_rate, forward_flops
 from models.ops.selective_scan import reference as selective_scan
@@ -113,10 +112,6 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(torch.empty(E, N, dtype=at_least_float32()))
         self.D = nn.Parameter(torch.empty(E, dtype=at_least_float32()))
         self.out_proj = nn.Linear(E, D, bias=False)
-
-    @classmethod
-    def select(cls, config: MambaConfig, width: int, device: torch.device) -> Selection:
-        return within_cuda_limits(config, width, super().select(config, width, device))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         for linear in (self.in_proj, self.x_proj, self.out_proj):

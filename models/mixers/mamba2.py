@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from models.errors import ConfigError
 from models.initialisation import reset_convolution, reset_linear, reset_step_sizes
-from models.mixers.base import Mixer, at_least_float32, within_cuda_limits, written
+from models.mixers.base import Mixer, at_least_float32, written
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
 from models.norm import Norm, RMSNorm, then_linear
 from models.ops.causal_conv1d import last_inputs
 from models.ops.impulses import response
-from models.ops.kernels import Selection
 from models.ops.projections import columns, kept
 from models.ops.rms_norm import before_linear, one_compiled_row
 from models.ops.selective_scan import decay_rate
@@ -128,10 +127,6 @@ class Mamba2(Mixer):
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(H, dtype=at_least_float32())) for _ in range(3))
         self.norm_weight = nn.Parameter(torch.empty(E))
         self.out_proj = nn.Linear(E, width, bias=False)
-
-    @classmethod
-    def select(cls, config: Mamba2Config, width: int, device: torch.device) -> Selection:
-        return within_cuda_limits(config, width, super().select(config, width, device))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         config = self.config

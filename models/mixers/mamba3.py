@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.errors import BackendUnavailableError, ConfigError
 from models.initialisation import reset_linear, reset_step_sizes
-from models.mixers.base import Mixer, at_least_float32, within_cuda_limits, written
+from models.mixers.base import Mixer, at_least_float32, written
 from models.mixers.explanation import MemoryExplanation, half_lives, remaining
 from models.norm import Norm, RMSNorm, then_linear
 from models.ops.impulses import response
@@ -139,7 +139,7 @@ class Mamba3(Mixer):
     @classmethod
     def select(cls, config: Mamba3Config, width: int, device: torch.device) -> Selection:
         if config.rank == 1:
-            return within_cuda_limits(config, width, super().select(config, width, device))
+            return super().select(config, width, device)
         if config.backend not in ("auto", "reference"):
             problem = "the MIMO form (rank above 1) has only 'reference'"
             raise BackendUnavailableError(f"backend '{config.backend}' cannot run this mamba3: {problem}")
