@@ -80,8 +80,8 @@ def evaluate(model: LanguageModel, split: TokenSplit, *, context: int, batch: in
 
 @dataclass(frozen=True)
 class MaskedQuality:
-    """A whole split in windows of T tokens, each corrupted once in the same way for every model. No likelihood of a
-    text follows from it, so it has no bits per byte.
+    """A whole split in windows of T tokens, in each of which the same 15% are hidden behind [MASK] for every model. No
+    likelihood of a text follows from it, so it has no bits per byte.
 
     masked_token_loss: nats per hidden token. masked_accuracy: share of the hidden tokens that were guessed.
     """
@@ -101,7 +101,7 @@ def evaluate_masked(
     total, right, count = 0.0, 0, 0
     with _evaluating(model):
         for step, (text, _) in enumerate(windows(split.tokens, context=context, batch=batch)):
-            inputs, targets = (x.to(model.device) for x in replace(objective, seed=0).batch(text, text, step))
+            inputs, targets = (x.to(model.device) for x in replace(objective, seed=0).hidden(text, step))
             with autocast(precision, model.device):
                 logits = model(inputs)[targets != IGNORED].float()
             targets = targets[targets != IGNORED]

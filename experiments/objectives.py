@@ -38,8 +38,21 @@ class Objective:
         """What the model reads and what it is to predict at each place, (B, T) each; IGNORED where nothing."""
         return self._corrupted(inputs, step) if self.name == "masked" else (inputs, targets)
 
+    def hidden(self, tokens: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The same of a masked model that is evaluated: every token that it is to predict is replaced by [MASK], since
+        what it could copy would count as guessed."""
+        selected, _, _ = self._drawn(tokens, step)
+        return torch.where(selected, self.vocabulary, tokens), torch.where(selected, tokens, IGNORED)
+
     def _corrupted(self, tokens: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """15% of the tokens are to be predicted; of those 80% are replaced by [MASK], 10% by any token, 10% stay."""
+        selected, fate, anything = self._drawn(tokens, step)
+        corrupted = torch.where(fate < MASKED, self.vocabulary, tokens)
+        corrupted = torch.where((fate >= MASKED) & (fate < MASKED + REPLACED), anything, corrupted)
+        return torch.where(selected, corrupted, tokens), torch.where(selected, tokens, IGNORED)
+
+    def _drawn(self, tokens: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T) each: which tokens are to be predicted, at least one; a number from 0 to 1; any token."""
         words = np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64), counter=[0, 0, 0, 1])
         raw = words.random_raw(3 * tokens.numel()).reshape(3, *tokens.shape)
         uniform = torch.from_numpy((raw >> np.uint64(11)).astype(np.float64) / 2.0**53)
@@ -47,7 +60,4 @@ class Objective:
         if not selected.any():
             # a batch that asks for nothing has no loss
             selected[0, int(raw[2].flat[0] % np.uint64(tokens.shape[1]))] = True
-        anything = torch.from_numpy((raw[2] % np.uint64(self.vocabulary)).astype(np.int64))
-        corrupted = torch.where(fate < MASKED, self.vocabulary, tokens)
-        corrupted = torch.where((fate >= MASKED) & (fate < MASKED + REPLACED), anything, corrupted)
-        return torch.where(selected, corrupted, tokens), torch.where(selected, tokens, IGNORED)
+        return selected, fate, torch.from_numpy((raw[2] % np.uint64(self.vocabulary)).astype(np.int64))

@@ -14,7 +14,7 @@ PAGE = 4096  # bytes: what a process holds is read in whole ones
 UNMATCHED = "the arms are not of one size"  # how the warning of that begins
 SEES = "the model saw the token that it was to predict"
 # why a loss says nothing beside that of predicting the next token from what is before it, by objective
-OTHER_LOSS = {"unmasked": SEES, "masked": "the loss of hidden tokens, guessed from both sides"}
+OTHER_LOSS = {"unmasked": SEES, "masked": "the loss of selected tokens, most of them hidden, guessed from both sides"}
 READ_IN_PAGES = {"resident_bytes", "peak_bytes"}  # on a CPU; a GPU's allocator counts to the byte
 
 _RANGE = {("quality", "share"): (0.0, 1.0), ("quality", "perplexity"): (1.0, None)}

@@ -104,8 +104,9 @@ def test_masked_loss_and_accuracy_by_hand(batch: int) -> None:
     # what is hidden is a function of the window's place alone: seed 0, step by step
     right = count = 0
     for step, rows in enumerate(torch.from_numpy(tokens[:1000]).view(20, 50).split(batch)):
-        inputs, targets = Objective("masked", V, seed=0).batch(rows, rows, step)
+        inputs, targets = Objective("masked", V, seed=0).hidden(rows, step)
         assert torch.equal(inputs, model.seen[step])
+        assert torch.equal(inputs == V, targets >= 0)  # no token that counts is in sight
         count += int((targets >= 0).sum())
         right += int((targets == 2).sum())
     assert quality.tokens == count

@@ -59,6 +59,15 @@ def test_shares_of_what_is_hidden() -> None:
     assert len(drawn.unique()) > 0.95 * V
 
 
+def test_an_evaluation_hides_all_that_it_asks_for() -> None:
+    objective, original = Objective("masked", V, seed=1), text()
+    inputs, targets = objective.hidden(original, 3)
+    assert torch.equal(targets, objective.batch(original, original, 3)[1])  # the same tokens as training would ask for
+    assert torch.equal(inputs, torch.where(targets == IGNORED, original, V))
+    alone = objective.hidden(original[:1, :1], 3)  # one token is asked for even if none was chosen
+    assert alone[0].tolist() == [[V]]
+
+
 def test_every_place_is_as_likely() -> None:
     objective, original, counts = Objective("masked", V), text(10, 20), torch.zeros(10, 20)
     for step in range(1000):

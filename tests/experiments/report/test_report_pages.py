@@ -294,7 +294,7 @@ def test_losses_of_other_objectives_are_told_apart(make_run: Callable[..., Path]
     run = make_run(rates=rates)
     said = {
         "unmasked": "the model saw the token that it was to predict",
-        "masked": "the loss of hidden tokens, guessed from both sides",
+        "masked": "the loss of selected tokens, most of them hidden, guessed from both sides",
     }
     plain = (run / "spec.toml").read_text(encoding="utf-8")
     for objective, reason in said.items():
