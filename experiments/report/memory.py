@@ -51,10 +51,17 @@ def verdict(record: Record) -> Section:
     for one in record.findings:
         if one["kind"] != "loading-against-inference":
             blocks.append(Verdict("resolved", one["sentence"], "exact, from shapes", ""))
-        elif one.get("comparable", True):  # absent in older records
-            blocks.append(Verdict("resolved", one["sentence"], "measured", ""))
-        else:
+        elif not one.get("comparable", True):  # absent in older records
             blocks.append(Verdict("blocked", one["sentence"], "not comparable", ""))
+        elif one.get("lost"):  # absent in older records
+            blocks.append(Verdict("open", one["sentence"], "measured in part", ""))
+        else:
+            blocks.append(Verdict("resolved", one["sentence"], "measured", ""))
+    told = {one["arm"] for one in record.findings if one["kind"] == "loading-against-inference"}
+    blocks += [
+        Verdict("open", f"{arm} has no result to weigh loading against inference.", "no result", "")
+        for arm in record.arms if arm not in told and record.incomplete(arm)
+    ]  # fmt: skip
     if not blocks:
         blocks.append(Text("No arm was measured far enough to say anything."))
     blocks.append(Text(

@@ -240,11 +240,11 @@ def machine(environment: dict[str, Any]) -> str:
 def _best_rates(record: Record) -> list[Block]:
     """The chosen rates; one at the edge of what was tried and gave a result is no choice yet."""
     blocks: list[Block] = []
-    for base in curves.sweep_rates(record):
+    for base, rates in curves.sweep_rates(record).items():
         values, best = curves.whole_rates(record, base), curves.best_rate(record, base)
-        lacking = [f"{rate:g}" for rate in curves.rate_rows(record, base) if rate not in values]
+        lacking = [f"{rate:g}" for rate in rates if rate not in values]
         if best is None:
-            at = " at every seed" if lacking else ""
+            at = " at every seed" if curves.rate_rows(record, base) else ""
             blocks.append(Verdict("blocked", f"{base}: no learning rate has a result{at}.", f"no result{at}", ""))
             continue
         row = values[best]
@@ -259,17 +259,11 @@ def _best_rates(record: Record) -> list[Block]:
         if refused is not None:
             blocks.append(Verdict("blocked", sentence, f"not comparable: {refused.reason}", numbers + spread))
             continue
-        if lacking:
-            standing_ = "not every rate has a result at every seed: finish the run before using it"
-            blocks.append(Verdict("open", sentence, standing_, numbers + spread))
-            continue
-        if len(values) == 1:
-            end = "the only rate with a result"
-        elif best in (min(values), max(values)):
-            end = f"the {'lowest' if best == min(values) else 'highest'} rate with a result"
-        else:
-            blocks.append(Verdict("resolved", sentence, "inside the grid", numbers + spread))
-            continue
-        warning = f"at the grid's edge ({end}): widen the grid before using it"
-        blocks.append(Verdict("open", sentence, warning, numbers + spread))
+        doubts = ["not every rate has a result at every seed: finish the run before using it"] if lacking else []
+        if best in (min(values), max(values)):
+            end = "lowest" if best == min(values) else "highest"
+            end = "only" if len(values) == 1 else end
+            doubts.append(f"at the grid's edge (the {end} rate with a result): widen the grid before using it")
+        tone: Tone = "open" if doubts else "resolved"
+        blocks.append(Verdict(tone, sentence, "; ".join(doubts) or "inside the grid", numbers + spread))
     return blocks

@@ -126,37 +126,64 @@ def _loading_against_inference(
         phase: {c: v for c in settings.contexts if (v := table.get((arm, phase, "peak_bytes", c, batch, None)))}
         for phase in ("prefill", "decode")
     }
-    measured = sorted(peaks["prefill"].keys() & peaks["decode"].keys())
+    measured = sorted(peaks["prefill"].keys() | peaks["decode"].keys())
     if not loads or not measured:
         return None
     told = [f"loading takes {', '.join(f'{shown(size)} ({way})' for way, size in loads.items())}"]
     for phase, found in peaks.items():
-        ends = [f"{shown(found[at])} at {at:,}" for at in dict.fromkeys((measured[0], measured[-1]))]
-        told.append(f"{phase} {' to '.join(ends)} tokens")
-    inference = {at: max(found[at] for found in peaks.values()) for at in measured}
+        if found:
+            ends = [f"{shown(found[at])} at {at:,}" for at in dict.fromkeys((min(found), max(found)))]
+            told.append(f"{phase} {' to '.join(ends)} tokens")
+    inference = {at: max(found[at] for found in peaks.values() if at in found) for at in measured}
     exceeds = {way: [at for at in measured if inference[at] > size] for way, size in loads.items()}
-    alike: dict[tuple[int, ...], list[str]] = {}
+    both = peaks["prefill"].keys() & peaks["decode"].keys()  # else one that was measured may settle it
+    settled = {way: sorted(both | set(lengths)) for way, lengths in exceeds.items()}
+    alike: dict[tuple[tuple[int, ...], ...], list[str]] = {}
     for way, lengths in exceeds.items():
-        alike.setdefault(tuple(lengths), []).append(way)
-    parts = [f"{' or '.join(ways)} loading costs {_against(lengths, measured)}" for lengths, ways in alike.items()]
+        alike.setdefault((tuple(lengths), tuple(settled[way])), []).append(way)
+    parts = [f"{' or '.join(ways)} loading costs {_against(lengths, known)}"
+             for (lengths, known), ways in alike.items() if known]  # fmt: skip
+    lost = {"load": [way for way in WAYS if way not in loads]}
+    lost |= {phase: [at for at in settings.contexts if at not in found] for phase, found in peaks.items()}
+    lost = {phase: those for phase, those in lost.items() if those}
+    undecided = sorted({at for known in settled.values() for at in settings.contexts if at not in known})
     standing = comparability([r for r in rows if r["arm"] == arm and r["metric"] in (metric, "peak_bytes")])
-    outcome = f"So {'; '.join(parts)}" if standing["comparable"] else f"They do not compare: {standing['reason']}"
+    outcome = f"So {'; '.join(parts)}" if parts else "So nothing is settled"
+    if not standing["comparable"]:
+        outcome = f"They do not compare: {standing['reason']}"
     return {
         "kind": "loading-against-inference", "arm": arm, "batch": batch, "inference_exceeds_load_at": exceeds,
-        **standing, "sentence": f"{arm}, batch {batch}: {'; '.join(told)}. {outcome}.",
+        "lost": lost, "undecided": undecided, **standing,
+        "sentence": f"{arm}, batch {batch}: {'; '.join(told)}. {outcome}.{_without(lost, undecided)}",
     }  # fmt: skip
 
 
-def _against(exceeding: Sequence[int], measured: list[int]) -> str:
-    """exceeding: the measured lengths at which inference takes more than loading."""
-    below = [at for at in measured if at not in exceeding]
+def _against(exceeding: Sequence[int], settled: Sequence[int]) -> str:
+    """exceeding: the lengths at which inference takes more than loading, of those at which that is known."""
+    below = [at for at in settled if at not in exceeding]
     if not exceeding:
-        return "more than inference at every measured length"
+        return f"more than inference at {_every(settled)}"
     if not below:
-        return "less than inference at every measured length"
+        return f"less than inference at {_every(settled)}"
     if below[-1] < exceeding[0]:
         return f"more than inference up to {below[-1]:,} tokens and less from {exceeding[0]:,} on"
     return f"less than inference at {', '.join(f'{at:,}' for at in exceeding)} tokens and more at the other lengths"
+
+
+def _every(settled: Sequence[int]) -> str:
+    return "every measured length" if len(settled) > 1 else f"{settled[0]:,} tokens"
+
+
+def _without(lost: dict[str, list], undecided: list[int]) -> str:
+    """What has no result, as whole sentences after another."""
+    told = []
+    for phase, those in lost.items():
+        named = ", ".join(f"{one:,}" if isinstance(one, int) else one for one in those)
+        told.append(f"loading ({named})" if phase == "load" else f"{phase} at {named} tokens")
+    text = f" Without a result: {'; '.join(told)}." if told else ""
+    if undecided:
+        text += f" That leaves open which takes more at {', '.join(f'{at:,}' for at in undecided)} tokens."
+    return text
 
 
 def _inference(

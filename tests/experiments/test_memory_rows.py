@@ -1,5 +1,6 @@
 """The memory study from results made by hand: what shapes predict, and what its findings compare."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from study_rows import per_seed
 
 from experiments import cells
+from experiments.measurement.loading import WAYS
 from experiments.spec import Arm, Experiment, Memory
 from experiments.store import Cell, RunDirectory, write_json
 from experiments.studies import memory
@@ -106,14 +108,16 @@ def test_an_arm_that_sees_what_follows_has_no_cache(monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
 
 
-def over_seeds(*wanted: tuple[str, str, float], **rest: Any) -> list[dict]:
-    """Of attention at 128 tokens, one value a phase and metric."""
-    where = {"context": 128, "batch": 1}
+def over_seeds(
+    *wanted: tuple[str, str, float], context: int = 128, ways: Iterable[str] = WAYS, **rest: Any
+) -> list[dict]:
+    """Of attention at so many tokens, or of these ways to load, one value a phase and metric."""
+    where = {"context": context, "batch": 1}
     return [
         row | {"seed": None}
         for phase, metric, value in wanted
-        for row in per_seed("attention", phase, metric, [value],
-                            **({"mode": "direct"} if phase == "load" else where), **rest)
+        for place in ([{"mode": way} for way in ways] if phase == "load" else [where])
+        for row in per_seed("attention", phase, metric, [value], **place, **rest)
     ]  # fmt: skip
 
 
@@ -135,9 +139,41 @@ def test_loading_is_weighed_against_inference_in_the_memory_of_the_device(
         ]  # fmt: skip
         (one,) = (one for one in memory.findings(rows, experiment(device, contexts=(128,)), NOWHERE)
                   if one["kind"] == "loading-against-inference")  # fmt: skip
-        assert one["inference_exceeds_load_at"] == {"direct": exceeding}
+        assert one["inference_exceeds_load_at"] == dict.fromkeys(WAYS, exceeding)
         assert one["comparable"] == (refused != metric)
         assert one["sentence"].endswith("They do not compare: a gate failed.") == (refused == metric)
+        assert (one["lost"], one["undecided"]) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("lost", "ending", "undecided"),
+    [
+        ((), "read or mapped or direct loading costs more than inference up to 64 tokens and less from 128 on.", []),
+        # the other phase alone takes more than loading, or does not, and then the one that is missing might
+        (("decode", 128), "up to 64 tokens and less from 128 on. Without a result: decode at 128 tokens.", []),
+        (("prefill", 128), "costs more than inference at 64 tokens. Without a result: prefill at 128 tokens. That "
+                           "leaves open which takes more at 128 tokens.", [128]),
+        (("prefill", 64), "costs less than inference at 128 tokens. Without a result: prefill at 64 tokens. That "
+                          "leaves open which takes more at 64 tokens.", [64]),
+        (("decode", None), "prefill 1.00 MB at 64 to 5.00 MB at 128 tokens. So read or mapped or direct loading costs "
+                           "less than inference at 128 tokens. Without a result: decode at 64, 128 tokens. That leaves "
+                           "open which takes more at 64 tokens.", [64]),
+        (("load", None), "So mapped or direct loading costs more than inference up to 64 tokens and less from 128 on. "
+                         "Without a result: loading (read).", []),
+    ],
+)  # fmt: skip
+def test_what_has_no_result_decides_nothing(lost: tuple, ending: str, undecided: list[int]) -> None:
+    """Loading takes 3 MB; prefill 1 and 5, decode 1 and 2. A cell that failed does not turn the answer around."""
+    held = {("prefill", 64): 1e6, ("prefill", 128): 5e6, ("decode", 64): 1e6, ("decode", 128): 2e6}
+    rows = over_seeds(("load", "host_peak_bytes", 3e6), ways=tuple(WAYS)[1:] if lost == ("load", None) else WAYS)
+    for (phase, at), size in held.items():
+        if lost not in ((phase, at), (phase, None)):
+            rows += over_seeds((phase, "peak_bytes", size), context=at)
+    (one,) = (one for one in memory.findings(rows, experiment(contexts=(64, 128)), NOWHERE)
+              if one["kind"] == "loading-against-inference")  # fmt: skip
+    assert one["sentence"].endswith(ending)
+    assert one["undecided"] == undecided
+    assert bool(one["lost"]) == bool(lost)
 
 
 def test_the_longest_sequences_are_those_of_training_and_of_the_last_token_decoded() -> None:

@@ -529,8 +529,27 @@ def test_sweep_warns_at_the_edge_of_the_grid(runs: Runs) -> None:
 def test_sweep_edge_counts_only_rates_with_a_result(make_run: Callable[..., Path]) -> None:
     lost = tuple(f"mamba-lr0.004/seed{seed}/train" for seed in range(3))
     text = render(make_run(rates=(1e-3, 2e-3, 4e-3), lost=lost), "md")
-    assert text.count("at the grid's edge (the highest rate with a result)") == 1
+    edge = "at the grid's edge (the highest rate with a result): widen the grid before using it"
+    assert text.count(f"finish the run before using it; {edge}") == text.count("at the grid's edge") == 1
     assert text.count("inside the grid") == 1
+    assert "Not counted: 0.004." in text
+
+
+@pytest.mark.parametrize("lost", [0.001, 0.004])
+def test_sweep_is_not_inside_a_grid_of_which_a_rate_has_no_result(make_run: Callable[..., Path], lost: float) -> None:
+    """Next to the chosen rate and beyond it, at every seed."""
+    cells = tuple(f"mamba-lr{lost}/seed{seed}/train" for seed in range(3))
+    text = render(make_run(rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), lost=cells), "md")
+    finish = "not every rate has a result at every seed: finish the run before using it"
+    assert text.count(finish) == text.count("inside the grid") == 1
+    assert f"Not counted: {lost:g}." in text
+    assert "at the grid's edge" not in text
+
+
+def test_sweep_warns_at_the_lower_edge_too(make_run: Callable[..., Path]) -> None:
+    text = render(make_run(rates=(2e-3, 4e-3, 8e-3)), "md")
+    assert text.count("at the grid's edge (the lowest rate with a result)") == 2
+    assert "inside the grid" not in text
 
 
 def test_sweep_chooses_no_rate_that_lacks_a_seed(make_run: Callable[..., Path]) -> None:
