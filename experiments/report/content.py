@@ -38,6 +38,7 @@ from experiments.report.tables import (
     room,
     seed_counts,
     tells_card,
+    together,
     training_context,
     value_cell,
 )
@@ -81,7 +82,22 @@ def document(record: Record) -> Document:
     ]
     if environment:
         facts.append(("Machine", machine(environment)))
-    return Document(result["title"], facts, notices(record), sections)
+    return Document(result["title"], facts, notices(record), _with_gaps(sections, record))
+
+
+def _with_gaps(sections: list[Section], record: Record) -> list[Section]:
+    """Every figure says what it has no point or bar for, since a cell has no result."""
+    lost = [one["cell"] for one in record.failures if one["cell"]] + record.missing
+    if not lost:
+        return sections
+    rest = f" and {len(lost) - 2} more" if len(lost) > 2 else ""
+    told = f" Without a result, so not drawn, passed over by lines and not in means: {', '.join(lost[:2])}{rest}."
+    for section in sections:
+        section.blocks[:] = [
+            replace(block, caption=block.caption + told) if isinstance(block, Figure) else block
+            for block in section.blocks
+        ]
+    return sections
 
 
 def results(record: Record) -> Section:
@@ -91,6 +107,7 @@ def results(record: Record) -> Section:
         "then writes one token at a time. Every number is the mean over seeds with a 95% Student t "
         "interval over seeds in brackets; 1 kB, MB, GB = 10³, 10⁶, 10⁹ bytes."
     )
+    intro += together(record)
     if len({(one["a"], one["b"]) for one in record.verdicts}) == 1:
         intro += " Beside a quantity stands its paired comparison, where one was planned; bold is resolved as better."
     blocks: list[Block] = [main_table(record), placing(record), arms_table(record)]
@@ -274,7 +291,7 @@ def throughput(record: Record) -> Section:
         "Prefill reads the whole context in one pass; decode writes one token after another with that "
         "context behind it. An architecture whose work per token grows with the context slows down to the "
         "right. Training throughput counts a whole optimizer step."
-    )
+    ) + together(record)
     blocks: list[Block] = []
     if _drawable(record, SPEED_LINES):
         caption = (

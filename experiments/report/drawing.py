@@ -4,7 +4,7 @@ Arms differ by colour (after Okabe and Ito), by line and by marker, so that none
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from matplotlib.axes import Axes
@@ -163,20 +163,25 @@ def legend_columns(names: Sequence[str], layout: Layout) -> int:
 
 def legend(
     figure: Figure, names: Sequence[str], layout: Layout, handles: list | None = None,
-    places: Sequence[int] | None = None,
+    drawn: Collection[str] | None = None,
 ) -> None:  # fmt: skip
-    """places: which arms these are, where they are not all; handles: of what is no arm's line."""
+    """names: of the arms in order, of which those that are `drawn` are told, or all; handles: of what is no arm's
+    line."""
     if handles is None:
+        places = [at for at, name in enumerate(names) if drawn is None or name in drawn]
+        names = [names[at] for at in places]
         handles = [
             Line2D(
                 [], [], color=colour_of(at), linestyle=line_of(at), linewidth=1.8, marker=marker_of(at), markersize=5
             )
-            for at in (places or range(len(names)))
+            for at in places
         ]
+    if not names:
+        return
     # labels are set afterwards: matplotlib leaves out those that begin with an underscore
-    drawn = figure.legend(
+    told = figure.legend(
         handles, [str(at) * (len(short(name))) for at, name in enumerate(names)], loc="outside upper left",
         ncols=legend_columns(names, layout), frameon=False, handlelength=2.6, borderaxespad=0.2, columnspacing=1.4,
     )  # fmt: skip
-    for text, name in zip(drawn.get_texts(), names, strict=True):
+    for text, name in zip(told.get_texts(), names, strict=True):
         text.set_text(short(name))

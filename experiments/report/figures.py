@@ -92,7 +92,8 @@ def losses(record: Record, layout: Layout) -> Figure:
         axes.set_xlabel(unit)
         axes.set_xlim(left=0)
     same_y(left, right)
-    legend(figure, record.arms, layout)
+    drawn = {arm for arm in record.arms if curves.training(record, arm) or curves.validation(record, arm)}
+    legend(figure, record.arms, layout, drawn=drawn)
     return figure
 
 
@@ -110,7 +111,9 @@ def sweep_curves(record: Record, layout: Layout) -> Figure:
         axes.set_xlabel(unit)
         axes.set_xlim(left=0)
     same_y(*all_axes)
-    legend(figure, [f"rate {rate:g}" for rate in rates], layout)
+    drawn = {f"rate {rate:g}" for found in bases.values() for rate, arm in found.items()
+             if curves.validation(record, arm)}  # fmt: skip
+    legend(figure, [f"rate {rate:g}" for rate in rates], layout, drawn=drawn)
     return figure
 
 
@@ -127,8 +130,7 @@ def position(record: Record, layout: Layout) -> Figure:
     axes.set_xlim(0.8, longest * 1.25)
     axes.set_xlabel("position in the context, tokens")
     axes.set_ylabel("loss, nats/token")
-    drawn = [at for at, arm in enumerate(record.arms) if curves.positions(record, arm)]  # an encoder has none
-    legend(figure, [record.arms[at] for at in drawn], layout, places=drawn)
+    legend(figure, record.arms, layout, drawn={arm for arm in record.arms if curves.positions(record, arm)})
     return figure
 
 
@@ -141,7 +143,7 @@ def throughput(record: Record, layout: Layout) -> Figure:
         axes.set_title(phase.capitalize())
         axes.set_ylabel("tokens per second")
         loglog(axes, record.contexts(phase, "tokens_per_s"))
-    legend(figure, record.arms, layout)
+    legend(figure, record.arms, layout, drawn=record.arms_with((phase, "tokens_per_s") for phase in phases))
     return figure
 
 
@@ -200,7 +202,8 @@ def state(record: Record, layout: Layout) -> Figure:
             axes.plot(*zip(*known, strict=True), color=colour_of(at), linestyle=line_of(at), linewidth=1.4)
     axes.set_ylabel(f"cache or state, {unit}")
     loglog(axes, contexts)
-    legend(figure, record.arms, layout)
+    drawn = record.arms_with([("decode", "state_bytes"), ("decode", "state_bytes_analytic")])
+    legend(figure, record.arms, layout, drawn=drawn)
     return figure
 
 
@@ -236,7 +239,7 @@ def sweep(record: Record, layout: Layout) -> Figure:
     axes.margins(y=0.14)
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("validation bits per byte")
-    legend(figure, list(bases), layout)
+    legend(figure, list(bases), layout, drawn={base for base in bases if curves.rate_rows(record, base)})
     return figure
 
 

@@ -3,7 +3,7 @@
 from experiments.numbers import DASH, count, interval, number, scale
 from experiments.report.document import Block, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.record import Record, Row
-from experiments.report.tables import WITHIN, room, settled
+from experiments.report.tables import WITHIN, room, settled, together
 
 HISTORY = {  # by the family of the model: since when, and what was new
     "lstm": ("1997", "A recurrent cell with gates: a memory of fixed size, carried from token to token."),
@@ -41,7 +41,7 @@ def sections(record: Record) -> list[Section]:
         "same batches. Each is compared with the one before it: how well it predicts unseen text (bits per byte, lower "
         "is better), how fast it trains and writes, and how many bytes it keeps of what it has read. In parentheses "
         "stand 95% intervals over paired seeds; Holm's correction covers the steps, and the way from the first arm to "
-        f"the last, question by question.{room(record)}"
+        f"the last, question by question.{room(record)}{together(record)}"
     )
     whole = [one["sentence"] for one in record.findings if one["kind"] == "overall"]
     steps = [one for one in record.findings if one["kind"] == "step"]
@@ -74,14 +74,15 @@ def _caption(record: Record) -> str:
     if not kept(record):
         return text
     context = count(kept(record)[0].context or 0)
-    return f"{text} Beside it the cache or state after {context} tokens, on a logarithmic axis."
+    return f"{text} Beside it the cache or state of a sequence after {context} tokens, on a logarithmic axis."
 
 
 def _alt(record: Record) -> str:
     told = [f"{row.arm} {interval(row.known, row.ci_low, row.ci_high, least=3)}" for row in quality(record)]
     text = f"Test bits per byte: {'; '.join(told)}."
     if kept(record):
-        factor, unit = scale([row.value for row in kept(record)], "bytes")
-        held = [f"{row.arm} {number(row.known * factor)}" for row in kept(record)]
-        text += f" Cache or state after {count(kept(record)[0].context or 0)} tokens, {unit}: {'; '.join(held)}."
+        factor, unit = scale([row.known / record.batch for row in kept(record)], "bytes")
+        held = [f"{row.arm} {number(row.known / record.batch * factor)}" for row in kept(record)]
+        after = f"after {count(kept(record)[0].context or 0)} tokens"
+        text += f" Cache or state of a sequence {after}, {unit}: {'; '.join(held)}."
     return text

@@ -83,7 +83,8 @@ def decoders(record: Record) -> Section:
     )
     caption = (
         "Decoders, nats/token: training loss over the last tenth of the steps, test loss at the last place of a "
-        f"window, and what the text that each writes costs under {judging}; mean over n seeds with {WITHIN}"
+        f"window, and what the text that each writes costs under {judging}; mean over n seeds (training / text) with "
+        f"{WITHIN}"
     )
     table = Table(caption, [
         Column("Arm", key=True), Column("Training loss", numeric=True), Column("Last place", numeric=True),
@@ -95,7 +96,8 @@ def decoders(record: Record) -> Section:
         cells.append(value_cell(table, record, arm, "quality", "final_training_loss", None, 1.0))
         cells.append(value_cell(table, record, arm, "quality", "test_loss_at_position", last, 1.0))
         cells += [_judged_cell(table, record, arm, way) for way in WAYS]
-        table.add(*cells, seed_counts([record.row(arm, "quality", "final_training_loss")]))
+        rows = [record.row(arm, "quality", "final_training_loss"), judged(record, arm, WAYS[0])]
+        table.add(*cells, seed_counts(rows))
     true = judged(record, judging, TRUE)
     if true is not None:
         absent = table.cell(DASH, "nobody's model wrote it")

@@ -181,6 +181,16 @@ class Record:
     def measured(self) -> bool:
         return any(row.phase in MEASURED_PHASES for row in self.rows)
 
+    @property
+    def batch(self) -> int:
+        """Sequences of prefill and decode, in the studies that have one batch of them."""
+        return self.spec.get("measurement", {}).get("batch") or 1
+
+    def arms_with(self, wanted: Iterable[tuple[str, str]]) -> set[str]:
+        """Those with a value of any of these (phase, metric)."""
+        those = set(wanted)
+        return {row.arm for row in self.rows if row.value and (row.phase, row.metric) in those}
+
     def incomplete(self, arm: str) -> bool:
         """Whether something of the arm failed, or is missing."""
         cells = [one["cell"] or "" for one in self.failures] + self.missing

@@ -3,7 +3,7 @@
 from experiments.numbers import count, number
 from experiments.report.document import Block, Figure, Section, Text, Verdict
 from experiments.report.record import Record
-from experiments.report.tables import room, settled
+from experiments.report.tables import room, settled, together
 
 CUT = 3  # times the largest difference: beyond it intervals are cut off in the figure
 
@@ -14,7 +14,7 @@ def sections(record: Record) -> list[Section]:
         "stop growing. What lies further back can still come through the layers in between: each reaches a window "
         "further. Here full attention and windows are trained on the same texts, longer than the windows, and "
         "compared at each position. In parentheses stand 95% intervals over paired seeds; of the losses, Holm's "
-        f"correction covers all that are told.{room(record)}"
+        f"correction covers all that are told.{room(record)}{together(record)}"
     )
     by_kind = {kind: [one for one in record.findings if one["kind"] == kind] for kind in ("overall", "quality", "cost")}
     blocks: list[Block] = [Verdict("note", one["sentence"], "all windows together", "") for one in by_kind["overall"]]
@@ -43,7 +43,9 @@ def _caption(record: Record) -> str:
         "octave: above 0 the window predicts worse. Bars are 95% intervals over paired seeds, where there are "
         f"several, cut off at {CUT} times the largest difference; dotted lines mark where each window is full."
     )
-    return f"{text} Beside it the cache against context length, both axes logarithmic." if _cached(record) else text
+    if not _cached(record):
+        return text
+    return f"{text} Beside it the cache of a sequence against context length, both axes logarithmic."
 
 
 def _cached(record: Record) -> bool:

@@ -8,6 +8,7 @@ from experiments.report.record import Record, Row
 from experiments.report.tables import NO_RESULT
 
 UNCLEAR = "not resolved: the interval holds 1"
+PARTLY = "not measured at every length"
 RECORDED = (
     "In the modes of graphs the same tokens are read again and again from a recording: that is what the GPU has to do, "
     "without its host, and what a program"
@@ -74,13 +75,17 @@ def verdict(record: Record) -> Section:
             continue
         measured = "measured by noisy timings" if one.get("noisy") else "measured"  # likewise
         if one["kind"] == "growth":
-            sure = not one["ci_low"] <= 1 <= one["ci_high"]
-            blocks.append(Verdict("resolved" if sure else "open", one["sentence"], measured if sure else UNCLEAR, ""))
+            sure, standing = not one["ci_low"] <= 1 <= one["ci_high"], measured
+            if one.get("lost"):  # likewise
+                sure, standing = False, PARTLY
+            elif not sure:
+                standing = UNCLEAR
+            blocks.append(Verdict("resolved" if sure else "open", one["sentence"], standing, ""))
             continue
         ends = {one["ci_low"], one["ci_high"]}
         sure, standing = True, measured
         if one.get("lost"):  # likewise
-            sure, standing = False, "not measured at every length"
+            sure, standing = False, PARTLY
         elif len(ends) > 1 and ends & {0, None}:
             where = [name for name, bound in (("shortest", 0), ("longest", None)) if bound in ends]
             sure, standing = False, f"open at the {' and the '.join(where)} measured length"
@@ -117,6 +122,8 @@ def inference(record: Record) -> Section:
         "tokens/s that the measured bandwidth would allow if every weight that a step meets, and the cache or state, "
         "were read once from memory; a model that fits into the processor's caches can pass it."
     )
+    if any((row.batch or 1) > 1 for row in record.rows if row.phase in ("prefill", "decode")):
+        intro += " Tokens per second are of all sequences of a batch together, milliseconds are what each waits for."
     if record.spec.get("device") == "cuda":
         intro += (
             " In mode eager a GPU waits for its host, which asks for each operation by itself: of a short prompt, and "

@@ -29,11 +29,14 @@ def operators(record: Record, layout: Layout) -> Figure:
 def _drawn(record: Record, layout: Layout, wanted: list[tuple[str, str, str, str]]) -> Figure:
     """A panel per quantity and per batch, mode and type."""
     each = [(one, where) for one in wanted for where in settings_of(record, one[0])]
+    drawn = set()
     figure, every = panels(layout, len(each), 3.0)
     for axes, ((phase, metric, unit, title), where) in zip(every, each, strict=True):
         contexts: set[int] = set()
         for at, arm in enumerate(record.arms):
-            contexts |= _line(axes, record, phase, metric, arm, at, where)
+            found = _line(axes, record, phase, metric, arm, at, where)
+            contexts |= found
+            drawn |= {arm} if found else set()
         told = [title]
         told += [f"batch {where['batch']}"] if where.get("batch") and phase != "operator" else []
         others = settings_of(record, phase)
@@ -41,7 +44,7 @@ def _drawn(record: Record, layout: Layout, wanted: list[tuple[str, str, str, str
         axes.set_title(", ".join(told))
         axes.set_ylabel(unit)
         loglog(axes, sorted(contexts))
-    legend(figure, record.arms, layout)
+    legend(figure, record.arms, layout, drawn=drawn)
     return figure
 
 

@@ -43,10 +43,10 @@ def lineage(record: Record, layout: Layout) -> Figure:
     quality.set_title("Quality")
     quality.set_xlabel("test bits per byte")
     if kept:
-        factor, unit = scale([row.value for row in kept], "bytes")
+        factor, unit = scale([row.known / record.batch for row in kept], "bytes")
         for row in kept:
             at = record.arms.index(row.arm)
-            value = row.known * factor
+            value = row.known / record.batch * factor
             every[1].plot(value, at, color=colour_of(at), marker=marker_of(at), markersize=7, markeredgewidth=0)
             every[1].annotate(number(value), (value, at), xytext=(6, 0), textcoords="offset points", va="center",
                               color=INK, fontsize=SIZES[layout] - 1.5)  # fmt: skip
@@ -55,7 +55,7 @@ def lineage(record: Record, layout: Layout) -> Figure:
         every[1].xaxis.set_minor_formatter(NullFormatter())
         every[1].margins(x=0.2)
         every[1].set_title("Memory of the text")
-        every[1].set_xlabel(f"cache or state after {kept[0].context:,} tokens, {unit}")
+        every[1].set_xlabel(f"cache or state of a sequence after {kept[0].context:,} tokens, {unit}")
     for axes in every:
         axes.set_yticks(range(len(record.arms)), [short(arm, 16) for arm in record.arms])
         axes.set_ylim(len(record.arms) - 0.5, -0.5)
@@ -89,14 +89,16 @@ def sparse(record: Record, layout: Layout) -> Figure:
     every[0].set_ylabel("nats/token")
     if contexts:
         every[1].set_title("Cache")
-        factor, unit = scale([row.value for row in record.over_seeds("decode", "state_bytes")], "bytes")
+        batch = record.batch
+        factor, unit = scale([row.known / batch for row in record.over_seeds("decode", "state_bytes")], "bytes")
         for at, arm in enumerate(record.arms):
             rows = [row for row in record.over_seeds("decode", "state_bytes", arm) if row.value]
-            points = sorted((row.context or 0, row.known * factor) for row in rows)
+            points = sorted((row.context or 0, row.known / batch * factor) for row in rows)
             _line(every[1], [x for x, _ in points], [y for _, y in points], at)
-        every[1].set_ylabel(unit)
+        every[1].set_ylabel(f"{unit} of a sequence")
         loglog(every[1], contexts)
-    legend(figure, record.arms, layout)
+    compared = {one["arm"] for one in record.findings if one["kind"] == "quality"}
+    legend(figure, record.arms, layout, drawn=compared | record.arms_with([("decode", "state_bytes")]))
     return figure
 
 

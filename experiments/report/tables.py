@@ -479,6 +479,16 @@ def room(record: Record) -> str:
     return f" A cache or state has room for the {written} tokens that are decoded, too." if written else ""
 
 
+def together(record: Record) -> str:
+    """What figures of several sequences at a time are of, as a sentence to follow another."""
+    if record.batch == 1 or not record.measured:
+        return ""
+    return (
+        f" Prefill and decode take {record.batch} sequences at a time: tokens and bytes of text per second are of all "
+        "of them together, milliseconds are what each waits for, and memory is of all unless it says otherwise."
+    )
+
+
 def context_columns(record: Record) -> list[Column]:
     columns = [Column("Quantity", key=True)]
     columns += [Column(arm, numeric=True) for arm in record.arms]

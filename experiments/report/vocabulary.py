@@ -3,7 +3,7 @@
 from experiments.numbers import DASH, count, number
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Tone, Verdict
 from experiments.report.record import Record, Row
-from experiments.report.tables import WITHIN, comparisons, settled, value_cell
+from experiments.report.tables import WITHIN, comparisons, seed_counts, settled, together, value_cell
 from experiments.report.verdict import limits
 
 
@@ -152,9 +152,10 @@ def speed(record: Record) -> Section:
         "In training the bytes are those of the windows that were trained on; in decode, tokens per second over the "
         "test text's tokens per byte: what a model writes by itself may have another. A training step holds the same "
         "text at every size, so fewer tokens."
-    )
+    ) + together(record)
     shown = (("train", "tokens_per_s"), ("train", "bytes_per_s"), ("decode", "tokens_per_s"), ("decode", "bytes_per_s"))
-    table = Table(f"Speed by size of the vocabulary, mean over n seeds with {WITHIN}. Higher is better", [
+    caption = f"Speed by size of the vocabulary, mean over n seeds (training / decode) with {WITHIN}. Higher is better"
+    table = Table(caption, [
         Column("Arm", key=True), Column("Entries", numeric=True, key=True),
         *(Column(f"{'Training' if phase == 'train' else 'Decode'}, {metric.partition('_')[0]}/s", numeric=True)
           for phase, metric in shown),
@@ -164,9 +165,9 @@ def speed(record: Record) -> Section:
     for arm, names in by_arm(record).items():
         for size, name in names.items():
             cells = [_value(table, record, name, phase, metric) for phase, metric in shown]
-            row = _row(record, name, "train", "bytes_per_s")
             arithmetic = _plain(table, record, name, "train", "flops_per_byte", 0)
-            table.add(arm, count(size), *cells, arithmetic, str(row.n if row is not None else 0))
+            seeds = seed_counts([_row(record, name, phase, "bytes_per_s") for phase in ("train", "decode")])
+            table.add(arm, count(size), *cells, arithmetic, seeds)
         for phase in ("train", "decode"):
             found = lines(record, arm, phase, "bytes_per_s")
             if found:
@@ -204,8 +205,8 @@ def memory(record: Record) -> Section:
             tokens = table.cell(DASH, _absent(record, name)) if row is None else count(row.context or 0)
             table.add(
                 arm, count(size), tokens, _plain(table, record, name, "model", "state_bytes_per_byte"),
-                _plain(table, record, name, "decode", "state_bytes", 0),
-                _plain(table, record, name, "decode", "state_bytes_analytic", 0),
+                *(_plain(table, record, name, "decode", metric, 0, record.batch)
+                  for metric in ("state_bytes", "state_bytes_analytic")),
             )  # fmt: skip
         found = lines(record, arm, "model", "state_bytes_per_byte")
         if found:
@@ -229,12 +230,14 @@ def _absent(record: Record, name: str) -> str:
     return record.absence(name, "quality", "test_bits_per_byte")
 
 
-def _plain(table: Table, record: Record, name: str, phase: str, metric: str, at: int | None = None) -> Cell:
+def _plain(
+    table: Table, record: Record, name: str, phase: str, metric: str, at: int | None = None, divisor: int = 1
+) -> Cell:
     """A number that has no spread worth showing."""
     row = _row(record, name, phase, metric)
     if row is None or row.value is None:
         return table.cell(DASH, record.absence(name, phase, metric) if phase == "decode" else _absent(record, name))
-    return Cell(number(row.value, at))
+    return Cell(number(row.value / divisor, at))
 
 
 def _value(table: Table, record: Record, name: str, phase: str, metric: str) -> Cell:

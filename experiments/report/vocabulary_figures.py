@@ -21,7 +21,7 @@ def quality(record: Record, layout: Layout) -> Figure:
         axes.set_ylabel(unit)
         axes.set_xscale("log", base=2)
         _entries(axes, record)
-    legend(figure, list(by_arm(record)), layout)
+    _legend(figure, record, layout, [("text", "tokens_per_byte"), ("quality", "test_bits_per_byte")])
     return figure
 
 
@@ -37,7 +37,7 @@ def speed(record: Record, layout: Layout) -> Figure:
         axes.set_title("Training" if phase == "train" else "Decode")
         axes.set_ylabel("tokens per second" if metric == "tokens_per_s" else "bytes of text per second")
         _loglog(axes, record)
-    legend(figure, list(by_arm(record)), layout)
+    _legend(figure, record, layout, wanted)
     return figure
 
 
@@ -47,7 +47,7 @@ def state(record: Record, layout: Layout) -> Figure:
     _draw(axes, record, "model", "state_bytes_per_byte")
     axes.set_ylabel("bytes per byte of text")
     _loglog(axes, record)
-    legend(figure, list(by_arm(record)), layout)
+    _legend(figure, record, layout, [("model", "state_bytes_per_byte")])
     return figure
 
 
@@ -61,6 +61,11 @@ def _draw(axes: Axes, record: Record, phase: str, metric: str) -> None:
                 low = max(low, row.known / 4)
             axes.plot([size] * 2, [low, high], color=colour_of(at), linewidth=1.2)
         axes.plot(list(found), [row.known for row in found.values()], **line_style(at))
+
+
+def _legend(figure: Figure, record: Record, layout: Layout, wanted: list[tuple[str, str]]) -> None:
+    arms = list(by_arm(record))
+    legend(figure, arms, layout, drawn={arm for arm in arms for one in wanted if lines(record, arm, *one)})
 
 
 def _loglog(axes: Axes, record: Record) -> None:

@@ -170,6 +170,8 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     found = []
     for (kind, batch, mode, dtype), by_context in measured.items():
         head = {"phase": kind, "batch": batch, "mode": mode, "dtype": dtype}
+        lengths = planned[kind, batch, mode, dtype]
+        lost = {arm: [at for at in sorted(lengths[arm]) if arm not in by_context.get(at, {})] for arm in lengths}
         asked = [row for row in rows if (row["phase"], row["mode"], row["dtype"]) == (PHASES[kind], mode, dtype)]
 
         def doubted(*arms: str, at: Iterable[int], of: tuple = (kind, batch, mode, dtype)) -> dict[str, bool]:
@@ -178,10 +180,8 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
 
         for other in others:
             both = {at: (arms[first], arms[other]) for at, arms in by_context.items() if {first, other} <= arms.keys()}
-            lengths = planned[kind, batch, mode, dtype]
             if len(lengths.get(first, set()) & lengths.get(other, set())) < 2 or kind == "backward":
                 continue
-            lost = {arm: [at for at in sorted(lengths[arm]) if arm not in by_context.get(at, {})] for arm in lengths}
             one = head | {"kind": "crossover", "arm": other, "against": first}
             one["lost"] = {arm: at for arm, at in lost.items() if at and arm in (first, other)}
             one |= comparability([row for row in asked if row["arm"] in (first, other)])
@@ -199,9 +199,10 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
         for arm in experiment.arms if kind == "decode" else ():
             speeds = {at: arms[arm] for at, arms in by_context.items() if arm in arms}
             if len(speeds) > 1:
-                one = head | {"kind": "growth", "arm": arm} | comparability([r for r in asked if r["arm"] == arm])
+                one = head | {"kind": "growth", "arm": arm, "lost": {arm: lost[arm]} if lost[arm] else {}}
                 grown = growth(speeds)
-                one |= grown | doubted(arm, at=(grown["from"], grown["to"]))
+                one |= comparability([r for r in asked if r["arm"] == arm]) | grown
+                one |= doubted(arm, at=(grown["from"], grown["to"]))
                 found.append(one | {"sentence": _growth_sentence(one)})
     return found + _drift(rows, experiment)
 
@@ -279,16 +280,12 @@ def deciding(tokens: float | None, contexts: list[int]) -> list[int]:
 
 def growth(speeds: dict[int, np.ndarray]) -> dict[str, Any]:
     """How many times as long a token takes at the longest of the lengths as at the shortest, from tokens/s of each turn
-    by length: the median of the ratios turn by turn, with a 95% interval that resamples the turns; and `widest`, the
-    same between the slowest and the fastest of all lengths."""
+    by length: the median of the ratios turn by turn, with a 95% interval that resamples the turns."""
     shortest, longest = min(speeds), max(speeds)
     ratios = _log_ratios(speeds[longest], speeds[shortest])
     low, high = np.percentile(_medians(ratios, np.random.default_rng(0)), [2.5, 97.5])
-    beside = [float(np.median(_log_ratios(speeds[at], speeds[shortest]))) for at in speeds]
-    estimate, low, high, widest = (
-        float(np.exp(x)) for x in (np.median(ratios), low, high, max(beside) - min(beside))
-    )  # fmt: skip
-    return {"from": shortest, "to": longest, "ratio": estimate, "ci_low": low, "ci_high": high, "widest": widest}
+    estimate, low, high = (float(np.exp(x)) for x in (np.median(ratios), low, high))
+    return {"from": shortest, "to": longest, "ratio": estimate, "ci_low": low, "ci_high": high}
 
 
 def _log_ratios(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -323,11 +320,11 @@ def _growth_sentence(one: dict[str, Any]) -> str:
         return f"{one['arm']}: how its decode grows, {one['mode']}, in {one['dtype']}, is not said: {one['reason']}."
     batch = f" at batch {one['batch']}" if one["batch"] and one["batch"] > 1 else ""
     unclear = ": which is longer is not resolved" if one["ci_low"] <= 1 <= one["ci_high"] else ""
-    grown, low, high, widest = (multiple(one[key]) for key in ("ratio", "ci_low", "ci_high", "widest"))
+    grown, low, high = (multiple(one[key]) for key in ("ratio", "ci_low", "ci_high"))
     return (
         f"{one['arm']} decodes a token{batch}, {one['mode']}, in {one['dtype']}, after {one['to']:,} tokens in "
-        f"{grown} times (95% interval {low} to {high}) what it takes after {one['from']:,}{unclear}; at its slowest "
-        f"length it takes {widest} times what it takes at its fastest.{_doubts(one)}"
+        f"{grown} times (95% interval {low} to {high}) what it takes after {one['from']:,}{unclear}."
+        f"{_not_counted(one)}{_doubts(one)}"
     )
 
 
@@ -358,9 +355,12 @@ def _crossing_sentence(one: dict[str, Any], contexts: list[int]) -> str:
     else:
         before = [f"{at:,}" for at in one["ahead"] if at < one["tokens"]]
         where = f", from about {one['tokens']:,.0f} tokens on" + (f" and at {listed(before)}" if before else "")
+    return f"{what}{where}{spread}.{_not_counted(one)}{_doubts(one)}"
+
+
+def _not_counted(one: dict[str, Any]) -> str:
     lost = [f"{arm} at {listed([f'{at:,}' for at in lengths])}" for arm, lengths in one["lost"].items()]
-    rests = f" Not counted, for want of a result: {listed(lost)} tokens." if lost else ""
-    return f"{what}{where}{spread}.{rests}{_doubts(one)}"
+    return f" Not counted, for want of a result: {listed(lost)} tokens." if lost else ""
 
 
 def _doubts(one: dict[str, Any]) -> str:

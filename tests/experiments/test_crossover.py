@@ -126,7 +126,7 @@ def test_a_machine_that_slows_down_for_both_moves_nothing():
 def test_growth_is_of_the_time_from_the_shortest_to_the_longest():
     machine = np.random.default_rng(4).uniform(0.3, 1, 11)
     found = growth({64: 100 * machine, 256: 125 * machine, 1024: 50 * machine, 4096: 80 * machine})
-    expected = {"from": 64, "to": 4096, "ratio": 1.25, "ci_low": 1.25, "ci_high": 1.25, "widest": 2.5}
+    expected = {"from": 64, "to": 4096, "ratio": 1.25, "ci_low": 1.25, "ci_high": 1.25}
     assert found == {key: pytest.approx(value) for key, value in expected.items()}
     noise = np.exp(0.1 * np.random.default_rng(5).standard_normal((2, 15)))
     spread = growth({64: 100 * noise[0], 128: 50 * noise[1]})
@@ -139,13 +139,16 @@ def test_growth_is_of_the_time_from_the_shortest_to_the_longest():
         "comparable": True,
         "host_bound": False,
         "noisy": False,
+        "lost": {},
     }
     assert "not resolved" not in _growth_sentence(told | spread)
     near = growth({64: np.full(9, 1.0), 128: np.full(9, 1 / 1.0004)})
     assert " in 1.0004 times (95% interval 1.0004 to 1.0004)" in _growth_sentence(told | near)
     unclear = growth({64: 100 * noise[0], 128: 100 * noise[1]})
     assert unclear["ci_low"] < 1 < unclear["ci_high"]
-    assert "what it takes after 64: which is longer is not resolved; at its" in _growth_sentence(told | unclear)
+    assert "what it takes after 64: which is longer is not resolved." in _growth_sentence(told | unclear)
+    missing = told | near | {"lost": {"b": [256, 1024]}}
+    assert _growth_sentence(missing).endswith(" Not counted, for want of a result: b at 256 and 1,024 tokens.")
 
 
 def test_ceilings_are_rates_of_what_they_count():
