@@ -1,10 +1,10 @@
 """Whether the largest cell of a run on a CPU fits into this machine's memory, told before anything is trained or
-measured. Otherwise the system's killer would come in the middle of it, and not always for the cell.
+measured. Otherwise the system would run out of memory in the middle of it, and kill a process that may be another.
 
 By shapes alone (models.replay): what a cell holds beside them, its copy of the text and of Python, is not counted, nor
-what else is alive; swap is. So what is refused cannot fit, and what is not refused may not
-either: the forms of operations that are not the CPU's own, and vocabularies whose loss is made in very many chunks,
-take minutes to replay and are not asked.
+what else is alive; swap is. So what is refused cannot fit, and what is not refused may not fit either. Nothing is said
+of forms that are not the CPU's own, nor of vocabularies whose loss is made in very many chunks: their replay would take
+minutes.
 
 B: batch   T: tokens of context   D: width
 """
@@ -25,7 +25,7 @@ from models import cost, replay
 from models.config import ModelConfig
 from models.ops.cross_entropy import CHUNK_BYTES
 
-# float32 numbers for each of D x B x T that a layer of a preset holds, or a layer's share of the model: fewer
+# float32 numbers for each layer and each of B x T x D: more than any preset holds, what is outside its layers included
 GENEROUS = {"train": 128, "prefill": 48}
 MARGIN = 1.05  # measured peaks are up to 1.5% below what shapes say, and longer lengths are told from shorter ones
 LARGEST_VOCABULARY = 1 << 16

@@ -38,7 +38,7 @@ class Quality:
 
 
 def perplexity(nats: float) -> float | None:
-    """None beyond e^700, 1e304, of which a float64 still holds the sum of some."""
+    """None beyond e^700, about 1e304: a float64 still holds the sum of several below that."""
     return math.exp(nats) if nats < 700 else None
 
 

@@ -27,8 +27,9 @@ INTERRUPTED = "interrupted"  # the event of a run that was
 
 @dataclass(frozen=True)
 class Cell:
-    """One unit of work, in one process. kind: train or build, which make the model, or what is measured of it: load,
-    prefill, decode, step; then context, batch, mode and dtype say how, where the study varies them."""
+    """One unit of work, in one process. kind: train or build, which make the model, or what is done with it: load,
+    prefill, decode, step, forward, backward (measured), judge, blanks (experiments.scoring); then context, batch, mode
+    and dtype say how, where the study varies them."""
 
     arm: str
     seed: int

@@ -1,5 +1,5 @@
-"""Imported first by the server that cells are forked from: Ctrl-C, which a terminal sends to every process, is for the
-one that asked for the server and ends it."""
+"""Imported first by the server that cells are forked from, which then ignores Ctrl-C. A terminal sends that to every
+process, but only the one that started the server has to act on it: it ends the server too."""
 
 import signal
 

@@ -12,10 +12,10 @@ from models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of the module tree, or one run of equal blocks.
+    """One module of the tree, which may stand for a run of equal blocks, or one parameter.
 
-    name: dotted, as in a checkpoint. shape: of the parameter, () for a run of blocks. parameters, bytes: all copies.
-    copies: how many blocks a run has.
+    name: dotted, as in a checkpoint. module: the class, "" for a parameter. shape: of the parameter, () for a module.
+    parameters, bytes: of all copies. depth: in the tree, 0 at the top. copies: how many blocks a run has.
     """
 
     name: str

@@ -68,7 +68,7 @@ class Operation:
 
     @property
     def starts(self) -> tuple[bool, ...]:
-        """Whether it continues a sequence, of the cases to try."""
+        """The cases to try: whether each continues a sequence."""
         return (True,) if self.decodes else (False, True) if self.state else (False,)
 
 

@@ -89,7 +89,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Figure:
-    """`name` is a key of `figures.PLOTS`; `alt` says in numbers what is seen."""
+    """name: of what is drawn, by `figures.PLOTS` for a run and by `trace_figures.plots` for a trace. alt: in numbers,
+    what is seen."""
 
     name: str
     alt: str

@@ -4,8 +4,8 @@ Each study is a module with
 
     MAKES                                  the kind of cell that makes an arm's model: train, or build
     plan(experiment) -> [Cell]             every cell, in the order in which it runs
-    turns(cell, experiment)                cells next to each other with the same one take turns; None: by itself
-    together(cell, experiment)             cells of such a group with the same one share a process; None: its own
+    turns(cell, experiment)                a key: neighbours with the same one take turns; None: the cell runs by itself
+    together(cell, experiment)             a key: cells of such a group with the same one share a process; None: its own
     lengths(experiment, causal)            the longest sequences that a run makes, by the setting that says so
     work(cell, experiment)                 the function that does a cell in a fresh process, and its arguments
     work_together(cells, experiment)       the same for cells that share one, where there are any: a list of results
