@@ -123,7 +123,7 @@ def mean_loss(
     """Nats per predicted token over `sequences` fixed windows from all over a split: a point of the curve."""
     inputs, targets = (x.to(model.device) for x in _curve_batch(split, objective, context, sequences))
     with _evaluating(model), autocast(precision, model.device):
-        loss, _ = token_loss(model, inputs, targets, some=objective.name == "masked")
+        loss, _ = token_loss(model, inputs, targets, with_ignored=objective.name == "masked")
     return loss.item()
 
 

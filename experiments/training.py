@@ -53,13 +53,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def token_loss(
-    model: LanguageModel, inputs: Tensor, targets: Tensor, *, some: bool = False
+    model: LanguageModel, inputs: Tensor, targets: Tensor, *, with_ignored: bool = False
 ) -> tuple[Tensor, Tensor | float]:
     """Mean cross-entropy in nats over the tokens that are to be predicted; and what balancing the load of experts adds
-    to the training loss, 0 without any. inputs and targets (B, T); `some`: targets may be IGNORED."""
+    to the training loss, 0 without any. inputs and targets (B, T); with_ignored: some targets may be IGNORED."""
     hidden = model.hidden(inputs)
     x, targets = hidden.x.flatten(0, 1), targets.flatten()
-    if some:
+    if with_ignored:
         x, targets = x[targets != IGNORED], targets[targets != IGNORED]
     loss = model.ops.linear_cross_entropy(x, model.head.weight, targets, model.head.bias)
     return loss, sum(used.balance for used in hidden.routing)
@@ -93,7 +93,7 @@ def train(
             stream.update(inputs, targets)
             inputs, targets = on_device(objective.batch(inputs, targets, index), device)
             with autocast(settings.precision, device):
-                loss, balance = token_loss(model, inputs, targets, some=objective.name == "masked")
+                loss, balance = token_loss(model, inputs, targets, with_ignored=objective.name == "masked")
             ((loss + balance) / settings.accumulate).backward()
             total += loss.detach() / settings.accumulate
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)

@@ -58,7 +58,7 @@ def test_the_recipe_by_hand(accumulate: int) -> None:
             group["lr"] = rate
         for index in range(accumulate * step, accumulate * (step + 1)):
             inputs, targets = objective.batch(*batches.at(index), index)
-            (token_loss(hand, inputs, targets, some=True)[0] / accumulate).backward()
+            (token_loss(hand, inputs, targets, with_ignored=True)[0] / accumulate).backward()
         norm = torch.nn.utils.clip_grad_norm_(hand.parameters(), 0.3)
         assert norm > 0.6
         assert steps[step].gradient_norm == pytest.approx(norm.item(), rel=1e-5)
@@ -222,10 +222,10 @@ def test_only_hidden_tokens_are_counted() -> None:
     logits = made(inputs)
     expected = (logits[0, 3].logsumexp(0) - logits[0, 3, targets[0, 3]]) / 2
     expected += (logits[2, 7].logsumexp(0) - logits[2, 7, targets[2, 7]]) / 2
-    loss, _ = token_loss(made, inputs, some, some=True)
+    loss, _ = token_loss(made, inputs, some, with_ignored=True)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
-    whole, _ = token_loss(made, inputs, targets, some=True)
+    whole, _ = token_loss(made, inputs, targets, with_ignored=True)
     assert whole.item() == pytest.approx(token_loss(made, inputs, targets)[0].item(), rel=1e-6)
 
 
