@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,17 @@ class Finished:
     def directory(self) -> Path:
         (only,) = self.out.iterdir()
         return only
+
+
+def assigned(settings: Iterable[str]) -> list[str]:
+    """`--set` for each of them."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def value(result: dict[str, Any], **wanted: Any) -> Any:
+    """Of the only row of seed 0 that has what is wanted."""
+    (row,) = [row for row in result["rows"] if all(row[key] == want for key, want in (wanted | {"seed": 0}).items())]
+    return row["value"]
 
 
 def with_a_stand_in(run: Path, arm: str, reason: str) -> dict[str, Any]:
@@ -102,8 +113,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small(corpus: Path) -> list[str]:
     """Arguments of `lab run` for a run of seconds."""
-    settings = (*SMALL, f"data.path={corpus}")
-    return ["compare", "--profile", "smoke", *[word for setting in settings for word in ("--set", setting)]]
+    return ["compare", "--profile", "smoke", *assigned((*SMALL, f"data.path={corpus}"))]
 
 
 @pytest.fixture(scope="session")

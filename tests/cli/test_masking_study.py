@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, InProcess
+from conftest import SMALL, InProcess, assigned
 
 from experiments import report
 
@@ -16,7 +16,7 @@ MORE = ("masking.prompts=3", "masking.windows=2", "training.steps=20")
 @pytest.fixture(scope="module")
 def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("masking")
-    settings = [word for one in (f"data.path={corpus}", *SMALL, *MORE) for word in ("--set", one)]
+    settings = assigned((f"data.path={corpus}", *SMALL, *MORE))
     code, stdout, stderr = in_process(
         "run", "masking", "--profile", "smoke", "--seeds", 1, "--out", out, "--json", *settings
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import InProcess, with_a_stand_in
+from conftest import InProcess, assigned, value, with_a_stand_in
 
 from experiments import capacity
 from experiments.numbers import DASH, number
@@ -30,7 +30,7 @@ SETTINGS = (
 
 
 def settings(corpus: Path, *more: str) -> list[str]:
-    return [word for one in (f"data.path={corpus}", *SETTINGS, *more) for word in ("--set", one)]
+    return assigned((f"data.path={corpus}", *SETTINGS, *more))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,6 @@ def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def result(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text(encoding="utf-8"))
-
-
-def value(result: dict[str, Any], **wanted: Any) -> Any:
-    (row,) = [row for row in result["rows"] if all(row[key] == want for key, want in (wanted | {"seed": 0}).items())]
-    return row["value"]
 
 
 def test_every_cell_gave_its_rows(result: dict[str, Any]) -> None:
@@ -228,7 +223,7 @@ def test_what_a_stand_in_does_decides_nothing(run: Path, tmp_path: Path) -> None
     ],
 )
 def test_mistakes(in_process: InProcess, tmp_path: Path, arguments: list[str], said: str) -> None:
-    assignments = [word for one in arguments for word in ("--set", one)]
+    assignments = assigned(arguments)
     code, _, stderr = in_process("run", "memory", "--profile", "smoke", *assignments, "--out", tmp_path / "runs")
     assert code == 2
     assert said in stderr

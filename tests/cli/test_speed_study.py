@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import InProcess, with_a_stand_in
+from conftest import InProcess, assigned, value, with_a_stand_in
 
 from experiments.numbers import DASH
 from experiments.report import content
@@ -32,7 +32,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("speed")
-    assignments = [word for one in (f"data.path={corpus}", *SETTINGS) for word in ("--set", one)]
+    assignments = assigned((f"data.path={corpus}", *SETTINGS))
     given = ("--arms", ",".join(ARMS), "--profile", "smoke", "--out", out, *assignments)
     code, _, stderr = in_process("run", "speed", *given)
     assert code == 0, stderr
@@ -43,11 +43,6 @@ def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def result(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text(encoding="utf-8"))
-
-
-def value(result: dict[str, Any], **wanted: Any) -> Any:
-    (row,) = [row for row in result["rows"] if all(row[key] == want for key, want in (wanted | {"seed": 0}).items())]
-    return row["value"]
 
 
 @pytest.mark.parametrize("dtype", BYTES)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, InProcess
+from conftest import SMALL, InProcess, assigned
 
 TINY = (*SMALL, "evaluation.samples=0", "measurement.decode_tokens=2")
 
 
 def finished(in_process: InProcess, corpus: Path, out: Path, study: str, *more: str) -> tuple[Path, dict[str, Any]]:
-    settings = [word for one in (*TINY, f"data.path={corpus}", *more) for word in ("--set", one)]
+    settings = assigned((*TINY, f"data.path={corpus}", *more))
     code, stdout, stderr = in_process(
         "run", study, "--profile", "smoke", "--seeds", 2, "--out", out, "--json", *settings
     )

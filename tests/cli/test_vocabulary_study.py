@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import InProcess
+from conftest import InProcess, assigned, value
 from tokenizers import Tokenizer
 
 from models import checkpoint, cost
@@ -24,7 +24,7 @@ CELLS = [f"{arm}-v{size}" for size in SIZES for arm in ("transformer", "mamba")]
 @pytest.fixture(scope="module")
 def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("vocabulary")
-    assignments = [word for one in (*SETTINGS, f"data.path={corpus}") for word in ("--set", one)]
+    assignments = assigned((*SETTINGS, f"data.path={corpus}"))
     code, _, stderr = in_process("run", "vocabulary", "--profile", "smoke", "--out", out, *assignments)
     assert code == 0, stderr
     (directory,) = out.iterdir()
@@ -34,11 +34,6 @@ def run(in_process: InProcess, corpus: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def result(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text(encoding="utf-8"))
-
-
-def value(result: dict[str, Any], **wanted: Any) -> Any:
-    (row,) = [row for row in result["rows"] if all(row[key] == want for key, want in (wanted | {"seed": 0}).items())]
-    return row["value"]
 
 
 def test_rows(run: Path, result: dict[str, Any], corpus: Path) -> None:
