@@ -96,7 +96,7 @@ class Block(nn.Module):
         self, x: Tensor, branch: Tensor | None, norm: Norm, own: bool = False, unrounded: bool = False
     ) -> tuple[Tensor, Tensor]:
         """x + branch, and what a mixer or a feed-forward layer reads of it. own: whether x may be written over."""
-        if branch is not None and not unrounded and suits_sum(norm, x, branch):
+        if not self.post_norm and not unrounded and suits_sum(norm, x, branch):
             return norm.of_sum(x, branch, own)
         x = x if branch is None else summed(x, branch, own)
         return x, x if self.post_norm else norm(x)

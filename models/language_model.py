@@ -15,7 +15,7 @@ from models.config import ModelConfig
 from models.errors import ConfigError
 from models.feedforward import Routing
 from models.initialisation import FINAL_NORM, reset_bias, reset_embedding
-from models.norm import NORMS, Norm, dropout, then_linear
+from models.norm import NORMS, Norm, dropout, normed_sum, then_linear
 from models.ops.kernels import Selection, load_beside
 from models.state import ModelState, Place
 
@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
             if used is not None:
                 routing.append(used)
         if self.norm is not None:
-            x = self.norm(x if branch is None else x + branch)
+            x = normed_sum(self.norm, x, branch)
         return Hidden(x, None if state is None else ModelState(tuple(after)), tuple(routing))
 
     def embed(self, tokens: Tensor, start: int | Place = 0) -> Tensor:

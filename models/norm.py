@@ -28,10 +28,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def of_sum(self, x: Tensor, branch: Tensor, own: bool) -> tuple[Tensor, Tensor]:
-        """x + branch and its norm, x and branch (..., D), in one kernel, for what `suits_sum`. Under autocast the norm
-        is in the type of the product that reads it. Without gradients it may be written over the branch and, where x
-        is the caller's own, the sum over x."""
+    def of_sum(self, x: Tensor, branch: Tensor | None, own: bool) -> tuple[Tensor, Tensor]:
+        """x + branch and its norm, x and branch (..., D), in one kernel, for what `suits_sum`; x itself where branch is
+        None. Under autocast the norm is in the type of the product that reads it. Without gradients it may be written
+        over the branch and, where x is the caller's own, the sum over x."""
         return self.ops.rms_norm_of_sum(x, branch, self.weight, self.eps, own)
 
 
@@ -57,9 +57,17 @@ Norm = RMSNorm | LayerNorm
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-def suits_sum(norm: Norm, x: Tensor, branch: Tensor) -> TypeGuard[RMSNorm]:
-    """Whether one kernel makes x + branch and its norm here."""
+def suits_sum(norm: Norm, x: Tensor, branch: Tensor | None) -> TypeGuard[RMSNorm]:
+    """Whether one kernel makes x + branch, or x where branch is None, and its norm here."""
     return isinstance(norm, RMSNorm) and norm.ops.suits_sum(x, branch)
+
+
+def normed_sum(norm: Norm, x: Tensor, branch: Tensor | None) -> Tensor:
+    """norm(x + branch), or norm(x) where branch is None, for products to read. Where there is a branch, both may be
+    written over."""
+    if suits_sum(norm, x, branch):
+        return norm.of_sum(x, branch, branch is not None)[1]
+    return norm(x if branch is None else x + branch)
 
 
 def then_linear(

@@ -21,7 +21,7 @@ def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(wide), (x.shape[-1],), weight.to(wide), eps).to(x.dtype)
 
 
-def no_sums(x: Tensor, branch: Tensor) -> bool:
+def no_sums(x: Tensor, branch: Tensor | None) -> bool:
     """Whether the sum of these has its norm from one kernel: of a form that has none."""
     return False
 

@@ -16,7 +16,7 @@ from triton_interpreter import OURS, interpreted
 
 from models.ops import rms_norm
 
-OfSum = Callable[[Tensor, Tensor, Tensor, float, torch.dtype, bool], tuple[Tensor, Tensor]]
+OfSum = Callable[[Tensor, Tensor | None, Tensor, float, torch.dtype, bool], tuple[Tensor, Tensor]]
 EPS = 1e-5
 # of the largest term: a few roundings of the type
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
@@ -135,6 +135,41 @@ def test_one_of_three_may_be_what_learns(kernels, which):
     torch.testing.assert_close((total, normed), expected)
 
 
+def agrees_alone(
+    form: OfSum, shape: tuple[int, ...], types: tuple[torch.dtype, ...], used: tuple[bool, bool], device: str = "cpu"
+) -> None:
+    """Of x without a branch: as with a branch of zeros, and x itself is the sum. types: of x, weight and the norm."""
+    g = torch.Generator().manual_seed(sum(shape))
+    x, *of_outputs = (torch.randn(shape, generator=g).transpose(0, -1).contiguous().transpose(0, -1) for _ in range(3))
+    weight = 1 + torch.randn(shape[-1], generator=g) / 4
+    x, weight = (m.to(device, dtype) for m, dtype in zip((x, weight), types, strict=False))
+    of_outputs = [d.to(device, dtype) for d, dtype in zip(of_outputs, (types[0], types[2]), strict=True)]
+    found = []
+    for branch in (None, torch.zeros_like(x)):
+        leaves = [m.detach().clone().requires_grad_() for m in (x, weight)]
+        total, normed = form(leaves[0], branch, leaves[1], EPS, types[2], False)
+        wanted = [(y, d) for y, d, is_used in zip((total, normed), of_outputs, used, strict=True) if is_used]
+        gradients = torch.autograd.grad([y for y, _ in wanted], leaves, [d for _, d in wanted], materialize_grads=True)
+        found.append([total.detach(), normed.detach(), *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    kept = x.clone()
+    with torch.no_grad():
+        total, normed = form(x, None, weight, EPS, types[2], True)
+    assert total is x
+    assert torch.equal(x, kept)
+    assert torch.equal(normed, found[0][1])
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("types", [(F32, F32, BF16), (F32,) * 3, (BF16,) * 3, (BF16, F32, BF16)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 31), (9, 24), (3, 200)])
+@pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
+def test_a_stream_without_a_branch_is_its_own_sum(kernels, shape, types, used):
+    agrees_alone(kernels.of_sum, shape, types, used)
+
+
 class TestOnAGpu:
     pytestmark = on_gpu
 
@@ -143,3 +178,9 @@ class TestOnAGpu:
     @pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
     def test_the_kernel_is_the_definition(self, shape, types, used):
         agrees(importlib.import_module(f"{OURS}norm").of_sum, shape, types, used, device="cuda")
+
+    @pytest.mark.parametrize("types", [(F32, F32, BF16), (F32,) * 3, (BF16,) * 3])
+    @pytest.mark.parametrize("shape", [(1, 1), (2, 37, 200), (8, 300, 768)])
+    @pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
+    def test_a_stream_without_a_branch_is_its_own_sum(self, shape, types, used):
+        agrees_alone(importlib.import_module(f"{OURS}norm").of_sum, shape, types, used, device="cuda")

@@ -77,15 +77,18 @@ def traced_as(other: Callable) -> Callable[[Kernel], Kernel]:
 linear_cross_entropy = partial(cross_entropy.linear_cross_entropy, softmax_gradient=softmax_gradient)
 
 
-def suits_sum(x: Tensor, branch: Tensor) -> bool:
+def suits_sum(x: Tensor, branch: Tensor | None) -> bool:
     """`torch.compile` fuses sum and norm by itself; given a branch or none, it would compile a block twice."""
-    wide = torch.float64 in (x.dtype, branch.dtype) or x.shape[-1] > WIDEST_NORM
+    wide = x.dtype == torch.float64 or x.shape[-1] > WIDEST_NORM
+    wide = wide or (branch is not None and branch.dtype == torch.float64)
     return not wide and not torch.compiler.is_compiling()
 
 
-def rms_norm_of_sum(x: Tensor, branch: Tensor, weight: Tensor, eps: float, own: bool) -> tuple[Tensor, Tensor]:
+def rms_norm_of_sum(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, own: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x + branch and its norm, for what `suits_sum`; as in models.norm.RMSNorm."""
-    dtype = autocast_type(x.device) or torch.promote_types(x.dtype, branch.dtype)
+    dtype = autocast_type(x.device) or (x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype))
     return norm_of_sum(x, branch, weight, eps, dtype, own)
 
 

@@ -203,13 +203,13 @@ def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_g
 
 
 def of_sum(x, branch, weight, eps, dtype, own):
-    """x, branch (..., D), weight (D). Ours, which writes over what it may: here no sum and no norm."""
-    assert x.shape == branch.shape
+    """x, branch (..., D) or None, weight (D). Ours, which writes over what it may: here no sum and no norm."""
+    assert branch is None or x.shape == branch.shape
     assert weight.shape == x.shape[-1:]
-    total = x + branch
+    total = x if branch is None else x + branch
     wide = total.float()
     normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
-    if not torch.is_grad_enabled():
+    if branch is not None and not torch.is_grad_enabled():
         branch.fill_(math.nan)
         if own:
             x.fill_(math.nan)
