@@ -32,7 +32,7 @@ from models.ops.kernels import cuda_mamba2, cuda_operators
 from models.ops.kernels.triton_cross_entropy import softmax_gradient
 from models.ops.kernels.triton_norm import of_sum as norm_of_sum
 from models.ops.kernels.triton_trapezoid import step as trapezoid_kernel
-from models.ops.kernels.tuning import compile_side_by_side
+from models.ops.kernels.tuning import compile_side_by_side, look_names_up
 from models.ops.precision import autocast_type
 from models.ops.projections import added_in_place as residual_step
 from models.ops.projections import no_branches as suits_step
@@ -55,6 +55,7 @@ __all__ = [
 ]  # fmt: skip
 
 compile_side_by_side()
+look_names_up()
 
 WIDEST_NORM = 8192  # entries of a row, of which 16 warps have 16 in each thread
 SSD_CHUNK = 256  # what `mamba_ssm.Mamba2` uses
