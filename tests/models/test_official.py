@@ -498,11 +498,17 @@ def official_mamba2_inner(official) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(("T", "G"), [(2 * CHUNK + 5, 2), (2 * CHUNK + 5, 1), (1, 2)])
 def test_mamba2_behind_its_projection_is_the_official_operation(official, T, G):
     """Outputs, and the gradients of every input: of our definition to rounding, of our `cuda` form, which calls the
-    same kernels, to the last bit."""
+    same kernels, to the last bit, but for what more programs sum."""
     inputs = mamba2_inputs(T, G)
     theirs = outcome(official_mamba2_inner(official), inputs)
     agree(outcome(mamba2_inner.reference, inputs), theirs)
-    same(outcome(official.cuda.mamba2_inner, inputs), theirs)
+    same_but_for_the_norm(outcome(official.cuda.mamba2_inner, inputs), theirs)
+
+
+def same_but_for_the_norm(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    weights = [found.pop("d norm_weight") for found in (ours, theirs)]
+    close(*weights)
+    same(ours, theirs)
 
 
 @pytest.mark.parametrize("deterministic", ["0", "1"])
@@ -514,7 +520,7 @@ def test_mamba2_in_16_bits_is_the_official_operation_to_the_last_bit(official, m
     inputs |= {name: (inputs[name] / 4).half() for name in half}
     ours, theirs = (outcome(form, inputs) for form in (official.cuda.mamba2_inner, official_mamba2_inner(official)))
     assert all(found.isfinite().all() for found in theirs.values())
-    same(ours, theirs)
+    same_but_for_the_norm(ours, theirs)
 
 
 @pytest.mark.parametrize("T", [1, 19])

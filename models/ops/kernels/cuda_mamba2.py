@@ -1,6 +1,7 @@
 """All of Mamba-2 behind its first projection by the kernels of mamba_ssm and causal_conv1d, forward and backward.
 
-`mamba_split_conv1d_scan_combined` calls the same kernels and has the same numbers, to the last bit. Around them it
+`mamba_split_conv1d_scan_combined` calls the same kernels and has the same numbers, to the last bit, but for the
+gradient of the norm's weight: here more programs share the rows, so that it is summed in another order. Around them it
 rearranges tensors by name, hands the convolution over as an operator of torch's and computes step sizes and decays anew
 for the backward pass, all of which its host does, and for its host a training step of a small model waits. Here the
 step sizes and decays are kept, 8 bytes for each head and token. What the convolution gave, the states at the ends of
@@ -18,6 +19,7 @@ In a backward pass d_m is the gradient of m.
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from causal_conv1d import cpp_functions
 from mamba_ssm.ops.triton import (
     layernorm_gated,
@@ -30,6 +32,10 @@ from mamba_ssm.ops.triton import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from models.ops.kernels.triton_decode import processors
+
+NORM_WARPS_PER_PROCESSOR = 16  # of the norm's backward pass, which waits for memory
 
 
 class Kept(NamedTuple):
@@ -77,11 +83,9 @@ def backward(
     d_x, d_B, d_C = _heads(d_convolved, H, E, groups)
 
     d_y = d_y.reshape(-1, d_y.shape[-1])
-    d_scanned, d_norm, _, _, normed = layernorm_gated._layer_norm_bwd(
-        d_y @ out_weight, scanned.view(-1, E), norm_weight, None, eps, None, rstd, z=z.reshape(-1, E),
-        group_size=E // groups, norm_before_gate=False, is_rms_norm=True, recompute_output=True,
-        dz=d_z.view(-1, E),
-    )  # fmt: skip
+    d_scanned, d_norm, normed = _norm_backward(
+        d_y @ out_weight, scanned.view(-1, E), z.reshape(-1, E), norm_weight, rstd, d_z.view(-1, E), groups, eps
+    )
     d_scanned = d_scanned.view(x.shape)
 
     scores = ssd_bmm._bmm_chunk_fwd(C, B, chunk, output_dtype=torch.float32)
@@ -108,6 +112,28 @@ def backward(
     )
     d_conv_weight, d_conv_bias = _convolution_backward(xBC, conv_weight, conv_bias, d_convolved, d_xBC)
     return d_projected, d_conv_weight, d_conv_bias, d_dt_bias, d_A, d_D, d_norm, d_y.t() @ normed
+
+
+def _norm_backward(
+    d_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, d_z: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gated norm, x (rows, E): writes d_z, and returns the gradients of x and weight, and its outputs. As
+    `layernorm_gated._layer_norm_bwd`; that has one program for a multiprocessor where a row is long, which then waits
+    for one row at a time."""
+    rows, E = x.shape
+    size = E // groups
+    width = triton.next_power_of_2(size)
+    warps = min(max(width // 256, 1), 8)
+    programs = min(rows, triton.cdiv(processors(x.device) * NORM_WARPS_PER_PROCESSOR // warps, groups))
+    d_x, y = torch.empty_like(x), torch.empty_like(x)
+    d_weight = torch.empty(programs, E, dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device.index):
+        layernorm_gated._layer_norm_bwd_kernel[programs, groups](
+            x, weight, None, z, y, d_y, d_x, d_weight, None, d_z, None, rstd, x.stride(0), z.stride(0), y.stride(0),
+            d_y.stride(0), d_x.stride(0), d_z.stride(0), d_weight.stride(0), 0, rows, size, eps,
+            triton.cdiv(rows, programs), BLOCK_N=width, NORM_BEFORE_GATE=False, IS_RMS_NORM=True, num_warps=warps,
+        )  # fmt: skip
+    return d_x, d_weight.sum(0).to(weight.dtype), y
 
 
 def _parts(projected: Tensor, conv_weight: Tensor, E: int) -> tuple[Tensor, ...]:
