@@ -52,6 +52,14 @@ def signed(value: float, at: int) -> str:
     return f"{value:+.{apart(value, 0.0, at)}f}"
 
 
+def fitting(value: float, low: float | None, high: float | None, least: int = 3) -> int:
+    """Decimal places of a difference in a sentence, at least `least`: of a small one as many as its interval's
+    half-width has two digits with, but no more than three digits of the largest."""
+    if low is None or high is None or high == low:
+        return least
+    return max(least, min(places((high - low) / 2, 2), places(max(abs(value), abs(low), abs(high)))))
+
+
 def interval(
     value: float,
     low: float | None,

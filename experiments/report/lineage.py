@@ -52,7 +52,10 @@ def sections(record: Record) -> list[Section]:
         tone, standing = settled(one, "quality")
         blocks.append(Verdict(tone, one["sentence"], standing, ""))
     if not steps:
-        blocks.append(Text("No arm can be compared with the one before it: a step takes two trained neighbours."))
+        why = "a step takes two trained neighbours"
+        if "test" not in record.spec.get("evaluation", {}).get("splits", ["test"]):
+            why = "a step is judged on the test split, which this run did not read"
+        blocks.append(Text(f"No arm can be compared with the one before it: {why}."))
     table = Table(
         "The arms in the order of history", [Column("Arm", key=True), Column("Since"), Column("What was new")]
     )

@@ -22,16 +22,17 @@ def sections(record: Record) -> list[Section]:
     if by_kind["bytes"]:
         blocks.append(Figure("moe", _alt(record), _caption(record)))
     for one in by_kind["bought"]:
-        tone, standing = settled(one, "quality")
+        tone, standing = settled(one, "quality") if one["bits_per_byte"] is not None else ("note", "quality not known")
         blocks.append(Verdict(tone, one["sentence"], standing, ""))
     if not by_kind["bought"]:
         blocks.append(Text("This run has no arm with experts beside one without, so nothing is compared."))
     blocks += [Verdict("note", one["sentence"], "measured on validation text", "") for one in by_kind["load"]]
     blocks.append(Text(
         "What this does not show: memory traffic itself. A processor reads what is touched from its caches where it "
-        "fits there, as weights of this size may; and of the text, where neighbouring tokens choose alike, fewer "
-        "experts may be touched than independent tokens would. Speeds are those of this lab's code for experts on "
-        "this machine."
+        "fits there, as weights of this size may. Tokens that are alike choose alike, and touch fewer experts than "
+        "independent ones would: neighbours in a text, and the sequences of a batch whose decoding was timed, which "
+        "continue pieces of one text greedily and often write the same token. Speeds are those of this lab's code for "
+        "experts on this machine."
     ))  # fmt: skip
     return [Section("moe", "Loaded, touched, and what it bought", intro, blocks)]
 

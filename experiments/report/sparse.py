@@ -16,6 +16,8 @@ def sections(record: Record) -> list[Section]:
         "compared at each position. In parentheses stand 95% intervals over paired seeds; of the losses, Holm's "
         f"correction covers all that are told.{room(record)}{together(record)}"
     )
+    if record.split != "test":
+        intro += f" The losses here are of the {record.split} text: this run did not read the test split."
     by_kind = {kind: [one for one in record.findings if one["kind"] == kind] for kind in ("overall", "quality", "cost")}
     blocks: list[Block] = [Verdict("note", one["sentence"], "all windows together", "") for one in by_kind["overall"]]
     if by_kind["quality"]:

@@ -78,8 +78,9 @@ def sparse(record: Record, layout: Layout) -> Figure:
         _line(every[0], curve["positions"], curve["difference"], at)
         every[0].axvline(min(one["windows"]), color=colour_of(at), linewidth=0.9, linestyle=":")
     every[0].axhline(0, color=INK, linewidth=0.9)
-    low, high = every[0].get_ylim()
-    every[0].set_ylim(max(low, -CUT * most), min(high, CUT * most))
+    if most:
+        low, high = every[0].get_ylim()
+        every[0].set_ylim(max(low, -CUT * most), min(high, CUT * most))
     every[0].set_xscale("log", base=2)
     powers = [1 << k for k in range(int(math.log2(longest)) + 2)]
     ticks(every[0], powers[::2])

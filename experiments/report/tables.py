@@ -57,7 +57,7 @@ TRAINING = (
     Metric("train", "reserved_peak_bytes", "Peak reserved by torch in training"),
     Metric("train", "process_bytes", "Process on the GPU in training"),
     Metric("train", "flops_per_token", "Arithmetic per token"),
-    Metric("train", "busiest_expert_load", "Load of the busiest expert, 1 being even"),
+    Metric("train", "busiest_expert_load", "Load of the busiest expert on validation text, 1 being even"),
 )
 
 
@@ -156,7 +156,7 @@ def settled(one: dict[str, Any], what: str = "") -> tuple[Tone, str]:
     what = f"{what} " if what else ""
     if not one.get("comparable", True):  # absent in older records
         return "blocked", f"{what}not comparable"
-    if one.get("n", 0) > 1 and one.get("estimate") == one.get("ci_low") == one.get("ci_high") == 0:
+    if one.get("identical") or (one.get("n", 0) > 1 and one.get("estimate") == one["ci_low"] == one["ci_high"] == 0):
         return "resolved", f"{what}the same at every seed"
     return ("resolved", f"{what}resolved") if one["resolved"] else ("open", f"{what}not resolved")
 

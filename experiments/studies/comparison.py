@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments import cells
-from experiments.numbers import SLIGHT, apart, left_out, multiple, number, plural, signed
+from experiments.numbers import SLIGHT, apart, fitting, left_out, multiple, number, plural, signed
 from experiments.objectives import SELECTED
 from experiments.rows import (
     PAGE,
@@ -371,11 +371,12 @@ def predicts(verdict: dict) -> str:
     if identical(verdict):
         return "their bits per byte are the same at every seed"
     ends = [abs(verdict["estimate"]), *sorted(abs(verdict[end] or 0) for end in ("ci_low", "ci_high"))]
+    at = fitting(*(verdict[end] for end in ("estimate", "ci_low", "ci_high")))
     if verdict["resolved"]:
-        size, low, high = (f"{end:.{apart(end, 0.0, 3)}f}" for end in ends)
+        size, low, high = (f"{end:.{apart(end, 0.0, at)}f}" for end in ends)
         return f"{verdict['better']} predicts better, by {size} bits per byte ({low} to {high})"
-    size = signed(verdict["estimate"], 3)
-    low, high = (signed(verdict[end], 3) if verdict["n"] > 1 else "" for end in ("ci_low", "ci_high"))
+    size = signed(verdict["estimate"], at)
+    low, high = (signed(verdict[end], at) if verdict["n"] > 1 else "" for end in ("ci_low", "ci_high"))
     spread = f"{low} to {high}" if verdict["n"] > 1 else "one seed"
     return f"the difference in bits per byte is {unresolved(verdict)} ({size}, {spread})"
 
@@ -385,10 +386,12 @@ def faster(verdict: dict) -> str:
     size = f"{multiple(verdict['estimate'])} times"
     if not verdict["comparable"]:
         return f"{size} as fast (not comparable: {verdict['reason']})"
+    left = left_out(verdict)
+    lacking = f"; without {left}" if left else ""
     if verdict["n"] < 2:
-        return f"{size} as fast (one seed, not resolved)"
+        return f"{size} as fast (one seed, not resolved{lacking})"
     spread = f"{multiple(verdict['ci_low'])} to {multiple(verdict['ci_high'])}"
-    return f"{size} ({spread}{'' if verdict['resolved'] else f', {unresolved(verdict)}'}) as fast"
+    return f"{size} ({spread}{'' if verdict['resolved'] else f', {unresolved(verdict)}'}{lacking}) as fast"
 
 
 def _verdict(head: dict, every: Sequence[Comparison], which: int, p_holm: float | None) -> dict:

@@ -5,6 +5,7 @@ Arms are trained, evaluated and measured as in a comparison. Their order in the 
 from itertools import pairwise
 from typing import Any
 
+from experiments import cells
 from experiments.numbers import listed, number, size
 from experiments.spec import Experiment
 from experiments.store import RunDirectory
@@ -56,8 +57,11 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
     figures["identical"] = comparison.identical(quality)
     figures["bits_per_byte"] = quality["estimate"]
     parts = [comparison.predicts(quality)]
+    decoding = experiment.measurement.enabled and all(cells.model_configs(experiment)[arm].causal for arm in (a, b))
     for phase, word in (("train", "trains"), ("decode", "decodes")):
         one = told.get((phase, "tokens_per_s"))
+        if one is None and phase == "decode" and decoding:
+            parts.append("how fast it decodes is not known, for want of a result")
         if one:
             figures[f"{phase}_speed_ratio"] = one["estimate"]
             where = f" after {one['context']:,} tokens" if one["context"] else ""
@@ -80,13 +84,14 @@ def _overall(found: list[dict], whole: dict, quality: PairedMeans, left_out: lis
     higher = [one for one in found if one["resolved"] and one["bits_per_byte"] > 0]
     same = [one for one in found if one["comparable"] and one["identical"]]
     open_ = len(found) - len(lower) - len(higher) - len(blocked) - len(same)
-    best = min(quality.means, key=lambda arm: quality.means[arm], default=None)
+    least = min(quality.means.values(), default=None)
+    best = [arm for arm, mean in quality.means.items() if mean == least]
     if len({one["bits_per_byte"] for one in found}) == 1 and len(same) == len(found):
         lowest = "All have the same mean"
-    elif best is None:
+    elif least is None:
         lowest = "No seed has a value of every arm, so no mean is named as the lowest"
     else:
-        lowest = f"The lowest mean is that of {best}, {number(quality.means[best], 3)} bits per byte{quality.over}"
+        lowest = f"The lowest mean is that of {listed(best)}, {number(least, 3)} bits per byte{quality.over}"
     text = (
         f"Of {len(found)} steps {len(lower)} lowered bits per byte, {len(higher)} raised them and "
         f"{open_} {'is' if open_ == 1 else 'are'} not resolved"
@@ -99,5 +104,6 @@ def _overall(found: list[dict], whole: dict, quality: PairedMeans, left_out: lis
         text += f"; the largest resolved gain came from {sizable['against']} to {sizable['arm']}"
     return {
         "kind": "overall", "arm": whole["b"], "against": whole["a"], "bits_per_byte": whole["estimate"],
-        "lowered": len(lower), "raised": len(higher), "best": best, "sentence": f"{text}.",
+        "lowered": len(lower), "raised": len(higher), "best": best[0] if best else None,
+        "sentence": f"{text}.",
     }  # fmt: skip

@@ -126,6 +126,8 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
             "ci_high": compared.interval.high, "n": compared.interval.n, "p_holm": p,
             "resolved": decided and standing["comparable"],
         })  # fmt: skip
+        if (n := compared.interval.n) < len(experiment.seeds):
+            found[-1]["sentence"] += f" That is of {n} of the run's {len(experiment.seeds)} seeds; the others lack it."
         if not standing["comparable"]:
             found[-1]["sentence"] += f" Nothing follows from that: {standing['reason']}."
     found += [one for arm in _having(experiment, "masked") for one in _pseudo(rows, arm)]

@@ -126,11 +126,13 @@ def _bought(told: list[dict], experiment: Experiment, configs: dict[str, ModelCo
     parts += [f"it trains {comparison.faster(train)}"] if train else []
     for asked in _decodes(experiment, dense, sparse):
         one = of_pair.get((asked.phase, asked.metric, asked.context, asked.batch))
-        parts += [f"it decodes at batch {asked.batch} {comparison.faster(one)}"] if one else []
+        after = f"after {asked.context:,} tokens at batch {asked.batch}"
+        parts += [f"it decodes {after} {comparison.faster(one)}"] if one else []
     return {
         "kind": "bought", "arm": sparse, "against": dense, "loaded_ratio": loaded, "touched_ratio": touched,
         "bits_per_byte": quality["estimate"] if quality else None, "resolved": bool(quality and quality["resolved"]),
         "comparable": quality is None or quality["comparable"],
+        "identical": bool(quality and comparison.identical(quality)),
         "sentence": f"{sparse} against {dense} ({_match(a, b)}): {'; '.join(parts)}."
                     + (comparison.without(quality) if quality else ""),
     }  # fmt: skip
@@ -160,13 +162,14 @@ def _load(arm: str, config: ModelConfig, seeds: list[list[list[float]]], experim
         [sum(values) / len(seeds) for values in zip(*(seed[at] for seed in ranked), strict=True)]
         for at in range(len(layers))
     ]
-    busiest = max(range(len(layers)), key=lambda at: mean[at][0] * layers[at].experts)
-    idlest = min(range(len(layers)), key=lambda at: mean[at][-1] * layers[at].experts)
-    high, low = mean[busiest][0] * layers[busiest].experts, mean[idlest][-1] * layers[idlest].experts
+    shares = [[[share * layer.experts for share in loads] for loads, layer in zip(seed, layers, strict=True)]
+              for seed in ranked]  # fmt: skip
+    high = sum(max(layer[0] for layer in seed) for seed in shares) / len(seeds)
+    low = sum(min(layer[-1] for layer in seed) for seed in shares) / len(seeds)
     over = f"on average over {len(seeds)} seeds " if len(seeds) > 1 else ""
     text = (
-        f"{arm}: {over}the busiest expert of a layer gets up to {number(high)} times an even share (layer "
-        f"{busiest + 1} of {len(layers)}), the idlest down to {number(low)} times (layer {idlest + 1})"
+        f"{arm}: {over}the busiest expert of any layer gets {number(high)} times an even share, the idlest "
+        f"{number(low)} times (by chance alone these are a little above and below 1)"
     )
     batch = experiment.experts.batches[-1]
     counts = [expected(loads, layer.top_k, batch) for seed in seeds for loads, layer in zip(seed, layers, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cells
-from experiments.numbers import number, signed, size
+from experiments.numbers import fitting, number, signed, size
 from experiments.report.curves import binned
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, mean_interval, paired_difference
@@ -61,7 +61,8 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     found, told = _qualities(rows, experiment, base, bounded, run), verdicts(rows, experiment)
     found += [one for arm in bounded if (one := _cost(rows, told, experiment, base, arm))]
     after = {one["arm"]: one["after"] for one in found if one["kind"] == "quality" and one["after"]}
-    return found + ([_overall(base, after)] if len(after) > 1 else [])
+    lost = [arm for arm in bounded if not any((one["kind"], one["arm"]) == ("quality", arm) for one in found)]
+    return found + ([_overall(base, after, lost)] if len(after) > 1 else [])
 
 
 def _losses(experiment: Experiment, arm: str, run: RunDirectory) -> dict[int, np.ndarray]:
@@ -92,11 +93,14 @@ def _qualities(
             if row["phase"] == "quality" and row["arm"] in (base, arm) and row["seed"] in seeds
         ]  # fmt: skip
         curves[arm] = _curve([own[seed] - plain[seed] for seed in seeds])
+        without = {name: [seed for seed in experiment.seeds if seed not in had]
+                   for name, had in ((base, plain), (arm, own))}  # fmt: skip
+        lacking = {name: those for name, those in without.items() if those}
         for name, (first, last) in _zones(config, len(own[seeds[0]])).items():
             means = [[float(side[seed][first - 1 : last].mean()) for seed in seeds] for side in (plain, own)]
             head = {
                 "zone": name, "first": first, "last": last, "a": base, "b": arm, "kind": "difference",
-                "direction": "lower", **comparison.comparability(judged),
+                "direction": "lower", "lacking": lacking, **comparison.comparability(judged),
             }  # fmt: skip
             drafts.append((head, paired_difference(*means)))
     settled = comparison.settled(drafts)
@@ -158,7 +162,8 @@ def _quality(base: str, arm: str, config: ModelConfig, zones: dict[str, dict], c
         text += f"; beyond {layers} {_difference(beyond)}"
     return {
         "kind": "quality", "arm": arm, "against": base, "windows": windows(config), "reach": reach(config),
-        "before": before, "after": after, "beyond": beyond, "parting": part, "curve": curve, "sentence": f"{text}.",
+        "before": before, "after": after, "beyond": beyond, "parting": part, "curve": curve,
+        "sentence": f"{text}.{comparison.without(before)}",
     }  # fmt: skip
 
 
@@ -171,7 +176,8 @@ def _difference(one: dict) -> str:
     if comparison.identical(one):
         return "the losses are the same at every seed"
     open_ = "" if one["resolved"] else f", {comparison.unresolved(one)}"
-    size, low, high = (signed(one[end], 3) for end in ("estimate", "ci_low", "ci_high"))
+    at = fitting(*(one[end] for end in ("estimate", "ci_low", "ci_high")))
+    size, low, high = (signed(one[end], at) for end in ("estimate", "ci_low", "ci_high"))
     return f"the loss differs by {size} nats/token ({low} to {high}{open_})"
 
 
@@ -208,14 +214,15 @@ def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str,
     }  # fmt: skip
 
 
-def _overall(base: str, after: dict[str, dict]) -> dict:
-    """Which windows lose, once they are full."""
+def _overall(base: str, after: dict[str, dict], without: list[str]) -> dict:
+    """Which windows lose, once they are full. without: those of which no loss is known."""
     lost = [arm for arm, one in after.items() if one["resolved"] and one["estimate"] > 0]
     won = [arm for arm, one in after.items() if one["resolved"] and one["estimate"] < 0]
     blocked = [arm for arm, one in after.items() if not one["comparable"]]
     open_ = [arm for arm in after if arm not in lost + won + blocked]
     groups = {"worse than": lost, "better than": won, "not resolved against": open_, "not comparable with": blocked}
     told = [f"{', '.join(arms)}: {what} {base}" for what, arms in groups.items() if arms]
+    told += [f"{', '.join(without)}: no result"] if without else []
     sentence = f"Loss at the positions after the window is full. {'; '.join(told)}."
     return {"kind": "overall", "against": base, "worse": lost, "better": won, "sentence": sentence}
 

@@ -15,7 +15,7 @@ from experiments import cells
 from experiments.data.dataset import Dataset
 from experiments.data.places import PlacedBatches, token_bytes
 from experiments.data.prepared import tokens_per_byte
-from experiments.numbers import apart, multiple, number, plural, scale
+from experiments.numbers import apart, fitting, multiple, number, plural, scale
 from experiments.rows import row
 from experiments.spec import Arm, Experiment
 from experiments.store import Cell, RunDirectory
@@ -260,15 +260,16 @@ def _interval(one: dict, unit: str) -> str:
     """Estimate of a verdict with its interval."""
     estimate, low, high = one["estimate"], one["ci_low"], one["ci_high"]
     sign = one["kind"] == "difference"
-    size = f"{_signed(estimate)} {unit}" if sign else f"{multiple(estimate)} times {unit}"
+    at = fitting(estimate, low, high)
+    size = f"{_signed(estimate, at)} {unit}" if sign else f"{multiple(estimate)} times {unit}"
     if low is None:
         return f"{size} ({plural(one['n'], 'paired seed')})"
-    ends = " to ".join(_signed(end) if sign else multiple(end) for end in (low, high))
+    ends = " to ".join(_signed(end, at) if sign else multiple(end) for end in (low, high))
     return f"{size} (95% interval {ends}, {plural(one['n'], 'paired seed')})"
 
 
-def _signed(value: float) -> str:
-    return number(value, apart(value, 0.0, 3), sign=True)
+def _signed(value: float, at: int = 3) -> str:
+    return number(value, apart(value, 0.0, at), sign=True)
 
 
 def _standing(one: dict) -> str:

@@ -6,6 +6,7 @@ import pytest
 from study_rows import held, quality, speed
 
 from experiments.report.lineage import HISTORY
+from experiments.report.tables import settled
 from experiments.spec import Arm, Experiment, Measurement, load
 from experiments.store import RunDirectory
 from experiments.studies import lineage
@@ -15,13 +16,13 @@ NOWHERE = RunDirectory(Path("nowhere"))
 ARMS = {name: Arm(model=f"{name}-tiny", learning_rate=1e-3) for name in ("lstm", "transformer", "mamba")}
 
 
-def experiment(batch: int = 1) -> Experiment:
-    measured = Measurement(contexts=(64, 1024), batch=batch)
+def experiment(batch: int = 1, enabled: bool = True) -> Experiment:
+    measured = Measurement(contexts=(64, 1024), batch=batch, enabled=enabled)
     return Experiment(name="x", title="x", study="lineage", arms=ARMS, measurement=measured)
 
 
 def said(rows: list[dict], batch: int = 1) -> list[dict]:
-    return lineage.findings(rows, experiment(batch), NOWHERE)
+    return lineage.findings(rows, experiment(batch, any(row["phase"] == "decode" for row in rows)), NOWHERE)
 
 
 # each value of a seed is that of seed 0 and the same spread for every arm: differences are exact but for 0.001
@@ -127,6 +128,33 @@ def test_speed_and_bytes_of_the_longest_context_a_sequence() -> None:
     assert first["sentence"].endswith("it keeps 65.5 kB instead of 512 B as cache or state of a sequence.")
     assert second["sentence"].endswith("it keeps 65.5 kB as before as cache or state of a sequence.")
     assert "decodes after 1,024 tokens 0.500 times" in second["sentence"]
+
+
+def test_a_step_says_which_speed_is_not_known_and_of_which_seeds_it_is() -> None:
+    """Nothing of the transformer decodes; of mamba the last seed did not train."""
+    rows = QUALITY + speed("lstm", "decode", (7.0, 7.0, 7.0), context=1024)
+    rows += [row for arm in ("lstm", "transformer", "mamba") for row in speed(arm, "train", (1.0, 2.0, 4.0))]
+    rows = [row for row in rows if (row["arm"], row["phase"], row["seed"]) != ("mamba", "train", 2)]
+    first, second, _ = said(rows)
+    assert first["sentence"].endswith("as fast; how fast it decodes is not known, for want of a result.")
+    assert "it trains 1.00 times (1.00 to 1.00, not resolved; without seed 2 of mamba) as fast" in second["sentence"]
+    one = [row for row in rows if row["phase"] != "train" or row["seed"] == 0]
+    assert "as fast (one seed, not resolved; without seeds 1 and 2 of " in said(one)[1]["sentence"]
+
+
+def test_of_several_gains_the_largest_is_named() -> None:
+    for small, large in ((2.9, 2.0), (2.1, 2.0)):
+        rows = quality("lstm", (3.0, 3.1, 3.2)) + quality("transformer", (small, small + 0.101, small + 0.2))
+        whole = said(rows + quality("mamba", (large, large + 0.1, large + 0.2)))[-1]
+        assert whole["lowered"] == 2
+        last = "transformer to mamba" if small == 2.9 else "lstm to transformer"
+        assert whole["sentence"].endswith(f"; the largest resolved gain came from {last}.")
+
+
+def test_arms_with_the_same_lowest_mean_are_all_named() -> None:
+    *_, second, whole = said(quality("lstm", LSTM) + quality("transformer", MAMBA) + quality("mamba", MAMBA))
+    assert "The lowest mean is that of transformer and mamba, 2.500 bits per byte" in whole["sentence"]
+    assert settled(second, "quality") == ("resolved", "quality the same at every seed")
 
 
 def test_a_number_that_may_not_be_compared_decides_nothing() -> None:

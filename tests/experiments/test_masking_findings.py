@@ -44,6 +44,12 @@ def only(rows: list[dict], folder: Path, seeds: int = 3) -> dict[str, Any]:
     return one
 
 
+def test_a_comparison_of_fewer_seeds_than_the_run_has_says_so(tmp_path: Path) -> None:
+    rows = made("unmasked", "final_training_loss", [0.1, 0.2]) + made("causal", "final_training_loss", [2.0, 2.1, 2.2])
+    assert only(rows, tmp_path)["sentence"].endswith(" That is of 2 of the run's 3 seeds; the others lack it.")
+    assert "lack" not in only(rows, tmp_path, seeds=2)["sentence"]
+
+
 def test_plan() -> None:
     planned = masking.plan(experiment(2))
     kinds: dict[str, set[str]] = {}

@@ -61,12 +61,12 @@ def test_what_the_arms_are_equal_in_and_what_that_bought() -> None:
     dense, wide = kind(moe.findings(rows, experiment("dense", "moe", "wide"), NOWHERE), "bought")
     assert dense["sentence"].startswith("moe against dense (equal parameters, active): it loads 2.5")
     assert "moe predicts better, by 0.100 bits per byte" in dense["sentence"]
-    assert "it decodes at batch 1 0.500 times" in dense["sentence"]
-    assert "it decodes at batch 4 0.500 times" in dense["sentence"]
+    assert "it decodes after 64 tokens at batch 1 0.500 times" in dense["sentence"]
+    assert "it decodes after 64 tokens at batch 4 0.500 times" in dense["sentence"]
     assert wide["sentence"].startswith("moe against wide (equal parameters, in total): it loads 1.00 times the bytes")
     assert "wide predicts better, by 0.199 bits per byte" in wide["sentence"]
     assert "it decodes at batch 1 1.25 times" in wide["sentence"]
-    assert "it decodes at batch 4 0.312 times" in wide["sentence"]
+    assert "it decodes after 64 tokens at batch 4 0.312 times" in wide["sentence"]
     (other,) = kind(moe.findings([], experiment("other", "moe"), NOWHERE), "bought")
     assert "times the parameters, active" in other["sentence"]
     assert other["bits_per_byte"] is None
@@ -88,8 +88,20 @@ def test_the_load_is_ranked_within_a_seed(tmp_path: Path) -> None:
     assert one["busiest"] == pytest.approx(X * (0.3 + 0.5) / 2)
     assert one["idlest"] == pytest.approx(X * (0.1 + 0.05) / 2)
     assert one["loads"][0][1] == pytest.approx((0.1 + 0.08) / 2)
-    assert "up to 3.20 times an even share (layer 1 of 1)" in one["sentence"]
+    assert "the busiest expert of any layer gets 3.20 times an even share, the idlest 0.600 times" in one["sentence"]
     assert json.dumps(one)
+
+
+def test_the_busiest_expert_is_that_of_the_comparisons_row(tmp_path: Path) -> None:
+    """Of the busiest layer of every seed, whichever that is: the mean of the extremes, not an extreme of means."""
+    run, even = RunDirectory(tmp_path), [1 / X] * X
+    skewed = [0.3, *[0.1] * (X - 1)]
+    for seed, layers in enumerate(([skewed, even], [even, skewed])):
+        run.finish(Cell("moe", seed, "train"), {"expert_load": layers})
+    two = experiment("dense", "moe")
+    overrides = {"moe": two.arms["moe"].model_copy(update={"overrides": two.arms["moe"].overrides | {"layers": 2}})}
+    (one,) = kind(moe.findings([], two.model_copy(update={"arms": two.arms | overrides}), run), "load")
+    assert (one["busiest"], one["idlest"]) == (pytest.approx(X * 0.3), pytest.approx(X * 0.1))
 
 
 def test_expected_experts_against_every_choice() -> None:

@@ -141,6 +141,19 @@ def test_a_p_value_never_crosses_the_threshold(p: float) -> None:
         assert (parsed(text) < 0.05) == (p < 0.05) or abs(p - 0.05) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (0.349, 0.299, 0.398, 3), (-1.0, -1.0006, -0.9994, 3), (0.0008, 0.0004, 0.0012, 5), (0.05, 0.0495, 0.0505, 4),
+        (0.2, None, None, 3), (0.0, 0.0, 0.0, 3), (0.00012, -0.03, 0.03, 3),
+    ],
+)  # fmt: skip
+def test_a_small_difference_has_the_places_that_its_interval_deserves(
+    value: float, low: float | None, high: float | None, expected: int
+) -> None:
+    assert numbers.fitting(value, low, high) == expected
+
+
 @pytest.mark.parametrize(("share", "text"), [(0.08, "+8.00%"), (-0.0171, "−1.71%"), (1e-7, "0.00%"), (1.18, "+118%")])
 def test_percent(share: float, text: str) -> None:
     assert numbers.percent(share) == text

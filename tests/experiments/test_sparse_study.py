@@ -78,8 +78,23 @@ def test_a_window_that_loses_after_it_is_full(run: RunDirectory) -> None:
 
 def test_a_window_that_was_refused_is_not_called_open() -> None:
     open_, blocked = ({"comparable": one, "resolved": False, "estimate": 0.1} for one in (True, False))
-    whole = sparse._overall("full", {"narrow": blocked, "wide": open_})
-    assert whole["sentence"].endswith("full. wide: not resolved against full; narrow: not comparable with full.")
+    whole = sparse._overall("full", {"narrow": blocked, "wide": open_}, ["tiny"])
+    assert whole["sentence"].endswith(
+        "full. wide: not resolved against full; narrow: not comparable with full; tiny: no result."
+    )
+
+
+def test_a_window_names_the_seeds_that_it_is_without(run: RunDirectory) -> None:
+    """Of narrow there is no seed 1, of tiny none at all."""
+    finish(run, "narrow", np.zeros(T))
+    finish(run, "wide", np.zeros(T))
+    (run.folder(Cell("narrow", 1, sparse.MAKES)) / "evaluation.json").unlink()
+    found = sparse.findings(QUALITY, experiment(narrow=arm(8), wide=arm(32), tiny=arm(4)), run)
+    narrow, wide = kind(found, "quality")
+    assert narrow["after"]["n"] == 2
+    assert narrow["sentence"].endswith(" It leaves out seed 1 of narrow, where there is no value.")
+    assert "leaves out" not in wide["sentence"]
+    assert kind(found, "overall")[0]["sentence"].endswith("; tiny: no result.")
 
 
 def test_the_same_losses_are_no_open_difference() -> None:
