@@ -526,9 +526,18 @@ def settings(record: Record) -> Section:
     blocks.append(Code("spec.toml, resolved", record.spec_text.rstrip("\n")))
     for name, arm in record.result["arms"].items():
         if arm.get("config"):
-            lines = [f"{key} = {value}" for key, value in _flat(arm["config"])]
+            lines = [f"{key} = {value}" for key, value in _flat(_used(arm["config"]))]
             blocks.append(Code(f"Resolved model configuration of {name}", "\n".join(lines), folded=True))
     return Section("settings", "Settings and environment", intro, blocks, terminal=False)
+
+
+def _used(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's configuration without the blocks that its pattern does not name."""
+    hybrid = config.get("hybrid")
+    if not hybrid:
+        return config
+    blocks = {letter: block for letter, block in hybrid["blocks"].items() if letter in hybrid["pattern"]}
+    return config | {"hybrid": hybrid | {"blocks": blocks}}
 
 
 LABELS = {

@@ -130,6 +130,11 @@ def inference(record: Record) -> Section:
             "of every decoded token, that is most of the time. What a first call costs more in mode eager is the "
             "loading and choosing of kernels; in mode graph these went before, and it is a replay like any other."
         )
+    else:
+        intro += (
+            " One process decodes at all lengths of an arm: of its first calls only that at the shortest length loads "
+            "what is compiled."
+        )
     if _recorded(record, "prefill"):
         intro += f" {RECORDED} does not get from other prompts."
     prefill = _table(record, "Prefill", "prefill", "time_to_first_token_ms", "ms to the first token", flops=True)

@@ -19,6 +19,7 @@ from experiments.report.tables import (
 )
 from experiments.rows import PAGE, UNMATCHED
 
+CHOSEN_BY = ("quality", "validation_bits_per_byte")  # a learning rate
 TESTED = ("test_bits_per_byte", "test_masked_token_loss")
 HEADLINES = 8  # verdicts told one by one; the table of comparisons has every one
 
@@ -245,12 +246,16 @@ def _best_rates(record: Record) -> list[Block]:
         lacking = [f"{rate:g}" for rate in rates if rate not in values]
         if best is None:
             at = " at every seed" if curves.rate_rows(record, base) else ""
-            blocks.append(Verdict("blocked", f"{base}: no learning rate has a result{at}.", f"no result{at}", ""))
+            told = f"{base}: no learning rate has validation bits per byte{at}"
+            why = {row.reason for arm in rates.values() if (row := record.row(arm, *CHOSEN_BY)) and row.reason}
+            blocks.append(Verdict("blocked", f"{'; '.join([told, *sorted(why)])}.", f"no result{at}", ""))
             continue
         row = values[best]
         value = interval(row.known, row.ci_low, row.ci_high, least=3)
         numbers = f"Validation bits per byte at {best:g}: {value} bits/byte"
         spread = f" ({WITHIN}); n = {plural(row.n, 'seed')}" if row.ci_low is not None else "; n = 1 seed, no interval"
+        if len(values) > 1:
+            spread += f"; the lowest of {len(values)} means is on the low side by chance, too"
         tried = "with a result at every seed" if lacking else "tried"
         sentence = f"{base}: of the rates {tried}, {best:g} has the lowest mean validation bits per byte."
         if lacking:

@@ -114,6 +114,16 @@ def test_the_report_shows_it(run: Path, result: dict[str, Any], in_process: InPr
     assert "on the card" not in table.lower()
 
 
+def test_the_waterfall_is_in_megabytes(run: Path, result: dict[str, Any]) -> None:
+    for arm in ARMS:
+        stages = dict(memory_report.stages(read(run), arm))
+        where = {"arm": arm, "phase": "prefill", "context": CONTEXTS[-1], "batch": 1}
+        held = value(result, metric="peak_bytes", **where)
+        assert stages[f"prefill, {CONTEXTS[-1]:,}"] == pytest.approx(held / 10**6)
+        file = value(result, arm=arm, phase="load", metric="file_bytes", mode="mapped")
+        assert stages["file on disk"] == pytest.approx(file / 10**6)
+
+
 def test_models_that_were_only_initialised_are_not_taken_for_trained_ones(
     run: Path, in_process: InProcess, tmp_path: Path
 ) -> None:
