@@ -15,6 +15,7 @@ from scipy import stats
 from experiments.spec import MOST_SEEDS
 
 CONFIDENCE = 0.95
+RESOLVED = 0.05  # Holm-corrected p below which a difference counts as resolved
 
 
 @dataclass(frozen=True)
@@ -120,3 +121,15 @@ def _comparison(differences: np.ndarray, resolution: float) -> Comparison:
         p = float(2 * stats.t.sf(abs(differences.mean()) * math.sqrt(n) / deviation, n - 1))
     exact = bool(n > 1 and p is None and differences[0] != 0)
     return Comparison(_interval(differences, deviation), p, exact, tuple(differences.tolist()), deviation)
+
+
+def binned(loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) -> the means of bins with edges 2^(k/3), position 1 first, at the bins' middles; the last position
+    belongs to the bin before it where it would stand alone."""
+    T = len(loss)
+    edges = np.unique(np.ceil(2 ** (np.arange(0, 3 * np.log2(T) + 4) / 3)).astype(int))
+    edges = np.append(edges[(edges < T) | (edges <= min(T, 2))], T + 1)
+    edges = np.unique(edges)
+    low, high = edges[:-1], edges[1:]
+    y = np.array([np.mean(loss[a - 1 : b - 1]) for a, b in zip(low, high, strict=True)])
+    return np.sqrt(low * (high - 1.0)), y

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.record import Record, Row
+from experiments.statistics import binned
 
 Series = tuple[np.ndarray, np.ndarray]  # x, y
 
@@ -62,18 +63,6 @@ def positions(record: Record, arm: str) -> list[Series]:
         if split and split.get("loss_at_position"):
             found.append(binned(np.array(split["loss_at_position"], dtype=float)))
     return found
-
-
-def binned(loss: np.ndarray) -> Series:
-    """(T,) -> the means of bins with edges 2^(k/3), position 1 first, at the bins' middles; the last position
-    belongs to the bin before it where it would stand alone."""
-    T = len(loss)
-    edges = np.unique(np.ceil(2 ** (np.arange(0, 3 * np.log2(T) + 4) / 3)).astype(int))
-    edges = np.append(edges[(edges < T) | (edges <= min(T, 2))], T + 1)
-    edges = np.unique(edges)
-    low, high = edges[:-1], edges[1:]
-    y = np.array([np.mean(loss[a - 1 : b - 1]) for a, b in zip(low, high, strict=True)])
-    return np.sqrt(low * (high - 1.0)), y
 
 
 def mean_position(record: Record, arm: str) -> Series | None:

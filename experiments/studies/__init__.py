@@ -12,6 +12,8 @@ Each study is a module with
     rows(cell, result, experiment, run)    the rows of result.json that a finished cell gives
     verdicts(rows, experiment)             the paired comparisons that were planned
     findings(rows, experiment, run)        what else the study says, a sentence each
+
+pairing.py makes the paired comparisons that all of them ask for, and wording.py says them.
 """
 
 from types import ModuleType

@@ -1,35 +1,18 @@
 """The comparison: arms are trained and evaluated, paired by seed, and the trained models measured."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from statistics import fmean
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from experiments import cells
-from experiments.numbers import SLIGHT, apart, fitting, left_out, multiple, number, plural, signed
 from experiments.objectives import SELECTED
-from experiments.rows import (
-    PAGE,
-    READ_IN_PAGES,
-    SEES,
-    bytes_row,
-    load_rows,
-    on_card,
-    per_step,
-    percentiles,
-    rate,
-    row,
-    turn_ms,
-)
+from experiments.rows import SEES, bytes_row, load_rows, on_card, per_step, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
-from experiments.statistics import Comparison, Interval, holm, more_seeds, paired_difference, paired_ratio
 from experiments.store import Cell, RunDirectory
+from experiments.studies.pairing import Question, compared
 from models import cost
 
 MAKES = "train"
 TIMED = ("train", "prefill", "decode")  # the kinds of cells whose speeds are compared
-RESOLVED = 0.05  # Holm-corrected p below which a difference counts as resolved
 
 
 def plan(experiment: Experiment) -> list[Cell]:
@@ -190,19 +173,6 @@ _QUESTIONS = (
 )
 
 UNCOUNTED = "the steps of a recording work in memory that it has set aside, which no count of allocations shows"
-_QUALIFIED = {"peak_bytes", "state_bytes", "test_masked_token_loss"}  # a second question about their phase
-
-
-class Question(NamedTuple):
-    """Of b against a: kind is difference or ratio; context and batch None where the rows need no telling apart."""
-
-    a: str
-    b: str
-    phase: str
-    metric: str
-    kind: str
-    context: int | None = None
-    batch: int | None = None
 
 
 def questions(experiment: Experiment, a: str, b: str) -> list[Question]:
@@ -224,234 +194,6 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     return compared(rows, asked, experiment.device, experiment.seeds)
 
 
-def compared(rows: list[dict], asked: Sequence[Question], device: str = "cpu", seeds: Sequence[int] = ()) -> list[dict]:
-    """A verdict for every question that the rows can answer; Holm's correction over all of these. device: where the
-    memory is, which a GPU's allocator counts to the byte, and a process on a CPU in pages. seeds: of the run, else
-    those in the rows."""
-    paged = READ_IN_PAGES if device == "cpu" else set()
-    run = set(seeds) or {row["seed"] for row in rows} - {None}
-    drafts: list[tuple[dict, Comparison]] = []
-    for one in asked:
-        a, b = (by_seed(rows, arm, *one[2:4], context=one.context, batch=one.batch) for arm in (one.a, one.b))
-        valued = [{seed for seed, row in side.items() if _compares(row["value"], one.kind)} for side in (a, b)]
-        pairable = [seed for seed in a if seed in valued[0] & valued[1]]
-        if not pairable:
-            continue
-        values = [[side[seed]["value"] for seed in pairable] for side in (a, b)]
-        lacking = {arm: sorted(run - had) for arm, had in zip((one.a, one.b), valued, strict=True) if run - had}
-        pairs = [side[seed] for side in (a, b) for seed in pairable]
-        by_shapes = _by_shapes(rows, one)
-        head = {
-            "id": one.phase if one.metric not in _QUALIFIED else f"{one.phase}-{one.metric}",
-            "phase": one.phase, "metric": one.metric, "context": one.context, "batch": one.batch,
-            "a": one.a, "b": one.b, "kind": one.kind, "unit": pairs[0]["unit"] if one.kind == "difference" else "x",
-            "direction": pairs[0]["direction"], **comparability(pairs), "by_shapes": by_shapes, "lacking": lacking,
-        }  # fmt: skip
-        if one.kind == "difference":
-            drafts.append((head, paired_difference(*values)))
-            continue
-        ratio = paired_ratio(*values, resolution=PAGE if one.metric in paged else 0)
-        told = values[1][0] / values[0][0]
-        if one.metric == "state_bytes" and len(pairable) == 1 and told == by_shapes != 1:
-            ratio = replace(ratio, exact=True, interval=Interval(told, told, told, 1))  # shapes say it of every seed
-        drafts.append((head, ratio))
-    return [
-        verdict | {"sentence": _sentence(verdict) + _against_shapes(verdict) + without(verdict)}
-        for verdict in settled(drafts)
-    ]
-
-
-def _compares(value: float | None, kind: str) -> bool:
-    return value is not None and math.isfinite(value) and (kind == "difference" or value > 0)
-
-
-def _by_shapes(rows: list[dict], one: Question) -> float | None:
-    """The ratio of b to a that formulas give, of what has one."""
-    where = {"context": one.context, "batch": one.batch}
-    a, b = (by_seed(rows, arm, one.phase, f"{one.metric}_analytic", **where) for arm in (one.a, one.b))
-    return next((b[seed]["value"] / a[seed]["value"] for seed in a if seed in b and a[seed]["value"]), None)
-
-
-def _against_shapes(v: dict) -> str:
-    """Said where a resolved difference lies on the other side than that of what is stored, so on what comes with it."""
-    if v["by_shapes"] is None or not v["resolved"] or (v["by_shapes"] - 1) * (v["estimate"] - 1) >= 0:
-        return ""
-    return f" By shapes alone it is {number(v['by_shapes'])} times: what differs lies beside the weights."
-
-
-def without(v: dict) -> str:
-    """Which seeds of the run are not in it: an arm that failed there may be the worse for it."""
-    left = left_out(v)
-    return f" It leaves out {left}, where there is no value." if left else ""
-
-
-def comparability(rows: Sequence[dict]) -> dict[str, Any]:
-    """Whether all of them may be compared, and why not; where they are of several arms, also of which."""
-    refused = next((row for row in rows if not row["comparable"]), None)
-    if refused is None:
-        return {"comparable": True, "reason": None}
-    whose = f"{refused['arm']}: " if len({row["arm"] for row in rows}) > 1 else ""
-    return {"comparable": False, "reason": f"{whose}{refused['reason']}"}
-
-
-def settled(drafts: Sequence[tuple[dict, Comparison]]) -> list[dict]:
-    """What each head asked, with its comparison and whether that is resolved after Holm's correction over all that may
-    be compared. The others have an estimate, for the record, and no p."""
-    told = [comparison if head["comparable"] else replace(comparison, p=None) for head, comparison in drafts]
-    corrected = holm([one.p for one in told])
-    return [_verdict(head, told, at, corrected[at]) for at, (head, _) in enumerate(drafts)]
-
-
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """None: the verdicts say it all."""
     return []
-
-
-def by_seed(
-    rows: list[dict], arm: str, phase: str, metric: str, *, context: int | None = None, batch: int | None = None
-) -> dict[int, dict]:
-    """The arm's rows of single seeds."""
-    return {
-        row["seed"]: row for row in rows
-        if (row["arm"], row["phase"], row["metric"]) == (arm, phase, metric) and row["seed"] is not None
-        and context in (None, row["context"]) and batch in (None, row["batch"])
-    }  # fmt: skip
-
-
-def mean_over_seeds(rows: list[dict], arm: str, phase: str, metric: str, context: int | None = None) -> float | None:
-    """None where no seed has a value."""
-    found = by_seed(rows, arm, phase, metric, context=context).values()
-    values = [row["value"] for row in found if row["value"] is not None]
-    return sum(values) / len(values) if values else None
-
-
-class PairedMeans(NamedTuple):
-    """Means of several arms over the same seeds. counted: arms whose values compare; means: none where these have no
-    seed in common; over: in words, after "bits per byte", where that is not every seed of the run."""
-
-    counted: list[str]
-    means: dict[str, float]
-    over: str
-
-
-def paired_means(
-    rows: list[dict], arms: Iterable[str], phase: str, metric: str, seeds: Sequence[int] = ()
-) -> PairedMeans:
-    """Over the seeds that all these arms have a value of, leaving out arms with none or with one that is refused.
-    seeds: of the run, else those in the rows."""
-    found = {arm: by_seed(rows, arm, phase, metric) for arm in arms}
-    compared = {
-        arm: {seed: one["value"] for seed, one in ones.items() if one["value"] is not None}
-        for arm, ones in found.items() if all(one["comparable"] for one in ones.values())
-    }  # fmt: skip
-    compared = {arm: values for arm, values in compared.items() if values}
-    run = set(seeds) or {row["seed"] for row in rows} - {None}
-    shared = sorted(set.intersection(*map(set, compared.values()))) if compared else []
-    means = {arm: fmean(values[seed] for seed in shared) for arm, values in compared.items()} if shared else {}
-    common = f" (over {plural(len(shared), 'seed')} of {len(run)}, which all of these have)"
-    over = common if len(shared) < len(run) else ""
-    return PairedMeans(list(compared), means, over)
-
-
-def unresolved(verdict: dict) -> str:
-    """How it stands with a comparison over several seeds that is open: its own interval may leave out equality."""
-    tried = verdict["p"] is not None and verdict["p"] < RESOLVED
-    return f"not resolved after correcting for {verdict['tested']} comparisons" if tried else "not resolved"
-
-
-def identical(verdict: dict) -> bool:
-    """Not a difference that is open, but none, over several seeds."""
-    return verdict["n"] > 1 and verdict["estimate"] == verdict["ci_low"] == verdict["ci_high"] == 0
-
-
-def predicts(verdict: dict) -> str:
-    """A difference within a sentence, e.g. "mamba predicts better, by 0.210 bits per byte (0.200 to 0.220)"."""
-    if not verdict["comparable"]:
-        return f"their bits per byte do not compare ({verdict['reason']})"
-    if identical(verdict):
-        return "their bits per byte are the same at every seed"
-    ends = [abs(verdict["estimate"]), *sorted(abs(verdict[end] or 0) for end in ("ci_low", "ci_high"))]
-    at = fitting(*(verdict[end] for end in ("estimate", "ci_low", "ci_high")))
-    if verdict["resolved"]:
-        size, low, high = (f"{end:.{apart(end, 0.0, at)}f}" for end in ends)
-        return f"{verdict['better']} predicts better, by {size} bits per byte ({low} to {high})"
-    size = signed(verdict["estimate"], at)
-    low, high = (signed(verdict[end], at) if verdict["n"] > 1 else "" for end in ("ci_low", "ci_high"))
-    spread = f"{low} to {high}" if verdict["n"] > 1 else "one seed"
-    return f"the difference in bits per byte is {unresolved(verdict)} ({size}, {spread})"
-
-
-def faster(verdict: dict) -> str:
-    """A ratio of speeds within a sentence, e.g. "1.4 times (1.3 to 1.5) as fast"."""
-    size = f"{multiple(verdict['estimate'])} times"
-    if not verdict["comparable"]:
-        return f"{size} as fast (not comparable: {verdict['reason']})"
-    left = left_out(verdict)
-    lacking = f"; without {left}" if left else ""
-    if verdict["n"] < 2:
-        return f"{size} as fast (one seed, not resolved{lacking})"
-    spread = f"{multiple(verdict['ci_low'])} to {multiple(verdict['ci_high'])}"
-    return f"{size} ({spread}{'' if verdict['resolved'] else f', {unresolved(verdict)}'}{lacking}) as fast"
-
-
-def _verdict(head: dict, every: Sequence[Comparison], which: int, p_holm: float | None) -> dict:
-    """Of one of all comparisons that were made together."""
-    comparison = every[which]
-    interval = comparison.interval
-    resolved = head["comparable"] and (comparison.exact or (p_holm is not None and p_holm < RESOLVED))
-    neutral = 0.0 if head["kind"] == "difference" else 1.0
-    better = None
-    if resolved and head["direction"] != "none":
-        b_is_lower = interval.estimate < neutral
-        better = head["b"] if b_is_lower == (head["direction"] == "lower") else head["a"]
-    return head | {
-        "estimate": interval.estimate, "ci_low": interval.low, "ci_high": interval.high, "n": interval.n,
-        "p": comparison.p, "p_holm": p_holm, "resolved": resolved, "better": better,
-        "exact": comparison.exact, "tested": sum(one.p is not None for one in every),
-        "more_seeds": None if resolved or not head["comparable"] else more_seeds(every, which),
-    }  # fmt: skip
-
-
-def _sentence(v: dict) -> str:
-    """One honest sentence; the same words for every arm."""
-    at = f" at {v['context']} tokens of context" if v["context"] else ""
-    at += f" and batch {v['batch']}" if v["batch"] not in (None, 1) else ""
-    what = {
-        "test_bits_per_byte": "test bits per byte",
-        "test_masked_token_loss": "the loss of hidden test tokens",
-        "resident_bytes": "memory after loading",
-        "peak_bytes": f"peak memory in {v['phase']}{at}",
-        "state_bytes": f"cache or state in {v['phase']}{at}",
-        "tokens_per_s": f"{v['phase']} tokens/s{at}",
-        "bytes_per_s": f"bytes of text per second in {'training' if v['phase'] == 'train' else v['phase']}",
-    }[v["metric"]]
-    seeds = f"{v['n']} paired seed{'s' if v['n'] > 1 else ''}"
-    shown = {
-        end: signed(v[end], 4) if v["kind"] == "difference" else multiple(v[end])
-        for end in ("estimate", "ci_low", "ci_high") if v[end] is not None
-    }  # fmt: skip
-    if v["kind"] == "difference":
-        size = f"{v['b']} differs from {v['a']} in {what} by {shown['estimate']}"
-    else:
-        size = f"{v['b']} has {shown['estimate']} times {v['a']}'s {what}"
-    interval = f"95% interval {shown['ci_low']} to {shown['ci_high']}, {seeds}" if v["n"] > 1 else seeds
-    if not v["comparable"]:
-        return f"{v['a']} and {v['b']} do not compare in {what} ({v['reason']}). For the record: {size} ({interval})."
-    if v["n"] < 2 and not v["exact"]:
-        return f"{size} ({interval}): not resolved, one seed says nothing about the spread over seeds."
-    if v["exact"]:
-        interval = "the same for every seed"
-    if v["resolved"] and v["better"]:
-        slight = ", by less than 5%" if v["kind"] != "difference" and abs(v["estimate"] - 1) < SLIGHT else ""
-        return f"{size} ({interval}): {v['better']} is better here{slight}."
-    if v["resolved"]:
-        return f"{size} ({interval})."
-    if v["p"] is None:
-        return f"{size}: no difference at any seed."
-    more = "more seeds might resolve it if the difference is real"
-    if v["more_seeds"]:
-        more = (
-            f"with about {plural(v['more_seeds'], 'more seed')} its chance of being resolved is even, if estimate and "
-            f"spread are what they seem"
-        )
-    return f"{size} ({interval}): {unresolved(v)}; {more}."

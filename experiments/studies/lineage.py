@@ -9,8 +9,8 @@ from experiments import cells
 from experiments.numbers import listed, number, size
 from experiments.spec import Experiment
 from experiments.store import RunDirectory
-from experiments.studies import comparison
-from experiments.studies.comparison import PairedMeans, Question
+from experiments.studies import comparison, pairing, wording
+from experiments.studies.pairing import PairedMeans, Question
 
 MAKES, plan, turns, together = comparison.MAKES, comparison.plan, comparison.turns, comparison.together
 lengths, work, rows = comparison.lengths, comparison.work, comparison.rows
@@ -30,7 +30,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
             asked.setdefault((one.phase, one.metric), []).append(one)
     return [
         verdict for one in asked.values()
-        for verdict in comparison.compared(rows, one, experiment.device, experiment.seeds)
+        for verdict in pairing.compared(rows, one, experiment.device, experiment.seeds)
     ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     for a, b in pairwise(arms):
         one = _step(rows, experiment, a, b, {key[2:]: verdict for key, verdict in told.items() if key[:2] == (a, b)})
         found += [one] if one else []
-    quality = comparison.paired_means(rows, arms, "quality", "test_bits_per_byte", experiment.seeds)
+    quality = pairing.paired_means(rows, arms, "quality", "test_bits_per_byte", experiment.seeds)
     whole = told.get((arms[0], arms[-1], "quality", "test_bits_per_byte"))
     if len(found) > 1 and len(found) == len(arms) - 1 and quality.counted and whole:
         found.append(_overall(found, whole, quality, [arm for arm in arms if arm not in quality.counted]))
@@ -54,9 +54,9 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
     if quality is None:
         return None
     figures: dict[str, Any] = {key: quality[key] for key in ("resolved", "comparable")}
-    figures["identical"] = comparison.identical(quality)
+    figures["identical"] = wording.identical(quality)
     figures["bits_per_byte"] = quality["estimate"]
-    parts = [comparison.predicts(quality)]
+    parts = [wording.predicts(quality)]
     decoding = experiment.measurement.enabled and all(cells.model_configs(experiment)[arm].causal for arm in (a, b))
     for phase, word in (("train", "trains"), ("decode", "decodes")):
         one = told.get((phase, "tokens_per_s"))
@@ -65,15 +65,15 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
         if one:
             figures[f"{phase}_speed_ratio"] = one["estimate"]
             where = f" after {one['context']:,} tokens" if one["context"] else ""
-            parts.append(f"it {word}{where} {comparison.faster(one)}")
+            parts.append(f"it {word}{where} {wording.faster(one)}")
     longest = experiment.measurement.contexts[-1]
-    before, after = (comparison.mean_over_seeds(rows, arm, "decode", "state_bytes", longest) for arm in (a, b))
+    before, after = (pairing.mean_over_seeds(rows, arm, "decode", "state_bytes", longest) for arm in (a, b))
     if before is not None and after is not None:
         before, after = (held / experiment.measurement.batch for held in (before, after))
         figures |= {"state_bytes_before": before, "state_bytes": after}
         instead = "as before" if before == after else f"instead of {size(before)}"
         parts.append(f"it keeps {size(after)} {instead} as cache or state of a sequence")
-    sentence = f"{a} → {b}: {'; '.join(parts)}.{comparison.without(quality)}"
+    sentence = f"{a} → {b}: {'; '.join(parts)}.{wording.without(quality)}"
     return {"kind": "step", "arm": b, "against": a, **figures, "sentence": sentence}
 
 
@@ -96,7 +96,7 @@ def _overall(found: list[dict], whole: dict, quality: PairedMeans, left_out: lis
         f"Of {len(found)} steps {len(lower)} lowered bits per byte, {len(higher)} raised them and "
         f"{open_} {'is' if open_ == 1 else 'are'} not resolved"
         f"{f'; {len(same)} changed nothing' if same else ''}{f'; {len(blocked)} do not compare' if blocked else ''}. "
-        f"From {whole['a']} to {whole['b']}: {comparison.predicts(whole)}.{comparison.without(whole)} {lowest}"
+        f"From {whole['a']} to {whole['b']}: {wording.predicts(whole)}.{wording.without(whole)} {lowest}"
         f"{f' (not counted: {listed(left_out)})' if left_out else ''}"
     )
     sizable = max(lower, key=lambda one: -one["bits_per_byte"], default=None)

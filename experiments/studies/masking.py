@@ -14,9 +14,9 @@ from experiments.objectives import SELECTED
 from experiments.rows import OTHER_LOSS, row
 from experiments.scoring import GREEDY, SAMPLED, TRUE
 from experiments.spec import Experiment
-from experiments.statistics import Comparison, holm, paired_difference
+from experiments.statistics import RESOLVED, Comparison, holm, paired_difference
 from experiments.store import Cell, RunDirectory
-from experiments.studies import comparison
+from experiments.studies import comparison, pairing
 
 MAKES, turns, together = comparison.MAKES, comparison.turns, comparison.together
 
@@ -120,7 +120,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     ])  # fmt: skip
     found = []
     for (finding, compared), standing, p in zip(drafts, standings, corrected, strict=True):
-        decided = compared.exact or (p is not None and p < comparison.RESOLVED)
+        decided = compared.exact or (p is not None and p < RESOLVED)
         found.append(finding | standing | {
             "against": judging, "difference": compared.interval.estimate, "ci_low": compared.interval.low,
             "ci_high": compared.interval.high, "n": compared.interval.n, "p_holm": p,
@@ -139,7 +139,7 @@ def _standing(rows: list[dict], *arms: str) -> dict[str, Any]:
     about, and no reason against it."""
     own = {PSEUDO, *OTHER_LOSS.values()}
     asked = [row for row in rows if row["arm"] in arms and row["phase"] == "quality" and row["reason"] not in own]
-    return comparison.comparability(asked)
+    return pairing.comparability(asked)
 
 
 def _having(experiment: Experiment, objective: str) -> list[str]:

@@ -10,7 +10,7 @@ from experiments.numbers import size as shown
 from experiments.rows import bytes_row, load_rows, on_card
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory
-from experiments.studies.comparison import comparability
+from experiments.studies.pairing import comparability
 from experiments.training import DTYPES
 from models import cost
 from models.config import ModelConfig

@@ -11,8 +11,8 @@ from experiments.numbers import number, size
 from experiments.rows import row
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory
-from experiments.studies import comparison
-from experiments.studies.comparison import Question
+from experiments.studies import comparison, pairing, wording
+from experiments.studies.pairing import Question
 from experiments.training import DTYPES
 from models import cost
 from models.config import ModelConfig
@@ -49,7 +49,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
         asked += [one for one in _decodes(experiment, dense, sparse) if one not in asked]
     if not asked:
         return comparison.verdicts(rows, experiment)
-    return comparison.compared(rows, asked, experiment.device, experiment.seeds)
+    return pairing.compared(rows, asked, experiment.device, experiment.seeds)
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
@@ -121,20 +121,20 @@ def _bought(told: list[dict], experiment: Experiment, configs: dict[str, ModelCo
         if (one["a"], one["b"]) == (dense, sparse)
     }  # fmt: skip
     quality = of_pair.get(("quality", "test_bits_per_byte", None, None))
-    parts += [comparison.predicts(quality)] if quality else []
+    parts += [wording.predicts(quality)] if quality else []
     train = of_pair.get(("train", "tokens_per_s", None, None))
-    parts += [f"it trains {comparison.faster(train)}"] if train else []
+    parts += [f"it trains {wording.faster(train)}"] if train else []
     for asked in _decodes(experiment, dense, sparse):
         one = of_pair.get((asked.phase, asked.metric, asked.context, asked.batch))
         after = f"after {asked.context:,} tokens at batch {asked.batch}"
-        parts += [f"it decodes {after} {comparison.faster(one)}"] if one else []
+        parts += [f"it decodes {after} {wording.faster(one)}"] if one else []
     return {
         "kind": "bought", "arm": sparse, "against": dense, "loaded_ratio": loaded, "touched_ratio": touched,
         "bits_per_byte": quality["estimate"] if quality else None, "resolved": bool(quality and quality["resolved"]),
         "comparable": quality is None or quality["comparable"],
-        "identical": bool(quality and comparison.identical(quality)),
+        "identical": bool(quality and wording.identical(quality)),
         "sentence": f"{sparse} against {dense} ({_match(a, b)}): {'; '.join(parts)}."
-                    + (comparison.without(quality) if quality else ""),
+                    + (wording.without(quality) if quality else ""),
     }  # fmt: skip
 
 

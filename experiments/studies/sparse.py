@@ -10,11 +10,10 @@ import numpy as np
 
 from experiments import cells
 from experiments.numbers import fitting, number, signed, size
-from experiments.report.curves import binned
 from experiments.spec import Experiment
-from experiments.statistics import Comparison, mean_interval, paired_difference
+from experiments.statistics import Comparison, binned, mean_interval, paired_difference
 from experiments.store import Cell, RunDirectory
-from experiments.studies import comparison
+from experiments.studies import comparison, pairing, wording
 from models.config import ModelConfig
 from models.mixers.attention import AttentionConfig
 
@@ -48,7 +47,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
     """The comparison's, against full attention where the run has it."""
     base = baseline(experiment) or next(iter(experiment.arms))
     asked = [one for arm in experiment.arms if arm != base for one in comparison.questions(experiment, base, arm)]
-    return comparison.compared(rows, asked, experiment.device, experiment.seeds)
+    return pairing.compared(rows, asked, experiment.device, experiment.seeds)
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
@@ -100,10 +99,10 @@ def _qualities(
             means = [[float(side[seed][first - 1 : last].mean()) for seed in seeds] for side in (plain, own)]
             head = {
                 "zone": name, "first": first, "last": last, "a": base, "b": arm, "kind": "difference",
-                "direction": "lower", "lacking": lacking, **comparison.comparability(judged),
+                "direction": "lower", "lacking": lacking, **pairing.comparability(judged),
             }  # fmt: skip
             drafts.append((head, paired_difference(*means)))
-    settled = comparison.settled(drafts)
+    settled = pairing.settled(drafts)
     return [
         _quality(base, arm, config, {one["zone"]: one for one in settled if one["b"] == arm}, curves[arm])
         for arm, config in bounded.items() if arm in curves
@@ -163,7 +162,7 @@ def _quality(base: str, arm: str, config: ModelConfig, zones: dict[str, dict], c
     return {
         "kind": "quality", "arm": arm, "against": base, "windows": windows(config), "reach": reach(config),
         "before": before, "after": after, "beyond": beyond, "parting": part, "curve": curve,
-        "sentence": f"{text}.{comparison.without(before)}",
+        "sentence": f"{text}.{wording.without(before)}",
     }  # fmt: skip
 
 
@@ -173,9 +172,9 @@ def _difference(one: dict) -> str:
         return f"the losses do not compare ({one['reason']})"
     if one["n"] < 2:
         return f"the loss differs by {signed(one['estimate'], 3)} nats/token (one seed, not resolved)"
-    if comparison.identical(one):
+    if wording.identical(one):
         return "the losses are the same at every seed"
-    open_ = "" if one["resolved"] else f", {comparison.unresolved(one)}"
+    open_ = "" if one["resolved"] else f", {wording.unresolved(one)}"
     at = fitting(*(one[end] for end in ("estimate", "ci_low", "ci_high")))
     size, low, high = (signed(one[end], at) for end in ("estimate", "ci_low", "ci_high"))
     return f"the loss differs by {size} nats/token ({low} to {high}{open_})"
@@ -206,7 +205,7 @@ def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str,
     }  # fmt: skip
     for phase, word in (("prefill", "reads a text of that length"), ("decode", "decodes after it")):
         if phase in speeds:
-            text += f"; it {word} {comparison.faster(speeds[phase])}"
+            text += f"; it {word} {wording.faster(speeds[phase])}"
     return {
         "kind": "cost", "arm": arm, "against": base, "context": longest, "cache_bytes": here, "full_cache_bytes": there,
         "constant_from": same if same < longest else None,
@@ -229,5 +228,5 @@ def _overall(base: str, after: dict[str, dict], without: list[str]) -> dict:
 
 def _kept(rows: list[dict], arm: str, contexts: Sequence[int]) -> dict[int, float]:
     """Bytes of cache by context, mean over seeds, where any seed has them."""
-    means = {at: comparison.mean_over_seeds(rows, arm, "decode", "state_bytes", at) for at in contexts}
+    means = {at: pairing.mean_over_seeds(rows, arm, "decode", "state_bytes", at) for at in contexts}
     return {at: held for at, held in means.items() if held is not None}

@@ -14,7 +14,7 @@ from experiments.numbers import listed, multiple, number, plural
 from experiments.rows import per_step, percentiles, rate, row, turn_ms
 from experiments.spec import Experiment
 from experiments.store import Cell, RunDirectory
-from experiments.studies.comparison import comparability
+from experiments.studies.pairing import comparability
 from experiments.training import DTYPES
 from models import cost
 from models.config import ModelConfig

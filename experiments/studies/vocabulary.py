@@ -19,8 +19,8 @@ from experiments.numbers import apart, fitting, multiple, number, plural, scale
 from experiments.rows import row
 from experiments.spec import Arm, Experiment
 from experiments.store import Cell, RunDirectory
-from experiments.studies import comparison
-from experiments.studies.comparison import PairedMeans, Question
+from experiments.studies import comparison, pairing, wording
+from experiments.studies.pairing import PairedMeans, Question
 from experiments.training import DTYPES
 from models import cost
 
@@ -124,7 +124,7 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
         first, last = f"{arm}-v{smallest}", f"{arm}-v{larger[-1]}"
         asked += [Question(first, f"{arm}-v{size}", "quality", "test_bits_per_byte", "difference") for size in larger]
         asked += [Question(first, last, phase, "bytes_per_s", "ratio") for phase in PHASES]
-    return comparison.compared(rows, asked, seeds=experiment.seeds)
+    return pairing.compared(rows, asked, seeds=experiment.seeds)
 
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
@@ -147,7 +147,7 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     sizes = experiment.vocabulary.sizes
 
     def paired(arm: str, phase: str, metric: str) -> PairedMeans:
-        return comparison.paired_means(rows, [f"{arm}-v{size}" for size in sizes], phase, metric, experiment.seeds)
+        return pairing.paired_means(rows, [f"{arm}-v{size}" for size in sizes], phase, metric, experiment.seeds)
 
     found += [
         _best(
@@ -275,7 +275,7 @@ def _signed(value: float, at: int = 3) -> str:
 def _standing(one: dict) -> str:
     if one["n"] < 2:
         return "not resolved: one seed says nothing about the spread over seeds"
-    return "resolved" if one["resolved"] else comparison.unresolved(one)
+    return "resolved" if one["resolved"] else wording.unresolved(one)
 
 
 def _parameters(arm: str, total: dict[int, float], embedding: dict[int, float]) -> dict | None:
@@ -319,7 +319,7 @@ def _speed(
         sentence = f"How many bytes per second {arm} {PHASES[phase]} does not compare between sizes: {one['reason']}."
     else:
         tokens = Question(one["a"], one["b"], phase, "tokens_per_s", "ratio")  # over the same pairs of seeds
-        ratio = comparison.compared(rows, [tokens])[0]["estimate"]
+        ratio = pairing.compared(rows, [tokens])[0]["estimate"]
         times = _interval(one, "the bytes of text per second")
         sentence = (
             f"At {last:,} entries {arm} {PHASES[phase]} {times} that it does at {first:,}, {_standing(one)}; of "

@@ -5,8 +5,8 @@ import math
 import pytest
 from study_rows import quality
 
-from experiments.studies import comparison
-from experiments.studies.comparison import Question, compared
+from experiments.studies import pairing, wording
+from experiments.studies.pairing import Question, compared
 
 
 def with_p(p: float) -> list[float]:
@@ -40,9 +40,9 @@ def test_what_is_resolved_is_so_after_holms_correction(raw: tuple[float, ...], c
 def test_an_open_comparison_says_why_its_interval_may_leave_out_equality(p: float, why: str) -> None:
     one = {"estimate": 0.313, "ci_low": 0.218, "ci_high": 0.45, "n": 3, "p": p, "resolved": False, "tested": 7}
     one |= {"comparable": True, "better": None}
-    assert comparison.faster(one) == f"0.313 times (0.218 to 0.450, not resolved{why}) as fast"
+    assert wording.faster(one) == f"0.313 times (0.218 to 0.450, not resolved{why}) as fast"
     said = f"the difference in bits per byte is not resolved{why} (+0.313, +0.218 to +0.450)"
-    assert comparison.predicts(one) == said
+    assert wording.predicts(one) == said
 
 
 def test_what_was_refused_takes_no_part_in_the_correction() -> None:
@@ -86,11 +86,11 @@ def test_no_ratio_is_made_of_a_value_that_is_0() -> None:
 def test_no_sentence_rounds_a_difference_away() -> None:
     one = {"comparable": True, "n": 3, "resolved": True, "better": "b", "p": 0.001, "tested": 1}
     near = one | {"estimate": -0.0911, "ci_low": -0.1619, "ci_high": -0.0003}
-    assert comparison.predicts(near) == "b predicts better, by 0.091 bits per byte (0.0003 to 0.162)"
+    assert wording.predicts(near) == "b predicts better, by 0.091 bits per byte (0.0003 to 0.162)"
     open_ = near | {"resolved": False, "ci_high": 0.0003, "p": 0.2}
-    assert "(-0.091, -0.162 to +0.0003)" in comparison.predicts(open_)
+    assert "(-0.091, -0.162 to +0.0003)" in wording.predicts(open_)
     ratio = one | {"estimate": 0.9995, "ci_low": 0.99903, "ci_high": 0.99996}
-    assert comparison.faster(ratio) == "0.9995 times (0.999 to 0.99996) as fast"
+    assert wording.faster(ratio) == "0.9995 times (0.999 to 0.99996) as fast"
     rows = quality("a", [2.0, 2.0, 2.0]) + quality("b", [2.00001, 2.000011, 2.00001])
     difference, times = (
         compared(rows, [Question("a", "b", "quality", "test_bits_per_byte", kind)])[0]["sentence"]
@@ -107,7 +107,7 @@ def test_seeds_of_the_run_that_no_arm_has_are_left_out_too() -> None:
     assert one["sentence"].endswith(
         " It leaves out seeds 2 and 3 of a and seeds 2 and 3 of b, where there is no value."
     )
-    told = comparison.paired_means(rows, "ab", "quality", "test_bits_per_byte", (0, 1, 2))
+    told = pairing.paired_means(rows, "ab", "quality", "test_bits_per_byte", (0, 1, 2))
     assert told.over == " (over 2 seeds of 3, which all of these have)"
 
 

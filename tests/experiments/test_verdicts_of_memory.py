@@ -3,7 +3,8 @@
 import pytest
 from study_rows import per_seed
 
-from experiments.studies.comparison import PAGE, Question, compared
+from experiments.rows import PAGE
+from experiments.studies.pairing import Question, compared
 
 
 def asked(a: list[float], b: list[float], shapes: tuple[float, float] | None, device: str = "cpu") -> dict:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.report import curves
+from experiments.statistics import binned
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 8))
@@ -31,7 +32,7 @@ def test_a_mean_is_over_the_seeds_that_came_furthest_where_all_of_them_were() ->
 
 @given(st.integers(1, 300))
 def test_bins_of_positions_cover_every_position_once(T: int) -> None:
-    ones, ramp = curves.binned(np.ones(T)), curves.binned(np.arange(1.0, T + 1))
+    ones, ramp = binned(np.ones(T)), binned(np.arange(1.0, T + 1))
     np.testing.assert_allclose(ones[1], 1)
     assert (np.diff(ones[0]) > 0).all()
     assert ramp[1][0] == 1  # the first position stands alone
