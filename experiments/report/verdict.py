@@ -246,7 +246,7 @@ def _best_rates(record: Record) -> list[Block]:
         lacking = [f"{rate:g}" for rate in rates if rate not in values]
         if best is None:
             at = " at every seed" if curves.rate_rows(record, base) else ""
-            told = f"{base}: no learning rate has validation bits per byte{at}"
+            told = f"{base}: no learning rate has a result{at}"
             why = {row.reason for arm in rates.values() if (row := record.row(arm, *CHOSEN_BY)) and row.reason}
             blocks.append(Verdict("blocked", f"{'; '.join([told, *sorted(why)])}.", f"no result{at}", ""))
             continue

@@ -575,6 +575,18 @@ def test_sweep_without_a_rate_at_every_seed_chooses_none(make_run: Callable[...,
         assert "mamba: no learning rate has a result at every seed." in " ".join(render(run, format).split())
 
 
+def test_sweep_of_an_arm_without_bits_per_byte_says_why(make_run: Callable[..., Path]) -> None:
+    record = read(make_run(rates=(1e-3, 2e-3, 4e-3)))
+    why = "no likelihood of a text"
+    rows = [
+        replace(row, value=None, reason=why) if row.arm.startswith("mamba") and row.phase == "quality" else row
+        for row in record.rows
+    ]
+    verdict = content.document(replace(record, rows=rows)).sections[0]
+    told = [block.sentence for block in verdict.blocks if isinstance(block, Verdict)]
+    assert f"mamba: no learning rate has a result; {why}." in told
+
+
 def test_sweep_chooses_no_rate_of_an_arm_that_may_not_be_compared(make_run: Callable[..., Path]) -> None:
     run = make_run(rates=(5e-4, 1e-3, 2e-3, 4e-3))
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
