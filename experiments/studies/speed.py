@@ -3,6 +3,7 @@ itself, beside the machine's ceilings; and the lengths from which on one arm is 
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -147,64 +148,106 @@ def verdicts(rows: list[dict], experiment: Experiment) -> list[dict]:
 
 def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> list[dict]:
     """Per phase, batch, mode and type: from which length on the other arms are faster than the first, and how decode
-    grows with the length; then how far the machine moved meanwhile. host_bound: a GPU waited for its host at a length
-    that decides it, so that the host's speed is in it; noisy: the timing was, at such a length."""
-    measured: dict[tuple, dict[int, dict[str, np.ndarray]]] = {}
-    planned: dict[tuple, dict[str, set[int]]] = {}
-    doubts: dict[str, set[tuple]] = {"host_bound": set(), "noisy": set()}  # arms and lengths of which it was true
+    grows with the length; then how far the machine moved meanwhile."""
+    first, *others = experiment.arms
     operations = {arm: _operations(config) for arm, config in cells.model_configs(experiment).items()}
+    found = []
+    for one in _measured(experiment, run):
+        asked = [row for row in rows
+                 if (row["phase"], row["mode"], row["dtype"]) == (PHASES[one.kind], one.mode, one.dtype)]  # fmt: skip
+        if one.kind != "backward":
+            found += [_crossover(one, first, other, asked, operations) for other in others]
+        if one.kind == "decode":
+            found += [_growth(one, arm, asked) for arm in experiment.arms]
+    return [one for one in found if one] + _drift(rows, experiment)
+
+
+@dataclass
+class _Measured:
+    """One kind of cell at one batch (None: of training, a matter of the context), mode and type. speeds: tokens/s of
+    each turn, by context and arm. planned: the contexts of each arm. host_bound, noisy: the arms and contexts at which
+    a GPU waited for its host, so that the host's speed is in them, and at which the timing was noisy."""
+
+    kind: str
+    batch: int | None
+    mode: str | None
+    dtype: str | None
+    speeds: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    planned: dict[str, set[int]] = field(default_factory=dict)
+    host_bound: set[tuple[str, int]] = field(default_factory=set)
+    noisy: set[tuple[str, int]] = field(default_factory=set)
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {"phase": self.kind, "batch": self.batch, "mode": self.mode, "dtype": self.dtype}
+
+    def of(self, *arms: str) -> dict[int, list[np.ndarray]]:
+        """The speeds of these arms, by context, where all of them have a result."""
+        found = self.speeds.items()
+        return {at: [by_arm[arm] for arm in arms] for at, by_arm in found if by_arm.keys() >= set(arms)}
+
+    def lost(self, *arms: str) -> dict[str, list[int]]:
+        """The contexts at which an arm was to be measured and has no result."""
+        every = {arm: [at for at in sorted(self.planned[arm]) if arm not in self.speeds.get(at, {})] for arm in arms}
+        return {arm: contexts for arm, contexts in every.items() if contexts}
+
+    def doubts(self, *arms: str, at: Iterable[int]) -> dict[str, bool]:
+        """Whether any of these decides by a timing that is in doubt."""
+        deciding = {(arm, context) for arm in arms for context in at}
+        return {"host_bound": bool(deciding & self.host_bound), "noisy": bool(deciding & self.noisy)}
+
+
+def _measured(experiment: Experiment, run: RunDirectory) -> list[_Measured]:
+    found: dict[tuple, _Measured] = {}
     for cell in plan(experiment):
         if cell.kind == "build":
             continue
-        batch = None if cell.kind == "step" else cell.batch  # of training, a matter of the context
-        key = (cell.kind, batch, cell.mode, cell.dtype)
-        planned.setdefault(key, {}).setdefault(cell.arm, set()).add(cell.context or 0)
+        assert cell.context is not None
+        key = (cell.kind, None if cell.kind == "step" else cell.batch, cell.mode, cell.dtype)
+        one = found.setdefault(key, _Measured(*key))
+        one.planned.setdefault(cell.arm, set()).add(cell.context)
         result = run.result(cell)
         if result is None:
             continue
-        measured.setdefault(key, {}).setdefault(cell.context or 0, {})[cell.arm] = speeds_of_turns(result)
-        for doubt, where in doubts.items():
+        one.speeds.setdefault(cell.context, {})[cell.arm] = speeds_of_turns(result)
+        for doubt, where in (("host_bound", one.host_bound), ("noisy", one.noisy)):
             if result.get(doubt):  # absent in older runs
-                where.add((*key, cell.arm, cell.context or 0))
-    first, *others = experiment.arms
-    found = []
-    for (kind, batch, mode, dtype), by_context in measured.items():
-        head = {"phase": kind, "batch": batch, "mode": mode, "dtype": dtype}
-        lengths = planned[kind, batch, mode, dtype]
-        lost = {arm: [at for at in sorted(lengths[arm]) if arm not in by_context.get(at, {})] for arm in lengths}
-        asked = [row for row in rows if (row["phase"], row["mode"], row["dtype"]) == (PHASES[kind], mode, dtype)]
+                where.add((cell.arm, cell.context))
+    return [one for one in found.values() if one.speeds]
 
-        def doubted(*arms: str, at: Iterable[int], of: tuple = (kind, batch, mode, dtype)) -> dict[str, bool]:
-            deciding = {(*of, arm, length) for arm in arms for length in at}
-            return {doubt: not deciding.isdisjoint(where) for doubt, where in doubts.items()}
 
-        for other in others:
-            both = {at: (arms[first], arms[other]) for at, arms in by_context.items() if {first, other} <= arms.keys()}
-            if len(lengths.get(first, set()) & lengths.get(other, set())) < 2 or kind == "backward":
-                continue
-            one = head | {"kind": "crossover", "arm": other, "against": first}
-            one["lost"] = {arm: at for arm, at in lost.items() if at and arm in (first, other)}
-            one |= comparability([row for row in asked if row["arm"] in (first, other)])
-            if len(both) < 2:
-                one |= {"comparable": False, "reason": "there are no two lengths at which both gave a result"}
-            if kind == "forward":
-                times = operations[first], operations[other]
-                if None in times:
-                    continue  # more than one kind of operation, of which one was measured
-                one["operations"] = dict(zip((first, other), times, strict=True))
-                both = {at: (a / times[0], b / times[1]) for at, (a, b) in both.items()}
-            crossing = crossover(both) if len(both) > 1 else NO_CROSSING
-            one |= crossing | doubted(first, other, at=deciding(crossing["tokens"], sorted(both)))
-            found.append(one | {"sentence": _crossing_sentence(one, sorted(both))})
-        for arm in experiment.arms if kind == "decode" else ():
-            speeds = {at: arms[arm] for at, arms in by_context.items() if arm in arms}
-            if len(speeds) > 1:
-                one = head | {"kind": "growth", "arm": arm, "lost": {arm: lost[arm]} if lost[arm] else {}}
-                grown = growth(speeds)
-                one |= comparability([r for r in asked if r["arm"] == arm]) | grown
-                one |= doubted(arm, at=(grown["from"], grown["to"]))
-                found.append(one | {"sentence": _growth_sentence(one)})
-    return found + _drift(rows, experiment)
+def _crossover(
+    measured: _Measured, first: str, other: str, asked: list[dict], operations: dict[str, int | None]
+) -> dict | None:
+    """From which length on `other` is faster than `first`; None where that was not asked at two lengths."""
+    planned = measured.planned
+    if len(planned.get(first, set()) & planned.get(other, set())) < 2:
+        return None
+    both = measured.of(first, other)
+    one = measured.head | {"kind": "crossover", "arm": other, "against": first, "lost": measured.lost(first, other)}
+    one |= comparability([row for row in asked if row["arm"] in (first, other)])
+    if len(both) < 2:
+        one |= {"comparable": False, "reason": "there are no two lengths at which both gave a result"}
+    if measured.kind == "forward":
+        times = operations[first], operations[other]
+        if None in times:
+            return None  # more than one kind of operation, of which one was measured
+        one["operations"] = dict(zip((first, other), times, strict=True))
+        both = {at: [speed / n for speed, n in zip(speeds, times, strict=True)] for at, speeds in both.items()}
+    crossing = crossover({at: (a, b) for at, (a, b) in both.items()}) if len(both) > 1 else NO_CROSSING
+    one |= crossing | measured.doubts(first, other, at=deciding(crossing["tokens"], sorted(both)))
+    return one | {"sentence": _crossing_sentence(one, sorted(both))}
+
+
+def _growth(measured: _Measured, arm: str, asked: list[dict]) -> dict | None:
+    """How an arm's decode grows; None where it has no two lengths."""
+    speeds = {at: of_arm for at, (of_arm,) in measured.of(arm).items()}
+    if len(speeds) < 2:
+        return None
+    one = measured.head | {"kind": "growth", "arm": arm, "lost": measured.lost(arm)}
+    one |= comparability([row for row in asked if row["arm"] == arm]) | growth(speeds)
+    one |= measured.doubts(arm, at=(one["from"], one["to"]))
+    return one | {"sentence": _growth_sentence(one)}
 
 
 def _operations(config: ModelConfig) -> int | None:
