@@ -70,13 +70,13 @@ def options(
     """The comparison lab for sequence models: transformers and state-space models, measured alike."""
 
 
-def named_folder(text: str | Path) -> Path:
+def named(text: str | Path) -> Path:
     if not str(text):  # which Path would read as the current folder, and a script writes for an unset variable
-        raise typer.BadParameter("the name of a folder is missing")
+        raise typer.BadParameter("the name is missing")
     return Path(text)
 
 
-Out = Annotated[Path, typer.Option("--out", help="The folder of run directories.", parser=named_folder, metavar="PATH")]
+Out = Annotated[Path, typer.Option("--out", help="The folder of run directories.", parser=named, metavar="PATH")]
 RunName = Annotated[
     str | None,
     typer.Argument(help="A run directory or the name of one in --out; 'latest', or nothing, for the latest."),
@@ -384,7 +384,10 @@ def trace(
         int | None, typer.Option(min=0, max=2**32 - 1, help="Of the weights of a preset; 0 by default.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page with pictures here.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write one self-contained page with pictures here.", parser=named, metavar="PATH"),
+    ] = None,
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -522,7 +525,7 @@ def print_choices(choices: Any, rule: str) -> None:
 @one_line_errors
 def export(
     name: Annotated[str, typer.Argument(help="A run directory or the name of one in --out; 'latest' for the latest.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write; new, or empty.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write; new, or empty.", parser=named)],
     to: Annotated[str, typer.Option(help="The form: hf, a folder that Hugging Face's transformers loads.")] = "hf",
     arm: Annotated[str | None, typer.Option(help="Which arm; may be left out where there is one.")] = None,
     trained_seed: Annotated[int | None, typer.Option(help="Which trained seed; the first by default.")] = None,

@@ -91,7 +91,10 @@ def _with_gaps(sections: list[Section], record: Record) -> list[Section]:
     if not lost:
         return sections
     rest = f" and {len(lost) - 2} more" if len(lost) > 2 else ""
-    told = f" Without a result, so not drawn, passed over by lines and not in means: {', '.join(lost[:2])}{rest}."
+    told = (
+        f" Without a result in this run: {', '.join(lost[:2])}{rest}. What is missing is not drawn, lines pass over "
+        "it, and means are of the rest."
+    )
     for section in sections:
         section.blocks[:] = [
             replace(block, caption=block.caption + told) if isinstance(block, Figure) else block

@@ -3,7 +3,7 @@
 from experiments.numbers import DASH, count, interval, number, scale
 from experiments.report.document import Block, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.record import Record, Row
-from experiments.report.tables import WITHIN, room, settled, together
+from experiments.report.tables import WITHIN, reads_test, room, settled, together
 
 HISTORY = {  # by the family of the model: since when, and what was new
     "lstm": ("1997", "A recurrent cell with gates: a memory of fixed size, carried from token to token."),
@@ -53,7 +53,7 @@ def sections(record: Record) -> list[Section]:
         blocks.append(Verdict(tone, one["sentence"], standing, ""))
     if not steps:
         why = "a step takes two trained neighbours"
-        if "test" not in record.spec.get("evaluation", {}).get("splits", ["test"]):
+        if not reads_test(record):
             why = "a step is judged on the test split, which this run did not read"
         blocks.append(Text(f"No arm can be compared with the one before it: {why}."))
     table = Table(

@@ -66,7 +66,8 @@ def against_context(record: Record, layout: Layout) -> Figure:
         axes.set_title(f"{phase.capitalize()}, batch {batch}")
         axes.set_ylabel("peak, MB")
         loglog(axes, record.contexts(phase, "peak_bytes"))
-    drawn = record.arms_with((phase, metric) for phase, _ in wanted for metric in ("peak_bytes", "peak_bytes_analytic"))
+    drawn = {row.arm for phase, _ in wanted for metric in ("peak_bytes", "peak_bytes_analytic")
+             for row in record.over_seeds(phase, metric) if row.value}  # fmt: skip
     legend(figure, record.arms, layout, drawn=drawn)
     return figure
 

@@ -54,8 +54,10 @@ def _alt(record: Record) -> str:
     for one in found:
         touched = [f"{number(held * factor)} touched at batch {batch}" for batch, held in one["touched_bytes"].items()]
         told.append(f"{one['arm']} {number(one['loaded_bytes'] * factor)} loaded, {', '.join(touched)}")
-    loads = [
-        f" Load of {one['arm']}'s experts over an even share: {number(one['idlest'])} to {number(one['busiest'])}."
-        for one in record.findings if one["kind"] == "load"
-    ]  # fmt: skip
+    loads = []
+    for one in record.findings:
+        if one["kind"] == "load":
+            drawn = [share * len(shares) for shares in one["loads"] for share in shares]
+            ends = f"{number(min(drawn))} to {number(max(drawn))}"
+            loads.append(f" Load of {one['arm']}'s experts over an even share: {ends}.")
     return f"Bytes of weights in {unit}: {'; '.join(told)}.{''.join(loads)}"

@@ -187,9 +187,10 @@ class Record:
         return self.spec.get("measurement", {}).get("batch") or 1
 
     def arms_with(self, wanted: Iterable[tuple[str, str]]) -> set[str]:
-        """Those with a value of any of these (phase, metric)."""
-        those = set(wanted)
-        return {row.arm for row in self.rows if row.value and (row.phase, row.metric) in those}
+        """Those with a value over seeds of any of these (phase, metric), at the usual batch."""
+        places = {(*one, context) for one in wanted for context in self.contexts(*one)}
+        found = (self.row(arm, *place) for arm in self.arms for place in places)
+        return {row.arm for row in found if row is not None and row.value}
 
     def incomplete(self, arm: str) -> bool:
         """Whether something of the arm failed, or is missing."""

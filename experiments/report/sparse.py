@@ -3,7 +3,7 @@
 from experiments.numbers import count, number
 from experiments.report.document import Block, Figure, Section, Text, Verdict
 from experiments.report.record import Record
-from experiments.report.tables import room, settled, together
+from experiments.report.tables import reads_test, room, settled, together
 
 CUT = 3  # times the largest difference: beyond it intervals are cut off in the figure
 
@@ -16,8 +16,8 @@ def sections(record: Record) -> list[Section]:
         "compared at each position. In parentheses stand 95% intervals over paired seeds; of the losses, Holm's "
         f"correction covers all that are told.{room(record)}{together(record)}"
     )
-    if record.split != "test":
-        intro += f" The losses here are of the {record.split} text: this run did not read the test split."
+    if not reads_test(record):
+        intro += " The losses here are of the validation text: this run did not read the test split."
     by_kind = {kind: [one for one in record.findings if one["kind"] == kind] for kind in ("overall", "quality", "cost")}
     blocks: list[Block] = [Verdict("note", one["sentence"], "all windows together", "") for one in by_kind["overall"]]
     if by_kind["quality"]:

@@ -57,7 +57,7 @@ TRAINING = (
     Metric("train", "reserved_peak_bytes", "Peak reserved by torch in training"),
     Metric("train", "process_bytes", "Process on the GPU in training"),
     Metric("train", "flops_per_token", "Arithmetic per token"),
-    Metric("train", "busiest_expert_load", "Load of the busiest expert on validation text, 1 being even"),
+    Metric("train", "busiest_expert_load", "Busiest expert (validation), even = 1"),
 )
 
 
@@ -479,13 +479,19 @@ def room(record: Record) -> str:
     return f" A cache or state has room for the {written} tokens that are decoded, too." if written else ""
 
 
+def reads_test(record: Record) -> bool:
+    """Whether the specification has the test split evaluated."""
+    return "test" in record.spec.get("evaluation", {}).get("splits", ["test"])
+
+
 def together(record: Record) -> str:
     """What figures of several sequences at a time are of, as a sentence to follow another."""
     if record.batch == 1 or not record.measured:
         return ""
     return (
-        f" Prefill and decode take {record.batch} sequences at a time: tokens and bytes of text per second are of all "
-        "of them together, milliseconds are what each waits for, and memory is of all unless it says otherwise."
+        f" Prefill and decode take {record.batch} sequences at a time where no other batch is named: tokens and bytes "
+        "of text per second are of all of them together, milliseconds are what each waits for, and memory is of all "
+        "unless it says otherwise."
     )
 
 

@@ -1,5 +1,6 @@
 """What stands at the top: what must be known before any number is read, and the verdict with its limits."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -19,6 +20,7 @@ from experiments.report.tables import (
 )
 from experiments.rows import PAGE, UNMATCHED
 
+DIVERGED = re.compile(r"loss \S+, gradient norm \S+ at step \d")  # as experiments.training.NonFiniteLossError says
 CHOSEN_BY = ("quality", "validation_bits_per_byte")  # a learning rate
 TESTED = ("test_bits_per_byte", "test_masked_token_loss")
 HEADLINES = 8  # verdicts told one by one; the table of comparisons has every one
@@ -238,16 +240,26 @@ def machine(environment: dict[str, Any]) -> str:
     return name if environment.get("gpu") or not threads else f"{name}, {plural(threads, 'thread')}"
 
 
+def _diverged(record: Record, arm: str) -> bool:
+    """Whether its training did, at any seed."""
+    told = [one["message"] for one in record.failures if (one["cell"] or "").partition("/")[0] == arm]
+    return any(DIVERGED.search(message) for message in told)
+
+
 def _best_rates(record: Record) -> list[Block]:
-    """The chosen rates; one at the edge of what was tried and gave a result is no choice yet."""
+    """The chosen rates. One is no choice yet at the edge of what was tried, or beside a rate of which nothing is known;
+    a rate at which training diverged is known to be worse."""
     blocks: list[Block] = []
     for base, rates in curves.sweep_rates(record).items():
         values, best = curves.whole_rates(record, base), curves.best_rate(record, base)
         lacking = [f"{rate:g}" for rate in rates if rate not in values]
+        diverged = {rate for rate, arm in rates.items() if _diverged(record, arm)}
+        unknown = [arm for rate, arm in rates.items() if rate not in values and rate not in diverged]
         if best is None:
             at = " at every seed" if curves.rate_rows(record, base) else ""
             told = f"{base}: no learning rate has a result{at}"
-            why = {row.reason for arm in rates.values() if (row := record.row(arm, *CHOSEN_BY)) and row.reason}
+            rows = [row for arm in rates.values() if (row := record.row(arm, *CHOSEN_BY)) and row.value is None]
+            why = {row.reason for row in rows if row.reason}
             blocks.append(Verdict("blocked", f"{'; '.join([told, *sorted(why)])}.", f"no result{at}", ""))
             continue
         row = values[best]
@@ -260,14 +272,19 @@ def _best_rates(record: Record) -> list[Block]:
         sentence = f"{base}: of the rates {tried}, {best:g} has the lowest mean validation bits per byte."
         if lacking:
             sentence += f" Not counted: {listed(lacking)}."
+        if diverged:
+            sentence += f" Training diverged at {listed([f'{rate:g}' for rate in rates if rate in diverged])}."
         refused = next((row for row in values.values() if not row.comparable), None)
         if refused is not None:
             blocks.append(Verdict("blocked", sentence, f"not comparable: {refused.reason}", numbers + spread))
             continue
-        doubts = ["not every rate has a result at every seed: finish the run before using it"] if lacking else []
-        if best in (min(values), max(values)):
-            end = "lowest" if best == min(values) else "highest"
-            end = "only" if len(values) == 1 else end
+        doubts = ["not every rate has a result at every seed"] if unknown else []
+        if any(cell.partition("/")[0] in unknown for cell in record.missing):
+            doubts[0] += ": finish the run before using it"
+        known = values.keys() | diverged
+        if best in (min(known), max(known)):
+            end = "lowest" if best == min(known) else "highest"
+            end = "only" if len(known) == 1 else end
             doubts.append(f"at the grid's edge (the {end} rate with a result): widen the grid before using it")
         tone: Tone = "open" if doubts else "resolved"
         blocks.append(Verdict(tone, sentence, "; ".join(doubts) or "inside the grid", numbers + spread))

@@ -137,53 +137,51 @@ def _loading_against_inference(
     inference = {at: max(found[at] for found in peaks.values() if at in found) for at in measured}
     exceeds = {way: [at for at in measured if inference[at] > size] for way, size in loads.items()}
     both = peaks["prefill"].keys() & peaks["decode"].keys()  # else one that was measured may settle it
-    settled = {way: sorted(both | set(lengths)) for way, lengths in exceeds.items()}
+    undecided = {way: [at for at in settings.contexts if at not in both | set(lengths)]
+                 for way, lengths in exceeds.items()}  # fmt: skip
     alike: dict[tuple[tuple[int, ...], ...], list[str]] = {}
     for way, lengths in exceeds.items():
-        alike.setdefault((tuple(lengths), tuple(settled[way])), []).append(way)
-    parts = [f"{' or '.join(ways)} loading costs {_against(lengths, known)}"
-             for (lengths, known), ways in alike.items() if known]  # fmt: skip
+        alike.setdefault((tuple(lengths), tuple(undecided[way])), []).append(way)
+    parts = [f"{' or '.join(ways)} loading costs {_against(lengths, open_, settings.contexts)}"
+             for (lengths, open_), ways in alike.items()]  # fmt: skip
     lost = {"load": [way for way in WAYS if way not in loads]}
     lost |= {phase: [at for at in settings.contexts if at not in found] for phase, found in peaks.items()}
     lost = {phase: those for phase, those in lost.items() if those}
-    undecided = sorted({at for known in settled.values() for at in settings.contexts if at not in known})
     standing = comparability([r for r in rows if r["arm"] == arm and r["metric"] in (metric, "peak_bytes")])
-    outcome = f"So {'; '.join(parts)}" if parts else "So nothing is settled"
-    if not standing["comparable"]:
-        outcome = f"They do not compare: {standing['reason']}"
+    outcome = f"So {'; '.join(parts)}" if standing["comparable"] else f"They do not compare: {standing['reason']}"
     return {
         "kind": "loading-against-inference", "arm": arm, "batch": batch, "inference_exceeds_load_at": exceeds,
-        "lost": lost, "undecided": undecided, **standing,
-        "sentence": f"{arm}, batch {batch}: {'; '.join(told)}. {outcome}.{_without(lost, undecided)}",
+        "lost": lost, "undecided": {way: lengths for way, lengths in undecided.items() if lengths}, **standing,
+        "sentence": f"{arm}, batch {batch}: {'; '.join(told)}. {outcome}.{_without(lost)}",
     }  # fmt: skip
 
 
-def _against(exceeding: Sequence[int], settled: Sequence[int]) -> str:
-    """exceeding: the lengths at which inference takes more than loading, of those at which that is known."""
-    below = [at for at in settled if at not in exceeding]
+def _against(exceeding: Sequence[int], undecided: Sequence[int], planned: Sequence[int]) -> str:
+    """exceeding: the lengths at which inference takes more than loading; undecided: those at which that is not
+    known."""
+    below = [at for at in planned if at not in exceeding and at not in undecided]
+    if len(undecided) == len(planned):
+        return "more or less than inference at every measured length"
+    if undecided:
+        each = (("more than inference at", below), ("less at" if below else "less than inference at", exceeding),
+                ("more or less at", undecided))  # fmt: skip
+        return ", ".join(f"{what} {', '.join(f'{at:,}' for at in lengths)}" for what, lengths in each if lengths)
     if not exceeding:
-        return f"more than inference at {_every(settled)}"
+        return "more than inference at every measured length"
     if not below:
-        return f"less than inference at {_every(settled)}"
+        return "less than inference at every measured length"
     if below[-1] < exceeding[0]:
         return f"more than inference up to {below[-1]:,} tokens and less from {exceeding[0]:,} on"
     return f"less than inference at {', '.join(f'{at:,}' for at in exceeding)} tokens and more at the other lengths"
 
 
-def _every(settled: Sequence[int]) -> str:
-    return "every measured length" if len(settled) > 1 else f"{settled[0]:,} tokens"
-
-
-def _without(lost: dict[str, list], undecided: list[int]) -> str:
-    """What has no result, as whole sentences after another."""
+def _without(lost: dict[str, list]) -> str:
+    """What has no result, as a sentence after another."""
     told = []
     for phase, those in lost.items():
         named = ", ".join(f"{one:,}" if isinstance(one, int) else one for one in those)
         told.append(f"loading ({named})" if phase == "load" else f"{phase} at {named} tokens")
-    text = f" Without a result: {'; '.join(told)}." if told else ""
-    if undecided:
-        text += f" That leaves open which takes more at {', '.join(f'{at:,}' for at in undecided)} tokens."
-    return text
+    return f" Without a result: {'; '.join(told)}." if told else ""
 
 
 def _inference(

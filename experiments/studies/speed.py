@@ -244,7 +244,8 @@ def _growth(measured: _Measured, arm: str, asked: list[dict]) -> dict | None:
     speeds = {at: of_arm for at, (of_arm,) in measured.of(arm).items()}
     if len(speeds) < 2:
         return None
-    one = measured.head | {"kind": "growth", "arm": arm, "lost": measured.lost(arm)}
+    outside = [at for at in measured.lost(arm).get(arm, []) if not min(speeds) < at < max(speeds)]
+    one = measured.head | {"kind": "growth", "arm": arm, "lost": {arm: outside} if outside else {}}
     one |= comparability([row for row in asked if row["arm"] == arm]) | growth(speeds)
     one |= measured.doubts(arm, at=(one["from"], one["to"]))
     return one | {"sentence": _growth_sentence(one)}

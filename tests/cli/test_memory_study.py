@@ -256,7 +256,22 @@ def test_a_comparison_does_not_read_memory(in_process: InProcess, tmp_path: Path
     ],
 )
 def test_loading_against_inference_in_words(exceeding: list[int], said: str) -> None:
-    assert memory._against(exceeding, [8, 64, 1024]) == said
+    assert memory._against(exceeding, [], [8, 64, 1024]) == said
+
+
+@pytest.mark.parametrize(
+    ("exceeding", "undecided", "said"),
+    [
+        ([64], [1024], "more than inference at 8, less at 64, more or less at 1,024"),
+        ([], [8], "more than inference at 64, 1,024, more or less at 8"),
+        ([64], [8, 1024], "less than inference at 64, more or less at 8, 1,024"),
+        ([], [8, 64, 1024], "more or less than inference at every measured length"),
+    ],
+)
+def test_loading_against_inference_where_something_is_open(
+    exceeding: list[int], undecided: list[int], said: str
+) -> None:
+    assert memory._against(exceeding, undecided, [8, 64, 1024]) == said
 
 
 @pytest.mark.parametrize("window", [8, 4000])

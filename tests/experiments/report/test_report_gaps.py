@@ -12,7 +12,8 @@ from experiments.report.document import Figure
 from experiments.report.drawing import RC, Layout
 from experiments.report.record import Record, read
 
-LOST = "Without a result, so not drawn, passed over by lines and not in means: "
+LOST = " Without a result in this run: "
+REST = ". What is missing is not drawn, lines pass over it, and means are of the rest."
 
 
 def captions(record: Record) -> dict[str, str]:
@@ -25,7 +26,7 @@ def test_every_figure_names_what_it_lacks(make_run: Callable[..., Path]) -> None
     assert len(captions(whole)) > 4
     assert not any(LOST in caption for caption in captions(whole).values())
     assert captions(lacking) == {
-        name: f"{caption} {LOST}mamba/seed2/decode-512." for name, caption in captions(whole).items()
+        name: f"{caption}{LOST}mamba/seed2/decode-512{REST}" for name, caption in captions(whole).items()
     }
 
 
@@ -33,7 +34,7 @@ def test_many_that_are_lacking_are_counted(make_run: Callable[..., Path]) -> Non
     record = read(make_run())
     missing = [f"mamba/seed{seed}/decode-512" for seed in range(5)]
     record = replace(record, result=record.result | {"missing": missing})
-    told = f"{LOST}mamba/seed0/decode-512, mamba/seed1/decode-512 and 3 more."
+    told = f"{LOST}mamba/seed0/decode-512, mamba/seed1/decode-512 and 3 more{REST}"
     assert all(caption.endswith(told) for caption in captions(record).values())
 
 

@@ -530,9 +530,32 @@ def test_sweep_edge_counts_only_rates_with_a_result(make_run: Callable[..., Path
     lost = tuple(f"mamba-lr0.004/seed{seed}/train" for seed in range(3))
     text = render(make_run(rates=(1e-3, 2e-3, 4e-3), lost=lost), "md")
     edge = "at the grid's edge (the highest rate with a result): widen the grid before using it"
-    assert text.count(f"finish the run before using it; {edge}") == text.count("at the grid's edge") == 1
+    assert text.count(f"not every rate has a result at every seed; {edge}") == text.count("at the grid's edge") == 1
     assert text.count("inside the grid") == 1
     assert "Not counted: 0.004." in text
+
+
+def test_sweep_takes_a_rate_that_diverged_for_worse(make_run: Callable[..., Path]) -> None:
+    """As the training loop says it; beyond the chosen rate it makes an end of the grid, beside it no doubt."""
+    run = make_run(rates=(1e-3, 2e-3, 4e-3), lost=("mamba-lr0.004/seed1/train",))
+    record = read(run)
+    for said, standing in (
+        ("loss nan, gradient norm nan at step 7, learning rate 0.004", "inside the grid"),
+        ("it needs more memory than there is", "not every rate has a result at every seed; at the grid's edge (the "
+         "highest rate with a result): widen the grid before using it"),
+    ):  # fmt: skip
+        failures = [one | {"message": said} for one in record.failures]
+        told = content.document(replace(record, result=record.result | {"failures": failures})).sections[0].blocks
+        (mamba,) = (one for one in told if isinstance(one, Verdict) and one.sentence.startswith("mamba"))
+        assert mamba.standing == standing
+        assert ("Training diverged at 0.004." in mamba.sentence) == ("nan" in said)
+
+
+def test_sweep_of_one_rate_has_no_lowest_of_several(make_run: Callable[..., Path]) -> None:
+    assert "means is on the low side" not in render(make_run(rates=(2e-3,), best_rate=2e-3), "md")
+    assert "; the lowest of 3 means is on the low side by chance, too" in render(
+        make_run(rates=(1e-3, 2e-3, 4e-3)), "md"
+    )
 
 
 @pytest.mark.parametrize("lost", [0.001, 0.004])
@@ -540,8 +563,8 @@ def test_sweep_is_not_inside_a_grid_of_which_a_rate_has_no_result(make_run: Call
     """Next to the chosen rate and beyond it, at every seed."""
     cells = tuple(f"mamba-lr{lost}/seed{seed}/train" for seed in range(3))
     text = render(make_run(rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), lost=cells), "md")
-    finish = "not every rate has a result at every seed: finish the run before using it"
-    assert text.count(finish) == text.count("inside the grid") == 1
+    assert text.count("not every rate has a result at every seed**") == text.count("inside the grid") == 1
+    assert "finish the run" not in text  # what failed is not missing
     assert f"Not counted: {lost:g}." in text
     assert "at the grid's edge" not in text
 
@@ -563,8 +586,11 @@ def test_sweep_chooses_no_rate_that_lacks_a_seed(make_run: Callable[..., Path]) 
     text = render(run, "md")
     assert "mamba: of the rates with a result at every seed, " in text
     assert "Not counted: 0.002." in text
-    finish = "not every rate has a result at every seed: finish the run before using it"
-    assert text.count(finish) == text.count("inside the grid") == text.count("not counted: a seed is missing") == 1
+    lacks = "not every rate has a result at every seed"
+    assert text.count(lacks) == text.count("inside the grid") == text.count("not counted: a seed is missing") == 1
+    record = replace(record, result=record.result | {"failures": [], "missing": ["mamba-lr0.002/seed2/train"]})
+    told = [one.standing for one in content.document(record).sections[0].blocks if isinstance(one, Verdict)]
+    assert sum(f"{lacks}: finish the run before using it" in standing for standing in told) == 1
 
 
 def test_sweep_without_a_rate_at_every_seed_chooses_none(make_run: Callable[..., Path]) -> None:
