@@ -11,7 +11,7 @@ from conftest import InProcess, assigned, value, with_a_stand_in
 
 from experiments import capacity
 from experiments.numbers import DASH, number
-from experiments.report import content
+from experiments.report import content, figures
 from experiments.report import memory as memory_report
 from experiments.report.document import Table
 from experiments.report.record import read
@@ -286,3 +286,11 @@ def test_a_cache_outgrows_a_window_where_the_window_ends(window: int) -> None:
     states = {(one["arm"], one["against"]): one["tokens"] for one in found if one["kind"] == "cache-outweighs-state"}
     assert states == {("full", "window"): window + 1}
     assert {one["arm"] for one in found if one["kind"] == "cache-outweighs-weights"} == {"full"}
+
+
+def test_a_legend_names_no_arm_without_a_line(run: Path) -> None:
+    record = read(run)
+    kept = [row for row in record.rows if not row.arm.startswith("mamba")]
+    for rows, named in ((record.rows, ["transformer", "mamba"]), (kept, ["transformer"])):
+        (legend,) = figures.PLOTS["memory-context"](replace(record, rows=rows), "wide").legends
+        assert [text.get_text() for text in legend.get_texts()] == named

@@ -10,7 +10,7 @@ import pytest
 from conftest import InProcess, assigned, value, with_a_stand_in
 
 from experiments.numbers import DASH
-from experiments.report import content
+from experiments.report import content, figures
 from experiments.report import speed as speed_report
 from experiments.report.document import Table, Verdict
 from experiments.report.record import read
@@ -255,3 +255,11 @@ def test_modes_of_a_gpu_on_a_cpu(
     assert (left_with, len(stderr.splitlines())) == (code, 1)
     assert said in stderr
     assert ("torch sees no GPU here" in stderr) is not there
+
+
+def test_a_legend_names_no_arm_without_a_line(run: Path) -> None:
+    record = read(run)
+    kept = [row for row in record.rows if not row.arm.startswith("mamba")]
+    for rows, named in ((record.rows, ["transformer", "mamba"]), (kept, ["transformer"])):
+        (legend,) = figures.PLOTS["speed-decode"](replace(record, rows=rows), "wide").legends
+        assert [text.get_text() for text in legend.get_texts()] == named

@@ -1,6 +1,7 @@
 """The vocabulary study from the command to its report, on small models and a few kilobytes of text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from conftest import InProcess, assigned, value
 from tokenizers import Tokenizer
 
+from experiments.report import figures
+from experiments.report.record import read
 from models import checkpoint, cost
 
 SIZES = (257, 280)
@@ -101,3 +104,11 @@ def test_each_arm_generates_and_is_exported_with_its_own_tokenizer(
         first = kept.decode([int(model(torch.tensor([ids]))[0, -1].argmax())])
     code, stdout, _ = in_process("generate", run, "the cat", "--tokens", 1, "--arms", "mamba-v257", "--json")
     assert json.loads(stdout)[0]["text"] == first
+
+
+def test_a_legend_names_no_arm_without_a_line(run: Path) -> None:
+    record = read(run)
+    kept = [row for row in record.rows if not row.arm.startswith("mamba")]
+    for rows, named in ((record.rows, ["transformer", "mamba"]), (kept, ["transformer"])):
+        (legend,) = figures.PLOTS["vocabulary-quality"](replace(record, rows=rows), "wide").legends
+        assert [text.get_text() for text in legend.get_texts()] == named

@@ -45,11 +45,33 @@ def test_a_legend_has_the_arms_that_are_drawn(
 ) -> None:
     record = read(make_run(arms=("transformer", "mamba", "hybrid")))
     without = [row for row in record.rows if row.arm != "mamba" or not row.metric.startswith(metric)]
-    for rows, named in ((record.rows, record.arms), (without, ["transformer", "hybrid"])):
-        with matplotlib.rc_context(RC):
-            figure = figures.PLOTS[name](replace(record, rows=rows), layout)
-        (legend,) = figure.legends
-        assert [text.get_text() for text in legend.get_texts()] == list(named)
-        colours = [handle.get_color() for handle in legend.get_lines()]
+    # at another batch than the usual one nothing is drawn
+    other = [replace(row, batch=64) if row.arm == "mamba" and row.metric.startswith(metric) else row
+             for row in record.rows]  # fmt: skip
+    assert told(record, name, layout) == list(record.arms)
+    assert told(replace(record, rows=without), name, layout) == ["transformer", "hybrid"]
+    assert told(replace(record, rows=other), name, layout) == ["transformer", "hybrid"]
+
+
+def told(record: Record, name: str, layout: Layout) -> list[str]:
+    """The names in a figure's legend; where lines have the arms' colours alone, these are its."""
+    with matplotlib.rc_context(RC):
+        figure = figures.PLOTS[name](record, layout)
+    (legend,) = figure.legends
+    if name in ("throughput", "state"):
         drawn = {line.get_color() for axes in figure.axes for line in axes.lines if len(line.get_xdata())}
-        assert set(colours) == drawn
+        assert {handle.get_color() for handle in legend.get_lines()} == drawn
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_curves_that_are_not_there_are_in_no_legend(make_run: Callable[..., Path]) -> None:
+    record = read(make_run())
+    assert told(record, "losses", "wide") == ["transformer", "mamba"]
+    assert told(replace(record, curves={"mamba": record.curves["mamba"]}), "losses", "wide") == ["mamba"]
+    record = read(make_run(rates=(1e-3, 2e-3, 4e-3)))
+    assert told(record, "sweep", "wide") == ["transformer", "mamba"]
+    assert told(record, "sweep-curves", "wide") == ["rate 0.001", "rate 0.002", "rate 0.004"]
+    kept = [row for row in record.rows if not row.arm.startswith("mamba")]
+    assert told(replace(record, rows=kept), "sweep", "wide") == ["transformer"]
+    slow = {arm: curve for arm, curve in record.curves.items() if not arm.endswith("0.004")}
+    assert told(replace(record, curves=slow), "sweep-curves", "wide") == ["rate 0.001", "rate 0.002"]
