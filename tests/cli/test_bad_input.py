@@ -88,7 +88,9 @@ def test_misspelt(in_process: InProcess, tmp_path: Path, arguments: list[str], s
         (["run"], "lab: Missing argument", "(see lab run --help)\n"),
         (["run", "compare", "again"], "lab: Got unexpected extra argument", "(see lab run --help)\n"),
         (["run", "compare", "--set"], "lab: Option '--set' requires an argument", "\n"),
-        (["run", "compare", "--out", ""], "lab: Invalid value for '--out': the name of a folder is missing", "\n"),
+        (["run", "compare", "--out", ""], "lab: Invalid value for '--out': the name is missing", "\n"),
+        (["trace", "gpt1", "a", "--html", ""], "lab: Invalid value for '--html': the name is missing", "\n"),
+        (["export", "latest", ""], "lab: Invalid value for 'DIR': the name is missing", "\n"),
     ],
 )
 def test_what_the_parser_refuses_is_one_line(

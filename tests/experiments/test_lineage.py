@@ -142,6 +142,16 @@ def test_a_step_says_which_speed_is_not_known_and_of_which_seeds_it_is() -> None
     assert "as fast (one seed, not resolved; without seeds 1 and 2 of " in said(one)[1]["sentence"]
 
 
+def test_an_arm_that_does_not_decode_lacks_no_speed_of_it() -> None:
+    arms = ARMS | {"mamba": Arm(model="transformer-tiny", learning_rate=1e-3, overrides={"mixer.causal": False},
+                                objective="unmasked")}  # fmt: skip
+    one = experiment().model_copy(update={"arms": arms})
+    rows = QUALITY + speed("lstm", "decode", (7.0, 7.0, 7.0), context=1024)
+    first, second, _ = lineage.findings(rows, one, NOWHERE)
+    assert "how fast it decodes is not known" in first["sentence"]
+    assert "decodes" not in second["sentence"]
+
+
 def test_of_several_gains_the_largest_is_named() -> None:
     for small, large in ((2.9, 2.0), (2.1, 2.0)):
         rows = quality("lstm", (3.0, 3.1, 3.2)) + quality("transformer", (small, small + 0.101, small + 0.2))

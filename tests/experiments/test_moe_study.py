@@ -148,3 +148,7 @@ def test_what_may_not_be_compared_is_told_as_that() -> None:
     assert (one["comparable"], one["resolved"]) == (False, False)
     (one,) = kind(moe.findings(rows[:-1], experiment("dense", "moe"), NOWHERE), "bought")
     assert one["sentence"].endswith(" It leaves out seed 2 of moe, where there is no value.")
+    assert not one["identical"]
+    alike = quality("dense", [2.0, 2.1]) + quality("moe", [2.0, 2.1])
+    (one,) = kind(moe.findings(alike, experiment("dense", "moe"), NOWHERE), "bought")
+    assert one["identical"]
