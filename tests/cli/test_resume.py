@@ -154,6 +154,26 @@ def test_a_run_of_an_older_version_is_refused_for_what_has_changed(
     assert 'set evaluation.splits=["validation"]' in stderr
 
 
+@pytest.mark.parametrize("key", runner.SETTLED)
+def test_a_run_goes_on_with_what_it_was_begun_with_alone(
+    in_process: InProcess, smoke: Finished, tmp_path: Path, key: str
+) -> None:
+    directory = tmp_path / "moved"
+    shutil.copytree(smoke.directory, directory)
+    environment = directory / "environment.json"
+    recorded = json.loads(environment.read_text(encoding="utf-8"))
+    environment.write_text(json.dumps(recorded | {key: "another"}), encoding="utf-8")
+    code, _, stderr = in_process("resume", directory)
+    assert code == 1
+    assert f"was begun with another {key} (another, here " in stderr.splitlines()[-1]
+
+
+def test_what_a_run_is_begun_with_are_machine_code_and_packages() -> None:
+    assert set(runner.SETTLED) == {
+        "source_sha256", "cpu", "cores", "gpu", "gpu_driver", "threads", "gomp_spincount", "packages", "python",
+    }  # fmt: skip
+
+
 def test_two_processes_do_not_work_on_one_run(in_process: InProcess, smoke: Finished, tmp_path: Path) -> None:
     directory = tmp_path / "runs" / smoke.directory.name
     shutil.copytree(smoke.directory, directory)

@@ -150,6 +150,18 @@ def test_what_may_not_be_compared_taints_its_own_phase_mode_and_type(tmp_path: P
     assert tainted == [("crossover", "scan", "compiled", "float32"), ("growth", "scan", "compiled", "float32")]
 
 
+def test_growth_is_in_doubt_by_its_two_lengths_alone(tmp_path: Path) -> None:
+    """Noise between them decides nothing of it."""
+    one, found = experiment(contexts=(64, 128, 256), modes=("eager",)), {}
+    for noisy in (64, 128, 256):
+        run = RunDirectory(tmp_path / str(noisy))
+        for cell in speed.plan(one):
+            if cell.kind == "decode":
+                run.finish(cell, timed(1, (1.0,) * 6) | {"noisy": cell.context == noisy, "host_bound": False})
+        found[noisy] = speed.findings([], one, run)[-1]["noisy"]
+    assert found == {64: True, 128: False, 256: True}
+
+
 def test_an_interval_holds_95_percent_of_resampled_medians() -> None:
     """The median of n draws is at most the k-th of n values where more than half of the draws are: of 17 values with
     probability 0.008 for k = 4, 0.036 for k = 5 and 0.104 for k = 6, so the interval ends five from each end."""

@@ -349,3 +349,6 @@ def test_what_is_open_after_the_correction_says_so_and_is_not_rounded_away() -> 
     assert vocabulary._standing(one | {"p": 0.3}) == "not resolved"
     said = "−0.100 bits per byte (95% interval −0.200 to −0.0004, 2 paired seeds)"
     assert vocabulary._interval(one, "bits per byte") == said
+    small = one | {"estimate": 0.0008, "ci_low": 0.0004, "ci_high": 0.0012}
+    said = "+0.00080 bits per byte (95% interval +0.00040 to +0.00120, 2 paired seeds)"
+    assert vocabulary._interval(small, "bits per byte") == said
