@@ -86,4 +86,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_loss / ctx.rows
-        return d_hidden * scale, d_weight * scale, None, None, None, None
+        return _scaled(d_hidden, scale), _scaled(d_weight, scale), None, None, None, None
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """gradient (M, D) times scale, in float32 and rounded once. A scale on a GPU that has no dimensions would itself be
+    rounded to the gradient's type before."""
+    return torch.mul(gradient, scale.view(1, 1), out=torch.empty_like(gradient))
