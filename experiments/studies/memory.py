@@ -161,11 +161,11 @@ def _against(exceeding: Sequence[int], undecided: Sequence[int], planned: Sequen
     known."""
     below = [at for at in planned if at not in exceeding and at not in undecided]
     if len(undecided) == len(planned):
-        return "more or less than inference at every measured length"
+        return "more than inference or less, which is open at every measured length"
     if undecided:
-        each = (("more than inference at", below), ("less at" if below else "less than inference at", exceeding),
-                ("more or less at", undecided))  # fmt: skip
-        return ", ".join(f"{what} {', '.join(f'{at:,}' for at in lengths)}" for what, lengths in each if lengths)
+        each = (("more than inference at", below), ("less at" if below else "less than inference at", exceeding))
+        told = [f"{what} {', '.join(f'{at:,}' for at in lengths)}" for what, lengths in each if lengths]
+        return f"{', '.join(told)} (open at {', '.join(f'{at:,}' for at in undecided)})"
     if not exceeding:
         return "more than inference at every measured length"
     if not below:

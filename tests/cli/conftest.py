@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from experiments.report import figures
+from experiments.report.record import read
 from experiments.result import build_result
 from experiments.store import Cell, RunDirectory, write_json
 
@@ -26,6 +28,14 @@ SMALL = (
     "training.validate_every=2", "evaluation.sample_tokens=4", "evaluation.curve_sequences=4",
     "measurement.repeats=2", "measurement.seconds=0",
 )  # fmt: skip
+
+
+def legend_names(run: Path, figure: str, without: str | None = None) -> list[str]:
+    """Of a run's figure; without: an arm (of a study that varies arms, all of its kind) whose rows are left out."""
+    record = read(run)
+    rows = [row for row in record.rows if without is None or not row.arm.startswith(without)]
+    (legend,) = figures.PLOTS[figure](replace(record, rows=rows), "wide").legends
+    return [text.get_text() for text in legend.get_texts()]
 
 
 @dataclass(frozen=True)

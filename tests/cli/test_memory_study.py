@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import InProcess, assigned, value, with_a_stand_in
+from conftest import InProcess, assigned, legend_names, value, with_a_stand_in
 
 from experiments import capacity
 from experiments.numbers import DASH, number
-from experiments.report import content, figures
+from experiments.report import content
 from experiments.report import memory as memory_report
 from experiments.report.document import Table
 from experiments.report.record import read
@@ -262,10 +262,10 @@ def test_loading_against_inference_in_words(exceeding: list[int], said: str) -> 
 @pytest.mark.parametrize(
     ("exceeding", "undecided", "said"),
     [
-        ([64], [1024], "more than inference at 8, less at 64, more or less at 1,024"),
-        ([], [8], "more than inference at 64, 1,024, more or less at 8"),
-        ([64], [8, 1024], "less than inference at 64, more or less at 8, 1,024"),
-        ([], [8, 64, 1024], "more or less than inference at every measured length"),
+        ([64], [1024], "more than inference at 8, less at 64 (open at 1,024)"),
+        ([], [8], "more than inference at 64, 1,024 (open at 8)"),
+        ([64], [8, 1024], "less than inference at 64 (open at 8, 1,024)"),
+        ([], [8, 64, 1024], "more than inference or less, which is open at every measured length"),
     ],
 )
 def test_loading_against_inference_where_something_is_open(
@@ -289,8 +289,5 @@ def test_a_cache_outgrows_a_window_where_the_window_ends(window: int) -> None:
 
 
 def test_a_legend_names_no_arm_without_a_line(run: Path) -> None:
-    record = read(run)
-    kept = [row for row in record.rows if not row.arm.startswith("mamba")]
-    for rows, named in ((record.rows, ["transformer", "mamba"]), (kept, ["transformer"])):
-        (legend,) = figures.PLOTS["memory-context"](replace(record, rows=rows), "wide").legends
-        assert [text.get_text() for text in legend.get_texts()] == named
+    assert legend_names(run, "memory-context") == ["transformer", "mamba"]
+    assert legend_names(run, "memory-context", without="mamba") == ["transformer"]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import InProcess, assigned, value, with_a_stand_in
+from conftest import InProcess, assigned, legend_names, value, with_a_stand_in
 
 from experiments.numbers import DASH
-from experiments.report import content, figures
+from experiments.report import content
 from experiments.report import speed as speed_report
 from experiments.report.document import Table, Verdict
 from experiments.report.record import read
@@ -258,8 +258,5 @@ def test_modes_of_a_gpu_on_a_cpu(
 
 
 def test_a_legend_names_no_arm_without_a_line(run: Path) -> None:
-    record = read(run)
-    kept = [row for row in record.rows if not row.arm.startswith("mamba")]
-    for rows, named in ((record.rows, ["transformer", "mamba"]), (kept, ["transformer"])):
-        (legend,) = figures.PLOTS["speed-decode"](replace(record, rows=rows), "wide").legends
-        assert [text.get_text() for text in legend.get_texts()] == named
+    assert legend_names(run, "speed-decode") == ["transformer", "mamba"]
+    assert legend_names(run, "speed-decode", without="mamba") == ["transformer"]

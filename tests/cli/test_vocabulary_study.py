@@ -1,17 +1,14 @@
 """The vocabulary study from the command to its report, on small models and a few kilobytes of text."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import InProcess, assigned, value
+from conftest import InProcess, assigned, legend_names, value
 from tokenizers import Tokenizer
 
-from experiments.report import figures
-from experiments.report.record import read
 from models import checkpoint, cost
 
 SIZES = (257, 280)
@@ -107,8 +104,5 @@ def test_each_arm_generates_and_is_exported_with_its_own_tokenizer(
 
 
 def test_a_legend_names_no_arm_without_a_line(run: Path) -> None:
-    record = read(run)
-    kept = [row for row in record.rows if not row.arm.startswith("mamba")]
-    for rows, named in ((record.rows, ["transformer", "mamba"]), (kept, ["transformer"])):
-        (legend,) = figures.PLOTS["vocabulary-quality"](replace(record, rows=rows), "wide").legends
-        assert [text.get_text() for text in legend.get_texts()] == named
+    assert legend_names(run, "vocabulary-quality") == ["transformer", "mamba"]
+    assert legend_names(run, "vocabulary-quality", without="mamba") == ["transformer"]

@@ -151,12 +151,12 @@ def test_loading_is_weighed_against_inference_in_the_memory_of_the_device(
         ((), "read or mapped or direct loading costs more than inference up to 64 tokens and less from 128 on.", []),
         # the other phase alone takes more than loading, or does not, and then the one that is missing might
         (("decode", 128), "up to 64 tokens and less from 128 on. Without a result: decode at 128 tokens.", []),
-        (("prefill", 128), "costs more than inference at 64, more or less at 128. Without a result: prefill at 128 "
+        (("prefill", 128), "costs more than inference at 64 (open at 128). Without a result: prefill at 128 "
                            "tokens.", [128]),
-        (("prefill", 64), "costs less than inference at 128, more or less at 64. Without a result: prefill at 64 "
+        (("prefill", 64), "costs less than inference at 128 (open at 64). Without a result: prefill at 64 "
                           "tokens.", [64]),
         (("decode", None), "prefill 1.00 MB at 64 to 5.00 MB at 128 tokens. So read or mapped or direct loading costs "
-                           "less than inference at 128, more or less at 64. Without a result: decode at 64, 128 "
+                           "less than inference at 128 (open at 64). Without a result: decode at 64, 128 "
                            "tokens.", [64]),
         (("load", None), "So mapped or direct loading costs more than inference up to 64 tokens and less from 128 on. "
                          "Without a result: loading (read).", []),
@@ -193,7 +193,7 @@ def test_what_is_open_is_open_for_a_way_of_loading() -> None:
               if one["kind"] == "loading-against-inference")  # fmt: skip
     assert one["sentence"].endswith(
         "So read loading costs less than inference at every measured length; mapped or direct loading costs less than "
-        "inference at 128, more or less at 64. Without a result: prefill at 64 tokens."
+        "inference at 128 (open at 64). Without a result: prefill at 64 tokens."
     )
     assert one["undecided"] == {"mapped": [64], "direct": [64]}
 

@@ -10,6 +10,7 @@ import torch
 from experiments import training
 from experiments.data.batches import Batches, StreamHash
 from experiments.objectives import IGNORED, Objective
+from experiments.report.verdict import DIVERGED
 from experiments.spec import Training
 from experiments.training import NonFiniteLossError, learning_rate_at, token_loss, train
 from models.language_model import LanguageModel
@@ -176,8 +177,9 @@ def test_a_gradient_that_is_not_finite_ends_a_training_whose_loss_is() -> None:
     made.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = torch.nn.utils.parameters_to_vector(made.parameters()).clone()
     batches = Batches(TOKENS, context=12, batch=3, seed=0)
-    with pytest.raises(NonFiniteLossError, match=r"^loss \d\.\d+, gradient norm (inf|nan) at step 1,"):
+    with pytest.raises(NonFiniteLossError, match=r"^loss \d\.\d+, gradient norm (inf|nan) at step 1,") as raised:
         next(train(made, batches, SETTINGS, 1e-2, StreamHash(), CAUSAL))
+    assert DIVERGED.search(str(raised.value))  # by which a report tells it from other failures
     assert torch.equal(before, torch.nn.utils.parameters_to_vector(made.parameters()))
 
 
