@@ -3,7 +3,7 @@
 from experiments.numbers import DASH, count, interval, number, scale
 from experiments.report.document import Block, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.record import Record, Row
-from experiments.report.tables import WITHIN, reads_test, room, settled, together
+from experiments.report.tables import WITHIN, reads_test, resolution, room, together
 
 HISTORY = {  # by the family of the model: since when, and what was new
     "lstm": ("1997", "A recurrent cell with gates: a memory of fixed size, carried from token to token."),
@@ -49,7 +49,7 @@ def sections(record: Record) -> list[Section]:
     if quality(record):
         blocks.append(Figure("lineage", _alt(record), _caption(record)))
     for one in steps:
-        tone, standing = settled(one, "quality")
+        tone, standing = resolution(one, "quality")
         blocks.append(Verdict(tone, one["sentence"], standing, ""))
     if not steps:
         why = "a step takes two trained neighbours"

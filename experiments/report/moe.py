@@ -3,7 +3,7 @@
 from experiments.numbers import number, scale
 from experiments.report.document import Block, Figure, Section, Text, Verdict
 from experiments.report.record import Record
-from experiments.report.tables import settled
+from experiments.report.tables import resolution
 
 
 def sections(record: Record) -> list[Section]:
@@ -22,7 +22,9 @@ def sections(record: Record) -> list[Section]:
     if by_kind["bytes"]:
         blocks.append(Figure("moe", _alt(record), _caption(record)))
     for one in by_kind["bought"]:
-        tone, standing = settled(one, "quality") if one["bits_per_byte"] is not None else ("note", "quality not known")
+        tone, standing = (
+            resolution(one, "quality") if one["bits_per_byte"] is not None else ("note", "quality not known")
+        )
         blocks.append(Verdict(tone, one["sentence"], standing, ""))
     if not by_kind["bought"]:
         blocks.append(Text("This run has no arm with experts beside one without, so nothing is compared."))

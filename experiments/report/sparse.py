@@ -3,7 +3,7 @@
 from experiments.numbers import count, number
 from experiments.report.document import Block, Figure, Section, Text, Verdict
 from experiments.report.record import Record
-from experiments.report.tables import reads_test, room, settled, together
+from experiments.report.tables import reads_test, resolution, room, together
 
 CUT = 3  # times the largest difference: beyond it intervals are cut off in the figure
 
@@ -24,7 +24,7 @@ def sections(record: Record) -> list[Section]:
         blocks.append(Figure("sparse", _alt(record), _caption(record)))
     for one in by_kind["quality"]:
         judged = one["after"] or one["before"]
-        tone, standing = settled(judged)
+        tone, standing = resolution(judged)
         blocks.append(
             Verdict(tone, one["sentence"], f"after the window is full: {standing}" if one["after"] else standing, "")
         )

@@ -151,7 +151,7 @@ def standing(one: dict[str, Any]) -> tuple[Tone, str]:
     return "open", "not resolved"
 
 
-def settled(one: dict[str, Any], what: str = "") -> tuple[Tone, str]:
+def resolution(one: dict[str, Any], what: str = "") -> tuple[Tone, str]:
     """How a study's finding stands that rests on a comparison, of `what` in it."""
     what = f"{what} " if what else ""
     if not one.get("comparable", True):  # absent in older records

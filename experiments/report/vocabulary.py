@@ -3,7 +3,7 @@
 from experiments.numbers import DASH, count, number
 from experiments.report.document import Block, Cell, Column, Figure, Section, Table, Text, Tone, Verdict
 from experiments.report.record import Record, Row
-from experiments.report.tables import WITHIN, comparisons, seed_counts, settled, together, value_cell
+from experiments.report.tables import WITHIN, comparisons, resolution, seed_counts, together, value_cell
 from experiments.report.verdict import limits
 
 
@@ -49,7 +49,7 @@ def verdict(record: Record) -> Section:
 def _block(one: dict) -> Verdict:
     tone: Tone
     if one["kind"] in ("best-size", "bytes-per-s"):
-        tone, standing = settled(one)
+        tone, standing = resolution(one)
         if one["kind"] == "best-size" and one["against"] is None:
             tone, standing = "resolved", "measured"
     else:

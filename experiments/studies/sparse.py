@@ -61,7 +61,8 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
     found += [one for arm in bounded if (one := _cost(rows, told, experiment, base, arm))]
     after = {one["arm"]: one["after"] for one in found if one["kind"] == "quality" and one["after"]}
     lost = [arm for arm in bounded if not any((one["kind"], one["arm"]) == ("quality", arm) for one in found)]
-    return found + ([_overall(base, after, lost)] if len(after) > 1 else [])
+    several = after and len(after) + len(lost) > 1
+    return found + ([_overall(base, after, lost)] if several else [])
 
 
 def _losses(experiment: Experiment, arm: str, run: RunDirectory) -> dict[int, np.ndarray]:

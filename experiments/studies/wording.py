@@ -97,10 +97,10 @@ def predicts(verdict: dict) -> str:
 def faster(verdict: dict) -> str:
     """A ratio of speeds within a sentence, e.g. "1.4 times (1.3 to 1.5) as fast"."""
     size = f"{multiple(verdict['estimate'])} times"
-    if not verdict["comparable"]:
-        return f"{size} as fast (not comparable: {verdict['reason']})"
     left = left_out(verdict)
     lacking = f"; without {left}" if left else ""
+    if not verdict["comparable"]:
+        return f"{size} as fast (not comparable: {verdict['reason']}{lacking})"
     if verdict["n"] < 2:
         return f"{size} as fast (one seed, not resolved{lacking})"
     spread = f"{multiple(verdict['ci_low'])} to {multiple(verdict['ci_high'])}"

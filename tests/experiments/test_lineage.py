@@ -6,7 +6,7 @@ import pytest
 from study_rows import held, quality, speed
 
 from experiments.report.lineage import HISTORY
-from experiments.report.tables import settled
+from experiments.report.tables import resolution
 from experiments.spec import Arm, Experiment, Measurement, load
 from experiments.store import RunDirectory
 from experiments.studies import lineage
@@ -164,7 +164,7 @@ def test_of_several_gains_the_largest_is_named() -> None:
 def test_arms_with_the_same_lowest_mean_are_all_named() -> None:
     *_, second, whole = said(quality("lstm", LSTM) + quality("transformer", MAMBA) + quality("mamba", MAMBA))
     assert "The lowest mean is that of transformer and mamba, 2.500 bits per byte" in whole["sentence"]
-    assert settled(second, "quality") == ("resolved", "quality the same at every seed")
+    assert resolution(second, "quality") == ("resolved", "quality the same at every seed")
 
 
 def test_a_number_that_may_not_be_compared_decides_nothing() -> None:

@@ -97,6 +97,14 @@ def test_a_window_names_the_seeds_that_it_is_without(run: RunDirectory) -> None:
     assert kind(found, "overall")[0]["sentence"].endswith("; tiny: no result.")
 
 
+def test_a_lost_window_is_told_beside_a_single_other(run: RunDirectory) -> None:
+    finish(run, "narrow", np.zeros(T))
+    alone = experiment(narrow=arm(8)), experiment(narrow=arm(8), tiny=arm(4)), experiment(tiny=arm(4))
+    overall = [kind(sparse.findings(QUALITY, one, run), "overall") for one in alone]
+    assert [len(found) for found in overall] == [0, 1, 0]
+    assert overall[1][0]["sentence"].endswith("narrow: not resolved against full; tiny: no result.")
+
+
 def test_the_same_losses_are_no_open_difference() -> None:
     one = {"comparable": True, "n": 2, "estimate": 0.0, "ci_low": 0.0, "ci_high": 0.0, "resolved": False, "p": None}
     assert sparse._difference(one) == "the losses are the same at every seed"

@@ -41,6 +41,8 @@ def test_an_open_comparison_says_why_its_interval_may_leave_out_equality(p: floa
     one = {"estimate": 0.313, "ci_low": 0.218, "ci_high": 0.45, "n": 3, "p": p, "resolved": False, "tested": 7}
     one |= {"comparable": True, "better": None}
     assert wording.faster(one) == f"0.313 times (0.218 to 0.450, not resolved{why}) as fast"
+    refused = one | {"comparable": False, "reason": "a gate", "lacking": {"mamba": [2]}}
+    assert wording.faster(refused) == "0.313 times as fast (not comparable: a gate; without seed 2 of mamba)"
     said = f"the difference in bits per byte is not resolved{why} (+0.313, +0.218 to +0.450)"
     assert wording.predicts(one) == said
 

@@ -103,6 +103,25 @@ def test_the_choice_is_that_of_compiling_one_at_a_time(tmp_path):
     assert (second, best) == ([["launched", 64]], {"size": 64})
 
 
+@pytest.mark.oracle
+def test_the_form_cuda_has_both_of_its_changes_to_triton() -> None:
+    """Whoever imports it, so that the model that a benchmark sets beside ours has them too."""
+    for library in ("triton", "mamba_ssm", "causal_conv1d"):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
+    script = (
+        "import sys, types\n"
+        "for compiled in ('causal_conv1d_cuda', 'selective_scan_cuda'):  # which a machine without a GPU lacks\n"
+        "    sys.modules.setdefault(compiled, types.SimpleNamespace())\n"
+        "from triton.runtime.autotuner import Autotuner as A\n"
+        "assert not hasattr(A.run, '__wrapped__') and not hasattr(A._bench, '__wrapped__')\n"
+        "import models.ops.kernels.cuda_form\n"
+        "print(A._bench.__wrapped__.__name__, A.run.__wrapped__.__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert run.stdout.split() == ["_bench", "run"], run.stderr
+
+
 def chosen(folder: Path, how: str) -> list:
     """What happened in the first call of a kernel with four configurations, the last of which does not compile, in the
     second, in one of another length, and the configuration that was taken."""

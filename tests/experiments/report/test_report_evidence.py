@@ -8,7 +8,7 @@ import pytest
 
 from experiments.numbers import number
 from experiments.report.record import Record, read
-from experiments.report.tables import comparisons, estimate, evidence, placing, settled
+from experiments.report.tables import comparisons, estimate, evidence, placing, resolution
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ NONE = {"estimate": 0.0, "ci_low": 0.0, "ci_high": 0.0}
     ({"resolved": False, "n": 2, "comparable": False} | NONE, ("blocked", "quality not comparable")),
 ])  # fmt: skip
 def test_a_finding_that_was_refused_or_is_no_difference_is_not_open(one: dict, standing: tuple[str, str]) -> None:
-    assert settled(one, "quality") == standing
-    assert settled(one) == (standing[0], standing[1].removeprefix("quality "))
+    assert resolution(one, "quality") == standing
+    assert resolution(one) == (standing[0], standing[1].removeprefix("quality "))
 
 
 def test_the_values_of_a_context_are_of_its_seeds_alone(make_run: Callable[..., Path]) -> None:
