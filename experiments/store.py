@@ -212,12 +212,17 @@ def _event(line: str) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the new one."""
+    """As `write_text`, with the folders that it lacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: a reader sees the old file or the new one."""
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # readable by whom the umask says
     try:
-        part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        part.write_text(text, encoding="utf-8", newline="\n")
+        part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

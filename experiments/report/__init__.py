@@ -4,10 +4,10 @@
 `frame` gives the rows to a notebook. The same directory gives the same bytes.
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from experiments import store
 from experiments.errors import EnvironmentLacksError, SpecError
 from experiments.report import content, formats
 from experiments.report.document import Document, Figure
@@ -100,13 +100,8 @@ def _drawn(record: Record, document: Document) -> dict[str, formats.Drawn]:
 
 def write_text(path: Path, text: str) -> None:
     """Atomically. Raises EnvironmentLacksError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8", newline="\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        store.write_text(path, text)
     except OSError as error:
         raise EnvironmentLacksError(f"cannot write {path}: {error.strerror}") from None
