@@ -11,9 +11,9 @@ their SHA-256, the first ones are test, the next validation, the rest train. Nam
 say in it, equal documents count once, so no text is in two splits. Within a split, documents keep the order
 in which they were read.
 
-The corpus is streamed three times (hash, learn the tokenizer, encode); between passes 41 bytes per document
-are kept, never its text. The tokenizer learns from the first documents of the train split, by content again, until
-they are `LEARNED_BYTES`.
+The corpus is streamed four times (hash, learn the tokenizer, look at what models are judged by, encode); between
+passes 41 bytes per document are kept, and a hash of each line of the test and validation text, never a text itself.
+The tokenizer learns from the first documents of the train split, by content again, until they are `LEARNED_BYTES`.
 """
 
 import hashlib
@@ -37,10 +37,11 @@ from tokenizers import Tokenizer
 
 from experiments.data import corpora, tokenizer
 from experiments.data.baselines import lzma_bits_per_byte, unigram_bits_per_byte
+from experiments.data.overlap import Overlap
 from experiments.errors import CorpusError, EnvironmentLacksError
 from experiments.spec import Data
 
-FORMAT = 3  # of everything in the folder; another number is another key
+FORMAT = 4  # of everything in the folder; another number is another key
 SPLITS = ("train", "validation", "test")
 _TOKENIZER, _TEST_TEXT, _FACTS = "tokenizer.json", "test.txt", "facts.json"
 LEARNED_BYTES = 32 << 20  # of train text a tokenizer is learned from: of Python, 96 << 20 saves 0.3% of the tokens
@@ -287,7 +288,7 @@ def _planned(data: Data, plan: _Plan) -> Iterator[tuple[str, str, bool]]:
             yield SPLITS[split], document.text, learned
 
 
-# --- passes 2 and 3: tokenizer and token files
+# --- passes 2 to 4: tokenizer and token files
 
 
 def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]) -> None:
@@ -307,13 +308,18 @@ def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]
         trained = tokenizer.train(texts, data.vocabulary)
     (folder / _TOKENIZER).write_text(trained.to_str(), encoding="utf-8")
 
+    overlap = Overlap()
+    for split, text, _ in _planned(data, plan):
+        if split != "train":
+            overlap.judge(split, text)
+
     progress("encoding documents")
     kind = token_type(data.vocabulary)
     counts = {fact: {str(split): 0 for split in SPLITS} for fact in ("documents", "bytes")}
     with ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
         test_text = stack.enter_context((folder / _TEST_TEXT).open("wb"))
-        documents = _counted(_planned(data, plan), counts, test_text)
+        documents = _counted(_planned(data, plan), counts, test_text, overlap)
         for split, ids in _encoded(documents, trained, whole=bool(data.tokenizer)):
             files[split].write(np.array(ids, dtype=kind).tobytes())
 
@@ -337,6 +343,7 @@ def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]
         "token_type": kind,
         **counts,
         "tokens": {split: len(tokens[split]) for split in SPLITS},
+        "overlap": overlap.shares(),
         "learned_bytes": 0 if data.tokenizer else plan.learned_bytes,
         "skipped": plan.skipped,
         "blank_dropped": plan.blank,
@@ -352,15 +359,20 @@ def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]
 
 
 def _counted(
-    documents: Iterable[tuple[str, str, bool]], counts: dict[str, dict[str, int]], test_text: IO[bytes]
+    documents: Iterable[tuple[str, str, bool]],
+    counts: dict[str, dict[str, int]],
+    test_text: IO[bytes],
+    overlap: Overlap,
 ) -> Iterator[tuple[str, str]]:
-    """Passes documents through, counts them and keeps the test split's text."""
+    """Passes documents through, counts them, keeps the test split's text, and tells `overlap` of the train split's."""
     for split, text, _ in documents:
         raw = text.encode()
         counts["documents"][split] += 1
         counts["bytes"][split] += len(raw)
         if split == "test":
             test_text.write(raw)
+        if split == "train":
+            overlap.train(text)
         yield split, text
 
 

@@ -10,8 +10,8 @@ from experiments.errors import CorpusError
 from experiments.spec import Data
 
 _OF_THE_TEXT = (
-    "format", "corpus", "python", "packages", "tokenizers", "documents", "bytes", "learned_bytes", "skipped",
-    "blank_dropped", "duplicates_dropped", "beyond_max_bytes", "corpus_sha256",
+    "format", "corpus", "python", "packages", "tokenizers", "documents", "bytes", "overlap", "learned_bytes",
+    "skipped", "blank_dropped", "duplicates_dropped", "beyond_max_bytes", "corpus_sha256",
 )  # fmt: skip
 _OF_A_TOKENIZER = ("token_type", "tokens", "tokenizer_sha256", "tokens_sha256")
 

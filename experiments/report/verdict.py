@@ -14,6 +14,7 @@ from experiments.report.tables import (
     evidence,
     neutral,
     place,
+    reads_test,
     same_at_every_seed,
     standing,
     widened_by_pages,
@@ -217,7 +218,19 @@ def limits(record: Record) -> str:
         f"What this run does not show: it has {models}, {text}{budget} and {where}, and "
         f"{plural(len(record.seeds), 'seed')}. It says nothing about larger models, other text, longer "
         "training, other hardware or other settings, and an interval covers the spread over seeds only"
-        f"{pages}." + _installed(record.environment.get("data", {}))
+        f"{pages}." + _by_heart(record) + _installed(record.environment.get("data", {}))
+    )
+
+
+def _by_heart(record: Record) -> str:
+    """What has to be said of a judged text that looks like the training text; older records do not tell."""
+    split = "test" if reads_test(record) else "validation"
+    share = 100 * record.environment.get("data", {}).get("overlap", {}).get(split, 0)
+    if share < 0.5:
+        return ""
+    return (
+        f" {number(share, 0)}% of the {split} text is in documents whose lines nearly all stand in the training text, "
+        "too: there a model may know the answer by heart."
     )
 
 

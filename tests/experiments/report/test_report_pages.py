@@ -22,7 +22,19 @@ from synthetic_run import CONTEXT, HOSTILE, REFUSED, TEST_BYTES, UNLISTED, VARIA
 
 from experiments.errors import EnvironmentLacksError, RunFailedError, SpecError
 from experiments.numbers import DASH
-from experiments.report import FORMATS, Format, content, curves, drawing, figures, formats, frame, render, write_report
+from experiments.report import (
+    FORMATS,
+    Format,
+    content,
+    curves,
+    drawing,
+    figures,
+    formats,
+    frame,
+    render,
+    verdict,
+    write_report,
+)
 from experiments.report.document import Cell, Table, Verdict
 from experiments.report.record import read
 from experiments.report.tables import TITLES
@@ -494,6 +506,24 @@ def test_a_corpus_of_installed_files_is_said_to_be_that_machines(make_run: Calla
     assert "Its corpus is 1,241 files (19.8 MB) of Python source, of that machine's standard library and 2 " in text
     assert "2 installed packages (listed with the environment): only the same files give these numbers again" in text
     assert "| packages | alpha 1.0, zeta 2.0 |" in text
+
+
+@pytest.mark.parametrize(("overlap", "splits", "told"), [
+    ({"test": 0.1278, "validation": 0.3}, ["validation", "test"], "13% of the test text is in documents whose lines"),
+    ({"test": 0.1278, "validation": 0.3}, ["validation"], "30% of the validation text is in documents whose lines"),
+    ({"test": 0.004, "validation": 0.3}, ["validation", "test"], None),
+    (None, ["validation", "test"], None),
+])  # fmt: skip
+def test_limits_tell_what_a_model_may_know_by_heart(
+    make_run: Callable[..., Path], overlap: dict[str, float] | None, splits: list[str], told: str | None
+) -> None:
+    folder = make_run()
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    environment["data"] |= {} if overlap is None else {"overlap": overlap}
+    record = read(folder)
+    record = replace(record, environment=environment, spec=record.spec | {"evaluation": {"splits": splits}})
+    said = verdict.limits(record)
+    assert told in said if told else "by heart" not in said
 
 
 # --- sweep ------------------------------------------------------------------------------------------
