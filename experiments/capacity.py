@@ -17,6 +17,7 @@ import psutil
 from experiments import cells
 from experiments.errors import EnvironmentLacksError
 from experiments.limits import free_memory
+from experiments.measurement.operations import PIECE
 from experiments.numbers import size
 from experiments.spec import Experiment
 from experiments.studies import STUDIES
@@ -26,14 +27,16 @@ from models.config import ModelConfig
 from models.ops.cross_entropy import CHUNK_BYTES
 
 # float32 numbers for each layer and each of B x T x D: more than any preset holds, what is outside its layers included
-GENEROUS = {"train": 128, "prefill": 48}
+GENEROUS = {"train": 128, "prefill": 48, "decode": 48}
 MARGIN = 1.05  # measured peaks are up to 1.5% below what shapes say, and longer lengths are told from shorter ones
 LARGEST_VOCABULARY = 1 << 16
+OF = {"train": "a training step of", "prefill": "reading a prompt of", "decode": "decoding after"}
 ROWS, CONTEXT = 16, 2048  # B and T up to which shapes are replayed, and more while the loss is made in few chunks
 
 
 class Work(NamedTuple):
-    """What a cell computes. kind: "train" or, of reading a prompt into an empty state, "prefill"."""
+    """What a cell computes. kind: "train"; "prefill" of reading a prompt into an empty state; "decode" of doing so in
+    pieces, to go on from."""
 
     arm: str
     kind: str
@@ -54,11 +57,10 @@ def check(experiment: Experiment) -> None:
             continue
         needed = least_bytes(config, work)
         if needed > MARGIN * free:
-            what = "a training step" if work.kind == "train" else "reading a prompt"
+            what = f"{OF[work.kind]} {work.batch} x {work.context:,} tokens"
             raise EnvironmentLacksError(
-                f"{what} of {work.batch} x {work.context:,} tokens takes '{work.arm}' about {size(needed)} by its "
-                f"shapes, and {size(free)} of memory are free here, swap included: choose fewer tokens or a "
-                f"smaller batch"
+                f"{what} takes '{work.arm}' about {size(needed)} by its shapes, and {size(free)} of memory are free "
+                f"here, swap included: choose fewer tokens or a smaller batch"
             )
 
 
@@ -85,7 +87,7 @@ def _works(experiment: Experiment) -> Iterator[Work]:
         if cell.kind == "train":
             yield Work(cell.arm, "train", training.batch, training.context, training.precision)
         elif cell.kind in ("step", "prefill", "decode") and cell.context is not None:
-            kind = "train" if cell.kind == "step" else "prefill"
+            kind = "train" if cell.kind == "step" else cell.kind
             yield Work(cell.arm, kind, cell.batch or measured.batch, cell.context, cell.dtype or dtype)
 
 
@@ -109,14 +111,15 @@ def least_bytes(config: ModelConfig, work: Work) -> int:
             return replay.training(config, rows, context, precision=work.dtype).peak
         return replay.prefill(config, rows, context, DTYPES[work.dtype]) - state(rows, context)
 
+    at_once = min(work.context, PIECE) if work.kind == "decode" else work.context
     two_chunks = CHUNK_BYTES["cpu"] // (2 * config.vocabulary)  # of tokens
 
     def of_rows(rows: int) -> int:
         half = max(CONTEXT // 2, -(-two_chunks // rows))
-        return _grown(lambda context: beside_state(rows, context), work.context, half)
+        return _grown(lambda context: beside_state(rows, context), at_once, half)
 
     weights = 3 * cost.weight_bytes(config, 4) if work.kind == "train" else cost.weight_bytes(config, element)
-    half = max(ROWS // 2, -(-two_chunks // work.context))
+    half = max(ROWS // 2, -(-two_chunks // at_once))
     return weights + state(work.batch, work.context) + _grown(of_rows, work.batch, half)
 
 

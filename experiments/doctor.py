@@ -24,7 +24,7 @@ def examine() -> dict[str, Any]:
             failed = any(row["form"] == form and row["problem"] for row in found["rows"])
             wrong = f"do not use it: {said[form]}" if failed else None
             lacking = [why for one, why in found["absent"].items() if one == form or one.startswith(f"{form}, ")]
-            problem = found["problem"] or next(iter(lacking), None) or wrong
+            problem = found["problem"] or wrong or next(iter(lacking), None)  # an operation that it lacks harms nothing
             forms.append({"form": form, "device": device, "problem": problem})
     return {"environment": describe(devices[-1], 0), "forms": forms, "checks": rows}
 

@@ -3,6 +3,7 @@
 B: batch   T: time   D: width   V: vocabulary
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from experiments.spec import Training
 from models.language_model import LanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by their names in a specification
-DROPOUT_STREAM = 1 << 40  # beyond every seed that initialises a model
 
 
 class NonFiniteLossError(Exception):
@@ -44,6 +44,11 @@ def learning_rate_at(step: int, peak: float, settings: Training) -> float:
     progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
     floor = settings.final_learning_rate_fraction
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def dropout_seed(seed: int) -> int:
+    """Of the 32 bits that a CPU's generator keeps of any; hashed, since beside `seed` lie those that initialise."""
+    return int.from_bytes(hashlib.sha256(f"dropout {seed}".encode()).digest()[:4], "little")
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
@@ -79,7 +84,7 @@ def train(
         model.parameter_groups(settings.weight_decay), betas=(settings.beta1, settings.beta2), fused=True
     )
     tokens_per_step = settings.accumulate * settings.batch * settings.context
-    torch.manual_seed(DROPOUT_STREAM + objective.seed)  # torch's own generator: nothing but dropout draws from it
+    torch.manual_seed(dropout_seed(objective.seed))  # torch's own generator: nothing but dropout draws from it
     model.train()
     for step in range(1, settings.steps + 1):
         start = time.perf_counter()

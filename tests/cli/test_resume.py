@@ -16,6 +16,8 @@ from filelock import FileLock
 from experiments import runner
 from experiments.errors import RunFailedError
 from experiments.spec import load
+from experiments.store import RunDirectory
+from experiments.studies import STUDIES
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,22 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
     assert code == 0, stderr
     assert f"{file} was missing and is there again\n" in stderr
     assert in_process(*generating)[0] == 0
+
+
+def test_what_was_measured_of_a_lost_model_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment, run = load("compare", profile="smoke", device="cpu"), RunDirectory(tmp_path)
+    cells = STUDIES[experiment.study].plan(experiment)
+    for cell in cells:
+        run.finish(cell, {})
+    monkeypatch.setattr(runner, "_keep_tokenizers", lambda *given: [])
+    lost = {"mamba/seed1": tmp_path / "model.safetensors"}
+    monkeypatch.setattr(runner, "_without_model", lambda *given: lost)
+    runner._make_good(run, experiment, None, lambda *told: None)  # type: ignore[arg-type]
+    left = {cell.group for cell in cells if run.result(cell) is not None}
+    assert left == {"transformer/seed0", "transformer/seed1", "mamba/seed0"}
+    gone = [cell.kind for cell in cells if run.result(cell) is None]
+    assert {*gone} == {"train", "load", "prefill", "decode"}
+    assert len(gone) == sum(cell.group == "mamba/seed1" for cell in cells)
 
 
 def test_a_run_whose_specification_was_changed_is_not_gone_on_with(

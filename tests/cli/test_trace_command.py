@@ -169,6 +169,11 @@ def test_mistakes_with_folders(in_process: InProcess, tmp_path: Path, smoke: Fin
     assert "--seed initialises the weights of a preset" in refused(folder, "x", "--seed", 1)
     assert "no arm 'mmba'" in refused("latest", "x", "--arms", "mmba", "--out", smoke.out)
     assert "no seed 7" in refused("latest", "x", "--trained-seed", 7, "--out", smoke.out)
+    code, stdout, stderr = in_process(
+        "trace", "latest", "x", "--trained-seed", 1, "--arms", "mamba", "--out", smoke.out
+    )
+    assert code == 0, stderr
+    assert "arm mamba, seed 1 of the run" in stdout
     weights = checkpoint.load(smoke.directory / "cells" / "mamba" / "seed0" / "checkpoint")
     weights.norm.weight.data.fill_(float("nan"))  # type: ignore[union-attr]
     checkpoint.save(weights, folder)

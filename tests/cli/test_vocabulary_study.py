@@ -49,6 +49,12 @@ def test_rows(run: Path, result: dict[str, Any], corpus: Path) -> None:
         assert per_byte == data["vocabularies"][str(size)]["tokens"]["test"] / data["bytes"]["test"]
         tokens, text = (value(result, arm=name, phase="decode", metric=f"{what}_per_s") for what in ("tokens", "bytes"))
         assert text == pytest.approx(tokens / per_byte)
+        cell = json.loads((run / "cells" / name / "seed0" / "evaluation.json").read_text(encoding="utf-8"))
+        trained = cell["train"]["tokens"] / cell["text_bytes"]
+        train = {metric: value(result, arm=name, phase="train", metric=metric)
+                 for metric in ("tokens_per_s", "bytes_per_s", "flops_per_token", "flops_per_byte")}  # fmt: skip
+        assert train["bytes_per_s"] == pytest.approx(train["tokens_per_s"] / trained)
+        assert train["flops_per_byte"] == pytest.approx(train["flops_per_token"] * trained)
         whole = data["vocabularies"][str(size)]["tokens"]["train"] / data["bytes"]["train"]
         length = round(96 * whole)
         assert (

@@ -112,6 +112,12 @@ def test_noise_widens_the_interval_around_the_truth():
     assert noisy["ci_high"] / noisy["ci_low"] > 3 * (quiet["ci_high"] / quiet["ci_low"] - 1) + 1
 
 
+def test_the_interval_is_one_of_95_per_cent():
+    """Behind in two turns of ten: the median of resampled turns is behind too often for 95%, and not for 90%."""
+    ones, wavering = np.ones(10), np.array([1.1] * 8 + [0.9] * 2)
+    assert crossover({64: (ones, ones / 2), 128: (ones, wavering)})["ci_high"] is None
+
+
 def test_a_machine_that_slows_down_for_both_moves_nothing():
     """Turns are paired: noise that both arms share at a turn leaves the crossing where it is."""
     contexts = (64, 256, 1024, 4096)

@@ -199,5 +199,8 @@ def test_the_load_of_experts_sums_to_one_in_each_layer() -> None:
     loads = expert_load(model, text, CAUSAL, context=20, sequences=4)
     assert [len(load) for load in loads] == [8, 8, 8]
     assert [sum(load) for load in loads] == pytest.approx([1, 1, 1])
+    inputs, _ = Batches(text.tokens, context=20, batch=4, seed=0).at(0)
+    assert loads == [used.load.tolist() for used in model.hidden(inputs).routing]
+    assert len({tuple(load) for load in loads}) == 3
     dense = LanguageModel(preset("transformer-tiny"), seed=0)
     assert expert_load(dense, text, CAUSAL, context=20, sequences=4) == []

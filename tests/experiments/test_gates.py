@@ -87,6 +87,24 @@ def test_leak(name: str) -> None:
     assert "causality" in failed(Leaking(preset(name), seed=0))
 
 
+class WrongLastStep(LanguageModel):
+    def step(self, token, state):
+        logits, after = super().step(token, state)
+        return logits + 0.01 * (after.length == TOKENS.shape[1]), after
+
+
+def test_every_step_is_compared() -> None:
+    assert failed(WrongLastStep(preset("mamba-tiny"), seed=0)) == ["forward = prefill + steps"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_reference_runs_the_reference(name: str) -> None:
+    """A copy in the same form would have the same mistakes."""
+    model = sound(name)
+    assert {block.mixer.backend.name for block in gates._reference(model).blocks} == {"reference"}
+    assert "reference" not in {block.mixer.backend.name for block in model.blocks}
+
+
 class LeakingMore(LanguageModel):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         logits = super().forward(tokens)

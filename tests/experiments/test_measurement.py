@@ -25,6 +25,7 @@ from experiments.objectives import Objective
 from experiments.spec import Measurement, Training
 from models import checkpoint
 from models.language_model import LanguageModel
+from models.ops.attention import kept_tables, rotary_table
 from models.ops.kernels.numba_form import rms_norm
 from models.presets import preset
 
@@ -495,3 +496,21 @@ def test_a_peak_is_sampled_where_the_kernels_mark_cannot_be_reset(
         assert sampled.wait(20)
     assert (peak.host_bytes, peak.method) == (9 << 40, "sampled every 1 ms")
     assert not any(thread is peak._sampler for thread in threading.enumerate())
+
+
+def test_a_prompts_peak_counts_from_before_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Weights are what its process needs, too; after they are there a second baseline tells what reading adds."""
+    order: list[str] = []
+    load, baseline = phases.load, phases._baseline
+    monkeypatch.setattr(phases, "load", lambda *given: order.append("load") or load(*given))
+    monkeypatch.setattr(phases, "_baseline", lambda device: order.append("baseline") or baseline(device))
+    checkpoint.save(LanguageModel(preset("mamba-tiny"), seed=0), tmp_path)
+    settings, tokens = Measurement(repeats=1, seconds=0), torch.zeros(1, 8, dtype=torch.int64)
+    all_turns(phases.measure_prefill(tmp_path, settings, 8, tokens, CPU, times=False))
+    assert order == ["load", "baseline", "load", "baseline"]  # the first: a rehearsal
+
+
+def test_what_a_rehearsal_keeps_is_given_back() -> None:
+    """Tables of rotary angles are the model's: a peak without them would be too low."""
+    phases._rehearse(lambda: rotary_table(64, 8, 1e4, CPU), CPU)
+    assert kept_tables() == ()

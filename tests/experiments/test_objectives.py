@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.objectives import IGNORED, Name, Objective
+from experiments.objectives import IGNORED, MASKED, Name, Objective
 
 V = 1000
 
@@ -130,3 +130,14 @@ def test_the_stream_is_not_that_of_the_places_of_windows() -> None:
         shared = torch.from_numpy((words >> np.uint64(11)) / 2.0**53 < 0.15).view(8, 100)
         hidden = Objective("masked", V, seed=5).batch(original, original, step)[1] != IGNORED
         assert (hidden & shared).sum() < 0.3 * hidden.sum()
+
+
+def test_any_token_is_one_of_the_text_and_never_the_mask() -> None:
+    """Of 4 entries a fifth of the replacements would be [MASK], were it one of them."""
+    objective, tokens = Objective("masked", 4, 0), torch.zeros(64, 100, dtype=torch.int64)
+    _, fate, anything = objective._drawn(tokens, 0)
+    assert anything.unique().tolist() == [0, 1, 2, 3]
+    inputs, targets = objective.batch(tokens, tokens, 0)
+    replaced = (targets != IGNORED) & (fate >= MASKED)
+    assert replaced.sum() > 100
+    assert (inputs[replaced] < 4).all()

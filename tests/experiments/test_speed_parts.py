@@ -107,6 +107,37 @@ def test_decoding_goes_on_from_the_token_and_the_state_before(name: str, monkeyp
         whole = torch.cat([whole, token[:, None]], 1)
 
 
+def test_a_repeatable_step_decodes_as_many_tokens_from_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a mode that no CPU is timed in; what it repeats on a GPU is this."""
+    made, prompt, places = LanguageModel(model().config.with_backend("sdpa"), seed=0).eval(), text(2, 9), []
+    step = made.step
+    monkeypatch.setattr(made, "step", lambda token, state: places.append(int(state.place.at)) or step(token, state))
+    write, _ = operations.decode(made, prompt, 5, "compiled")
+    write()
+    write()
+    assert places == [9, 10, 11, 12, 13] * 2
+
+
+def test_a_training_step_keeps_wide_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "CeilingsMeter", Meter)
+    subject = Subject(model(), SETTINGS, "eager", "bfloat16")
+    speed._step(subject, text(2, 9))
+    assert {parameter.dtype for parameter in subject.model.parameters()} == {torch.float32}
+
+
+def test_ceilings_are_measured_in_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(Meter):
+        calls = 0
+
+        def measure(self) -> Ceilings:
+            Counting.calls += 1
+            return Ceilings(Counting.calls, 1.0)
+
+    monkeypatch.setattr(speed, "CeilingsMeter", Counting)
+    found = all_turns(measure_speed(Subject(model(), SETTINGS, "eager", "float32"), "prefill", text(1, 8)))
+    assert [one["flops_per_s"] for one in found["ceilings"]] == list(range(1, len(found["turns"]) + 1))
+
+
 def test_a_timed_step_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "CeilingsMeter", Meter)
     subject = Subject(model(), SETTINGS, "eager", "float32")

@@ -1,6 +1,8 @@
 """Rows, verdicts and hashes that follow from cells' files written by hand."""
 
+import errno
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from experiments.cells import model_config
 from experiments.errors import RunFailedError
-from experiments.result import _few_steps, _over_seeds, build_result
+from experiments.result import _few_steps, _over_seeds, _unmatched, build_result
 from experiments.runner import run_hash
 from experiments.spec import Experiment, load
 from experiments.store import RunDirectory, write_json
@@ -166,6 +168,15 @@ def test_arms_of_several_sizes_and_a_short_test_text_are_told(run: RunDirectory)
     assert told.startswith(f"the arms are not of one size: mamba has {sizes[1] / sizes[0]:.3g} times transformer's")
 
 
+@pytest.mark.parametrize(("active", "told"), [((1000, 1020), 0), ((1020, 1000), 0), ((1000, 1021), 1)])
+def test_two_per_cent_more_parameters_are_another_size(
+    active: tuple[int, int], told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = iter(SimpleNamespace(active=one) for one in active)
+    monkeypatch.setattr(cost, "parameters", lambda config: next(counted))
+    assert len(_unmatched(EXPERIMENT)) == told
+
+
 def test_a_row_over_seeds_is_cut_off_at_nought(run: RunDirectory) -> None:
     change(run, "mamba", 0, lambda result: result["train"].update(step_ms=[1.0]))
     change(run, "mamba", 1, lambda result: result["train"].update(step_ms=[100.0]))
@@ -289,7 +300,13 @@ def test_a_run_ends_with_its_last_cell(run: RunDirectory) -> None:
     run.event("progress", "started")
     assert run.last_cell_at() is None
     run.event("progress", "finished", "mamba/seed0/train")
+    first = run.last_cell_at()
+    time.sleep(0.002)  # events have milliseconds
+    run.event("progress", "finished", "mamba/seed1/train")
     ended = run.last_cell_at()
+    assert first is not None
+    assert ended is not None
+    assert ended > first
     run.event("progress", "looked at again")
     with (run.path / "events.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"time": "cut')
@@ -302,6 +319,21 @@ def test_write_json_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
     write_json(file, {"x": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(file, {"x": float("nan")})
+    assert json.loads(file.read_text()) == {"x": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, whole = tmp_path / "a.json", Path.write_text
+    write_json(file, {"x": 1})
+
+    def some(path: Path, text: str, **how: Any) -> int:
+        whole(path, text[:3], **how)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", some)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(file, {"x": 2})
     assert json.loads(file.read_text()) == {"x": 1}
     assert list(tmp_path.iterdir()) == [file]
 

@@ -12,7 +12,7 @@ from experiments.data.batches import Batches, StreamHash
 from experiments.objectives import IGNORED, Objective
 from experiments.report.verdict import DIVERGED
 from experiments.spec import Training
-from experiments.training import NonFiniteLossError, learning_rate_at, token_loss, train
+from experiments.training import NonFiniteLossError, dropout_seed, learning_rate_at, token_loss, train
 from models.language_model import LanguageModel
 from models.presets import PRESETS, preset
 
@@ -183,6 +183,15 @@ def test_a_gradient_that_is_not_finite_ends_a_training_whose_loss_is() -> None:
     assert torch.equal(before, torch.nn.utils.parameters_to_vector(made.parameters()))
 
 
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1])
+def test_dropout_draws_other_numbers_than_initialisation(seed: int) -> None:
+    """A CPU's generator keeps 32 bits of a seed: one that differs only above them draws the same."""
+    drawn = [torch.rand(8, generator=torch.Generator().manual_seed(one)) for one in (seed, dropout_seed(seed))]
+    assert not torch.equal(*drawn)
+    assert dropout_seed(seed) == dropout_seed(seed) < 2**32
+    assert dropout_seed(seed) != dropout_seed(seed + 1)
+
+
 def test_dropout_has_a_stream_of_its_own() -> None:
     """It depends on the seed of the run, not on the model's or on what was drawn before; and it is on in training."""
     config = preset("gpt1").with_overrides({"vocabulary": 64, "width": 32, "layers": 1})
@@ -214,6 +223,19 @@ def test_the_balance_of_experts_is_trained_and_not_reported() -> None:
         grads[weight] = first.gradient_norm
     assert grads[10.0] > 1.1 * grads[0.0]
     assert token_loss(model(), inputs, targets)[1] == 0
+
+
+def test_the_balance_weighs_the_same_in_micro_batches() -> None:
+    """Of which both are the same here, so that they are as balanced as one."""
+    config = preset("moe-tiny").with_overrides({"vocabulary": 64, "width": 32, "feedforward.balance": 10.0})
+    batch = Batches(TOKENS, context=12, batch=3, seed=0).at(0)
+    norms = []
+    for accumulate in (1, 2):
+        settings = Training(context=12, batch=3, accumulate=accumulate, steps=2, warmup_steps=1)
+        same = SimpleNamespace(at=lambda index: batch)
+        steps = train(LanguageModel(config, seed=0), same, settings, 1e-2, StreamHash(), CAUSAL)  # type: ignore[arg-type]
+        norms.append(next(steps).gradient_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_only_hidden_tokens_are_counted() -> None:

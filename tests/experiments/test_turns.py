@@ -3,15 +3,18 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from experiments import cells
-from experiments.data.dataset import prepare
+from experiments.data.dataset import Dataset, prepare
+from experiments.evaluation import mean_loss
 from experiments.measurement import timing
 from experiments.measurement.process import all_turns
 from experiments.measurement.timing import timed_in_turns
+from experiments.objectives import Objective
 from experiments.spec import Arm, Data, Evaluation, Experiment, Training
 
 CPU = torch.device("cpu")
@@ -45,7 +48,7 @@ def test_turns_go_on_until_there_are_seconds_of_samples(monkeypatch: pytest.Monk
     assert found["samples"]["ms"] == pytest.approx([4.0] * 102)
 
 
-def _trained(experiment: Experiment, dataset: Path, folder: Path) -> tuple[int, dict, list[dict]]:
+def _trained(experiment: Experiment, dataset: Path, folder: Path, seed: int = 0) -> tuple[int, dict, list[dict]]:
     """How often the turn ended, the result, and the log, both without times and memory."""
     ended = 0
 
@@ -54,22 +57,72 @@ def _trained(experiment: Experiment, dataset: Path, folder: Path) -> tuple[int, 
         ended += 1
 
     (arm,) = experiment.arms
-    work = cells.train_cell(lambda message: None, experiment, arm, experiment.arms[arm], 0, dataset, folder)
+    work = cells.train_cell(lambda message: None, experiment, arm, experiment.arms[arm], seed, dataset, folder)
     result = all_turns(work, between=end)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timeless = [{key: value for key, value in line.items() if key != "step_ms"} for line in log]
     return ended, {key: value for key, value in result.items() if key != "train"}, timeless
 
 
-def test_turns_change_nothing_of_a_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
     (tmp_path / "text.txt").write_text("\n\n".join(f"line {i}, and {i * i} besides" for i in range(300)))
-    data = Data(corpus="text", path=str(tmp_path / "text.txt"), vocabulary=280, validation_fraction=0.2)
-    dataset = prepare(data, tmp_path / "cache").folder
-    experiment = Experiment(
+    return Data(corpus="text", path=str(tmp_path / "text.txt"), vocabulary=280, validation_fraction=0.2)
+
+
+@pytest.fixture
+def dataset(data: Data, tmp_path: Path) -> Path:
+    return prepare(data, tmp_path / "cache").folder
+
+
+@pytest.fixture
+def experiment(data: Data) -> Experiment:
+    return Experiment(
         name="x", title="x", seeds=(0,), arms={"mamba": Arm(model="mamba-tiny", learning_rate=1e-3)}, data=data,
         training=Training(context=16, batch=2, steps=6, warmup_steps=2, validate_every=3),
         evaluation=Evaluation(samples=1, sample_tokens=4),
     )  # fmt: skip
+
+
+def test_a_seed_has_its_own_weights_and_randomness(
+    experiment: Experiment, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The curve begins with the validation loss of the model that this seed initialises, and no other's."""
+    asked: list[tuple] = []
+
+    def objective(*args: Any) -> Objective:
+        asked.append(args)
+        return Objective(*args)
+
+    monkeypatch.setattr(cells, "Objective", objective)
+    validation = Dataset.load(dataset).splits["validation"]
+    config = cells.model_config(experiment.arms["mamba"], 280)
+    started = []
+    for seed in (0, 1):
+        _, _, log = _trained(experiment, dataset, tmp_path / str(seed), seed)
+        model = cells.first_model(experiment.arms["mamba"], config, seed, CPU)
+        causal = Objective("causal", 280)
+        expected = mean_loss(model, validation, causal, context=16, sequences=16, precision="float32")
+        assert log[0] == {"step": 0, "validation_loss": expected}
+        started.append(expected)
+    assert started[0] != started[1]
+    assert [one for one in asked if len(one) > 2] == [("causal", 280, 0), ("causal", 280, 1)]
+
+
+def test_a_trained_and_a_built_model_pass_every_gate(experiment: Experiment, dataset: Path, tmp_path: Path) -> None:
+    names = ["fast form = reference", "initial loss near ln(vocabulary)", "causality", "forward = prefill + steps",
+             "gradients in float32 = reference"]  # fmt: skip
+    _, trained, _ = _trained(experiment, dataset, tmp_path / "trained")
+    folder = tmp_path / "built"
+    built = cells.build_cell(lambda message: None, experiment, experiment.arms["mamba"], 0, "float32", dataset, folder)
+    for result in (trained, built):
+        assert [gate["name"] for gate in result["gates"]] == names
+        assert all(gate["passed"] for gate in result["gates"])
+
+
+def test_turns_change_nothing_of_a_training(
+    experiment: Experiment, dataset: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(cells, "TURN_MS", math.inf)
     whole = _trained(experiment, dataset, tmp_path / "whole")
     monkeypatch.setattr(cells, "TURN_MS", 0.0)
