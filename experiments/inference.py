@@ -112,7 +112,7 @@ def trained(directory: RunDirectory, arms: Sequence[str] = (), seed: int | None 
     for arm in arms or known:
         if arm not in finished:
             remedy = (
-                f"trained are: {', '.join(finished)}"
+                f"trained are: {', '.join(finished)} (choose by --arms)"
                 if finished
                 else f"no arm of it was; {store.resumes(directory.path)} goes on"
             )
@@ -126,7 +126,10 @@ def check_trains(directory: RunDirectory) -> None:
     """Raises SpecError where the models of a run are initialised and no more."""
     study = directory.experiment()
     if not study.trains:
-        raise SpecError(f"the {study.study} study trains no model: those of {directory.path.name} are random")
+        raise SpecError(
+            f"the {study.study} study trains no model: those of {directory.path.name} are random; name another run (lab "
+            f"runs lists them)"
+        )
 
 
 def writers(

@@ -49,7 +49,7 @@ def multiple(value: float) -> str:
 
 def signed(value: float, at: int) -> str:
     """With a sign, at `at` decimal places or more: 0 is printed of none that is not."""
-    return f"{value:+.{apart(value, 0.0, at)}f}"
+    return number(value, apart(value, 0.0, at), sign=True)
 
 
 def fitting(value: float, low: float | None, high: float | None, least: int = 3) -> int:

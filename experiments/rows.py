@@ -17,7 +17,10 @@ SEES = "the model saw the token that it was to predict"
 OTHER_LOSS = {"unmasked": SEES, "masked": "the loss of selected tokens, most of them hidden, guessed from both sides"}
 READ_IN_PAGES = {"resident_bytes", "peak_bytes"}  # on a CPU; a GPU's allocator counts to the byte
 
-_RANGE = {("quality", "share"): (0.0, 1.0), ("quality", "perplexity"): (1.0, None)}
+_RANGE = {  # of what is counted, where it does not begin at 0
+    ("quality", "share"): (0.0, 1.0), ("quality", "perplexity"): (1.0, None),
+    ("train", "x"): (1.0, None),  # the busiest expert's share over an even one
+}  # fmt: skip
 
 
 def mean_of(values: Sequence[float], phase: str, unit: str) -> Interval:

@@ -221,7 +221,7 @@ def _new_directory(experiment: Experiment, dataset: Prepared, out: Path) -> RunD
 @contextmanager
 def _alone(directory: RunDirectory) -> Iterator[None]:
     """While no other process is at work on the run: two would train the same cells, and time each other."""
-    lock = FileLock(directory.path / ".lock", timeout=0)
+    lock = FileLock(directory.path / store.LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -244,7 +244,7 @@ def _begin(
     environment = {
         "created": store.now(),
         "command": command,
-        "spec_sha256": _spec_sha256(directory),
+        "spec_sha256": directory.spec_sha256(),
         "folders": cells.folder_hashes(experiment),
     }
     environment |= describe(experiment.device, experiment.threads)
@@ -253,17 +253,14 @@ def _begin(
     directory.event("progress", f"started: {command}")
 
 
-def _spec_sha256(directory: RunDirectory) -> str:
-    return hashlib.sha256((directory.path / "spec.toml").read_bytes()).hexdigest()
-
-
 def _keep_tokenizers(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> list[Path]:
-    """Those that were not there yet."""
+    """Those that were not there yet, or not whole."""
     kept = []
     for cell in experiment.cells():
         file = directory.path / experiment.tokenizer_file(cell)
-        if not file.is_file():
-            shutil.copy(dataset.datasets[experiment.vocabulary_of(cell)].tokenizer_path, file)
+        whole = dataset.datasets[experiment.vocabulary_of(cell)].tokenizer_path
+        if not file.is_file() or file.read_bytes() != whole.read_bytes():
+            shutil.copy(whole, file)
             kept.append(file)
     return kept
 
@@ -274,7 +271,7 @@ def _make_good(
     """What a run has lost since it began: tokenizers are put back; the cells of a model that lost a file are forgotten,
     so that they are done again. note: is told, with the cells' group where it is about one."""
     for file in _keep_tokenizers(directory, experiment, dataset):
-        note(f"{file} was missing and is there again")
+        note(f"{file} was missing or damaged and is there again")
     for group, file in _without_model(directory, experiment).items():
         note(f"{file} is missing or damaged: the model and what was measured of it are made again", group)
         for cell in STUDIES[experiment.study].plan(experiment):
@@ -307,9 +304,6 @@ def _unfinished(experiment: Experiment, dataset: Prepared, out: Path) -> RunDire
 
 def _check_same_run(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> None:
     then, here = directory.environment(), describe(experiment.device, experiment.threads)
-    if then.get("spec_sha256", _spec_sha256(directory)) != _spec_sha256(directory):
-        spec = directory.path / "spec.toml"
-        raise RunFailedError(f"{spec} was changed since the run began: `lab run {spec}` starts a new run of it")
     for key in SETTLED:
         if then[key] != here[key]:
             raise RunFailedError(

@@ -8,6 +8,7 @@
 docs/result-schema.md describes every field.
 """
 
+import hashlib
 import json
 import os
 import shlex
@@ -17,11 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from experiments.data.prepared import tokens_per_byte
 from experiments.errors import LabError, RunFailedError, SpecError
 from experiments.spec import Experiment, load
 
 NO_STEPS = "it has no training step"
+LOCK = ".lock"  # held by the process that is at work on the run
 INTERRUPTED = "interrupted"  # the event of a run that was
 
 
@@ -117,13 +121,29 @@ class RunDirectory:
         return times[-1] if times else None
 
     def experiment(self) -> Experiment:
-        return load(str(self.path / "spec.toml"), device=self.environment()["device"])
+        """Raises RunFailedError where it is not the one that the run was begun with."""
+        environment = self.environment()
+        self.check_spec(environment)
+        return load(str(self.path / "spec.toml"), device=environment["device"])
+
+    def spec_sha256(self) -> str:
+        return hashlib.sha256((self.path / "spec.toml").read_bytes()).hexdigest()
+
+    def check_spec(self, environment: dict[str, Any]) -> None:
+        """Raises RunFailedError where the specification is not that of `environment`; older ones do not tell."""
+        spec = self.path / "spec.toml"
+        if spec.is_file() and environment.get("spec_sha256", self.spec_sha256()) != self.spec_sha256():
+            raise RunFailedError(
+                f"{spec} was changed since the run began, or is damaged: `lab run {spec}` starts a new run of it"
+            )
 
     def tokenizer_file(self, arm: str) -> Path:
-        """The tokenizer that the arm reads with. Raises SpecError where it is gone."""
-        file = self.path / self.experiment().tokenizer_file(arm)
-        if not file.is_file():
-            raise SpecError(f"{file} is missing; {resumes(self.path)} puts it there again")
+        """The tokenizer that the arm reads with. Raises SpecError where it is gone or damaged."""
+        experiment, data = self.experiment(), self.environment()["data"]
+        file = self.path / experiment.tokenizer_file(arm)
+        facts = data.get("vocabularies", {}).get(str(experiment.vocabulary_of(arm)), data)
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != facts["tokenizer_sha256"]:
+            raise SpecError(f"{file} is missing or damaged; {resumes(self.path)} puts it there again")
         return file
 
     def seen_by(self, arm: str) -> Experiment:
@@ -134,6 +154,20 @@ class RunDirectory:
 
     def environment(self) -> dict[str, Any]:
         return read_json(self.path / "environment.json")
+
+
+def at_work(run: Path) -> bool:
+    """Whether another process is, as far as can be told."""
+    file = run / LOCK
+    if not file.is_file():
+        return False
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # not ours to lock
+        return False
 
 
 def runs(folder: Path) -> list[RunDirectory]:

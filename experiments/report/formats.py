@@ -175,8 +175,10 @@ def terminal(document: Document) -> str:
                 say(block.caption + ".")
                 for part in _parts(block):
                     console.print(RichText(part), soft_wrap=True)
+                shown = _marks(block)
                 for reason, letter in block.notes.items():
-                    say(f"[{letter}] {reason}", "  ", "      ")
+                    if letter in shown:
+                        say(f"[{letter}] {reason}", "  ", "      ")
     lines = [line.rstrip() for line in file.getvalue().split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
 
@@ -185,6 +187,13 @@ def _say_notice(notice: Notice, say: Callable[..., None]) -> None:
     say(f"{SIGNS[notice.tone]} {notice.title}", hanging="    ")
     for point in notice.points:
         say(f"- {point}", "    ", "      ")
+
+
+def _marks(table: Table) -> set[str]:
+    """Of the footnotes of columns that a terminal shows."""
+    lines = [cells for _, body in table.groups for cells in body]
+    cells = [line[at] for line in lines for at, column in enumerate(table.columns) if column.terminal]
+    return {mark for cell in cells for mark in cell.marks.split(",")}
 
 
 def _parts(table: Table) -> list[str]:

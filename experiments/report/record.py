@@ -18,8 +18,24 @@ import numpy as np
 from experiments.errors import RunFailedError, SpecError
 from experiments.printable import clean
 from experiments.rows import SCHEMA_VERSION
-from experiments.store import NO_STEPS, again, damaged, log_again, parsed, read_json, read_text, rebuilt, resumes
+from experiments.store import (
+    NO_STEPS,
+    RunDirectory,
+    again,
+    at_work,
+    damaged,
+    log_again,
+    parsed,
+    read_json,
+    read_text,
+    rebuilt,
+    resumes,
+)
 
+VERDICT = (  # what is read of one
+    "phase", "metric", "context", "a", "b", "kind", "unit", "estimate", "ci_low", "ci_high", "n", "p", "p_holm",
+    "resolved", "better", "more_seeds", "comparable", "reason", "sentence",
+)  # fmt: skip
 REQUIRED = {
     "schema_version": int, "run_id": str, "experiment": str, "title": str, "status": str, "missing": list,
     "failures": list, "warnings": list, "arms": dict, "rows": list,
@@ -236,7 +252,8 @@ def read(run: Path) -> Record:
         raise SpecError(f"no run directory at {run}; `lab runs` lists those there are")
     file = run / "result.json"
     remedy = rebuilt(file)
-    result_text = read_text(file, remedy, f"the run has not written its result; {resumes(file)} finishes it")
+    unwritten = "another process is at work on it" if at_work(run) else f"{resumes(file)} finishes it"
+    result_text = read_text(file, remedy, f"the run has not written its result; {unwritten}")
     result = parsed(result_text, file, remedy)
     for key, kind in REQUIRED.items():
         if key not in result:
@@ -254,17 +271,28 @@ def read(run: Path) -> Record:
         "created": "",
         "finished": "",
     } | result
+    for one in result["verdicts"]:
+        lacking = [key for key in VERDICT if key not in one]
+        if lacking:
+            raise damaged(file, f"a verdict has no '{lacking[0]}'", remedy)
     remarks: list[str] = []
+    environment: dict[str, Any] = {}
+    if (run / "environment.json").is_file():
+        environment = read_json(run / "environment.json")
+        for key in ("data", "packages", "backends"):
+            if not isinstance(environment.get(key, {}), dict):
+                raise damaged(run / "environment.json", f"'{key}' is of another kind")
+        RunDirectory(run).check_spec(environment)
+    else:
+        remarks.append("environment.json is missing: machine and versions are unknown")
     spec_text = read_text(run / "spec.toml", missing="a run directory keeps its resolved specification there")
     try:
         spec = tomllib.loads(spec_text)
     except tomllib.TOMLDecodeError as error:
-        raise RunFailedError(f"{run / 'spec.toml'}: not valid TOML: {error}") from None
-    environment: dict[str, Any] = {}
-    if (run / "environment.json").is_file():
-        environment = read_json(run / "environment.json")
-    else:
-        remarks.append("environment.json is missing: machine and versions are unknown")
+        raise damaged(run / "spec.toml", f"not valid TOML: {error}") from None
+    arms = spec.get("arms")
+    if not isinstance(arms, dict) or not all(isinstance(arm, dict) for arm in arms.values()):
+        raise damaged(run / "spec.toml", "it has no arms")
     curves: dict[str, dict[int, Curve]] = {}
     evaluations: dict[str, dict[int, dict[str, Any]]] = {}
     for arm in result["arms"]:

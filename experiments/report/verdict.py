@@ -112,7 +112,8 @@ def verdict(record: Record) -> Section:
         if not record.verdicts:
             alone = len(record.arms) < 2
             said = "This run has one arm, so it compares nothing." if alone else "This run recorded no comparison."
-            blocks.append(Text(said))
+            failed = sorted({one["cell"].partition("/")[0] for one in record.failures if one["cell"]})
+            blocks.append(Text(f"{said} Cells failed of {listed(failed)}." if failed else said))
     blocks.append(Text(limits(record)))
     return Section("verdict", "Verdict", intro, blocks)
 
@@ -126,11 +127,13 @@ def by_frequencies(record: Record) -> str | None:
     arms = [arm for arm, row in rows.items() if row and row.value is not None and row.value >= known]
     if not arms:
         return None
-    return (
+    sentence = (
         f"{listed(arms)} {'predicts' if len(arms) == 1 else 'predict'} the test text no better than the frequencies of "
-        f"its tokens in the training text, {number(known, 3)} bits per byte: which of the arms learns more once they "
-        "have learned something, this run cannot say."
+        f"its tokens in the training text, {number(known, 3)} bits per byte"
     )
+    if sum(row is not None and row.value is not None for row in rows.values()) < 2:
+        return f"{sentence}."
+    return f"{sentence}: which of the arms learns more once they have learned something, this run cannot say."
 
 
 def headlines(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -177,6 +180,7 @@ _OUTCOMES = {
     "slightly worse": "{arms} {are} worse than {base} by less than 5%",
     "same": "{arms} {are} the same as {base}",
     "open": "not resolved for {arms}",
+    "alone": "not resolved for {arms}, since one seed says nothing about the spread over seeds",
     "tried": "not resolved, after correcting for several comparisons, for {arms}",
     "refused": "not comparable for {arms}",
 }
@@ -191,6 +195,8 @@ def _outcome(one: dict[str, Any]) -> str:
         return slight + ("better" if one["better"] == one["b"] else "worse")
     if same_at_every_seed(one):
         return "same"
+    if one["n"] == 1:
+        return "alone"
     return "tried" if one["n"] > 1 and not one["ci_low"] <= neutral(one) <= one["ci_high"] else "open"
 
 

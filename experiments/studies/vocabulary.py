@@ -15,7 +15,7 @@ from experiments import cells
 from experiments.data.dataset import Dataset
 from experiments.data.places import PlacedBatches, token_bytes
 from experiments.data.prepared import tokens_per_byte
-from experiments.numbers import apart, fitting, multiple, number, plural, scale
+from experiments.numbers import fitting, listed, multiple, number, plural, scale, signed
 from experiments.rows import row
 from experiments.spec import Arm, Experiment
 from experiments.store import Cell, RunDirectory
@@ -240,12 +240,12 @@ def _best(
     else:
         sentence = f"{head}: {_interval(verdict, 'bits per byte')} against {smallest:,} entries, {_standing(verdict)}"
     left_out = [f"{size:,}" for size in larger if size not in values]
-    sentence += f" (not counted: {', '.join(left_out)})" if left_out else ""
+    sentence += f" (not counted: {listed(left_out)})" if left_out else ""
     edge = best == larger[-1]
     sentence += ". It is the largest size tried, so a larger one might do better still." if edge else "."
     below = [size for size in values if size in unigram and values[size] >= unigram[size]]
     if below:
-        at = ", ".join(f"{size:,}" for size in below)
+        at = listed([f"{size:,}" for size in below])
         sentence += f" At {at} entries it has not learned more than the frequencies of single tokens."
     return {"kind": "best-size", "arm": arm, "size": best, "value": values[best], "edge": edge,
             "against": None if best == smallest else smallest, "resolved": bool(verdict and verdict["resolved"]),
@@ -261,15 +261,11 @@ def _interval(one: dict, unit: str) -> str:
     estimate, low, high = one["estimate"], one["ci_low"], one["ci_high"]
     sign = one["kind"] == "difference"
     at = fitting(estimate, low, high)
-    size = f"{_signed(estimate, at)} {unit}" if sign else f"{multiple(estimate)} times {unit}"
+    size = f"{signed(estimate, at)} {unit}" if sign else f"{multiple(estimate)} times {unit}"
     if low is None:
         return f"{size} ({plural(one['n'], 'paired seed')})"
-    ends = " to ".join(_signed(end, at) if sign else multiple(end) for end in (low, high))
+    ends = " to ".join(signed(end, at) if sign else multiple(end) for end in (low, high))
     return f"{size} (95% interval {ends}, {plural(one['n'], 'paired seed')})"
-
-
-def _signed(value: float, at: int = 3) -> str:
-    return number(value, apart(value, 0.0, at), sign=True)
 
 
 def _standing(one: dict) -> str:

@@ -92,7 +92,7 @@ def test_a_run_whose_tokenizer_is_damaged(in_process: InProcess, smoke: Finished
     (tmp_path / smoke.directory.name / "tokenizer.json").write_text("[]", encoding="utf-8")
     code, _, stderr = in_process("export", "latest", tmp_path / "new", "--arm", "mamba", "--out", tmp_path)
     assert code == 2
-    assert "tokenizer.json is no tokenizer" in stderr
+    assert "tokenizer.json is missing or damaged; lab resume" in stderr
     assert len(stderr.strip().splitlines()) == 1
 
 

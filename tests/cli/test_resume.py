@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,13 +109,15 @@ def test_what_is_missing_is_run_and_what_is_there_is_kept(
         assert "[1/1] mamba/seed0/train" in stderr
         assert contents(folder) == made
     file = directory / "tokenizer.json"
-    file.unlink()
-    code, _, stderr = in_process(*generating)
-    assert (code, stderr) == (2, f"lab: {file} is missing; lab resume {directory} puts it there again\n")
-    code, _, stderr = in_process("resume", "--out", out)
-    assert code == 0, stderr
-    assert f"{file} was missing and is there again\n" in stderr
-    assert in_process(*generating)[0] == 0
+    for lose in (file.unlink, lambda: os.truncate(file, 1000)):
+        lose()
+        code, _, stderr = in_process(*generating)
+        said = f"lab: {file} is missing or damaged; lab resume {directory} puts it there again\n"
+        assert (code, stderr) == (2, said)
+        code, _, stderr = in_process("resume", "--out", out)
+        assert code == 0, stderr
+        assert f"{file} was missing or damaged and is there again\n" in stderr
+        assert in_process(*generating)[0] == 0
 
 
 def test_what_was_measured_of_a_lost_model_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,20 +136,30 @@ def test_what_was_measured_of_a_lost_model_is_forgotten(tmp_path: Path, monkeypa
     assert len(gone) == sum(cell.group == "mamba/seed1" for cell in cells)
 
 
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace("steps = 40\n", "steps = 41\n"), lambda text: text[:200], lambda text: "",
+    lambda text: "arms = 3", lambda text: "[arms]\nmamba = 1\n",
+])  # fmt: skip
 def test_a_run_whose_specification_was_changed_is_not_gone_on_with(
-    in_process: InProcess, smoke: Finished, tmp_path: Path
+    in_process: InProcess, smoke: Finished, tmp_path: Path, change: Callable[[str], str]
 ) -> None:
+    """Nor is it reported: a report tells what was asked for by it."""
     directory = tmp_path / "moved"
     shutil.copytree(smoke.directory, directory)
     shutil.rmtree(directory / "cells" / "mamba" / "seed1")
     before, spec = contents(directory), directory / "spec.toml"
     text = spec.read_text(encoding="utf-8")
     assert "steps = 40\n" in text
-    spec.write_text(text.replace("steps = 40\n", "steps = 41\n"), encoding="utf-8")
-    code, stdout, stderr = in_process("resume", directory)
-    assert (code, stdout) == (1, "")
-    last = stderr.splitlines()[-1]
-    assert last == f"lab: {spec} was changed since the run began: `lab run {spec}` starts a new run of it"
+    spec.write_text(change(text), encoding="utf-8")
+    for command in (
+        ["resume", directory], ["report", directory], ["generate", directory, "x"], ["trace", directory, "x"],
+        ["export", directory, tmp_path / "new", "--arm", "mamba"],
+    ):  # fmt: skip
+        code, stdout, stderr = in_process(*command)
+        assert (code, stdout) == (1, "")
+        assert stderr.splitlines()[-1] == (
+            f"lab: {spec} was changed since the run began, or is damaged: `lab run {spec}` starts a new run of it"
+        )
     after = contents(directory)
     assert before.keys() == after.keys()
     assert [path for path in before if before[path] != after[path]] == [spec]
@@ -202,6 +215,11 @@ def test_two_processes_do_not_work_on_one_run(in_process: InProcess, smoke: Fini
         code, stdout, stderr = in_process("resume", directory)
         assert (code, stdout, stderr.splitlines()[-1]) == (1, "", said)
         assert contents(directory) == before
+        (directory / "result.json").unlink()
+        code, stdout, stderr = in_process("report", directory)
+        unwritten = f"lab: no result.json in {directory}: the run has not written its result"
+        assert (code, stdout, stderr) == (1, "", f"{unwritten}; another process is at work on it\n")
+    assert in_process("report", directory)[2] == f"{unwritten}; lab resume {directory} finishes it\n"
 
 
 def test_the_same_command_twice_in_a_second_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

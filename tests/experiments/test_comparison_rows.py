@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from study_rows import held, per_seed, quality
 
-from experiments.rows import turn_ms
+from experiments.rows import mean_of, turn_ms
 from experiments.spec import Arm, Evaluation, Experiment, Measurement, Training
 from experiments.store import Cell, RunDirectory, write_json
 from experiments.studies import comparison
@@ -99,3 +99,11 @@ def test_the_longest_sequences_are_those_of_training_of_the_last_token_decoded_a
 def test_of_a_turn_the_call_in_the_middle_counts() -> None:
     found = turn_ms({"turns": [3, 1, 3], "samples": {"ms": [1.0, 90.0, 2.0, 5.0, 4.0, 3.0, 0.1]}})
     assert np.array_equal(found, [2.0, 5.0, 3.0])
+
+
+def test_the_busiest_expert_has_no_less_than_an_even_share() -> None:
+    """Over seeds, however far they lie apart."""
+    found = mean_of([1.1, 1.9], "train", "x")
+    assert found.low == 1
+    assert found.high is not None
+    assert found.high > 5

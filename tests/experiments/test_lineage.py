@@ -40,7 +40,7 @@ def test_a_step_that_is_resolved_says_by_how_much() -> None:
     )
     assert first["resolved"]
     assert not second["resolved"]
-    assert "transformer → mamba: the difference in bits per byte is not resolved (-0.100, " in second["sentence"]
+    assert "transformer → mamba: the difference in bits per byte is not resolved (−0.100, " in second["sentence"]
     assert whole["sentence"].startswith("Of 2 steps 1 lowered bits per byte, 0 raised them and 1 is not resolved. ")
     assert "The lowest mean is that of mamba, 2.500 bits per byte" in whole["sentence"]
     assert whole["sentence"].endswith("the largest resolved gain came from lstm to transformer.")
@@ -107,7 +107,7 @@ def test_without_a_seed_in_common_nothing_is_said_of_the_whole() -> None:
 
 def test_one_seed_resolves_nothing() -> None:
     first, _, whole = said([row for row in QUALITY if row["seed"] == 0])
-    assert "not resolved (-0.500, one seed)" in first["sentence"]
+    assert "not resolved (−0.500, one seed)" in first["sentence"]
     assert (whole["lowered"], whole["raised"]) == (0, 0)
 
 

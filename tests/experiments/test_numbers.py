@@ -77,7 +77,7 @@ def test_what_means_no_difference_is_printed_of_nothing_else(
     for shown, true in zip(found.groups(), (value, value - below, value + above), strict=True):
         assert np.sign(parsed(shown) - neutral) == np.sign(true - neutral)
     assert np.sign(parsed(numbers.multiple(value)) - 1) == np.sign(value - 1) or abs(value - 1) <= 1e-8
-    assert np.sign(float(numbers.signed(value, 3))) == np.sign(value) or abs(value) <= 1e-8
+    assert np.sign(parsed(numbers.signed(value, 3))) == np.sign(value) or abs(value) <= 1e-8
 
 
 def test_digits_that_keep_a_bound_apart() -> None:
@@ -92,7 +92,7 @@ def test_digits_that_keep_a_bound_apart() -> None:
         "1.0004",
         "1.00",
     )
-    assert (numbers.signed(-0.00001234, 4), numbers.signed(0.0, 4)) == ("-0.00001", "+0.0000")
+    assert (numbers.signed(-0.00001234, 4), numbers.signed(0.0, 4)) == ("−0.00001", "0.0000")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_no_sentence_rounds_a_difference_away() -> None:
     near = one | {"estimate": -0.0911, "ci_low": -0.1619, "ci_high": -0.0003}
     assert wording.predicts(near) == "b predicts better, by 0.091 bits per byte (0.0003 to 0.162)"
     open_ = near | {"resolved": False, "ci_high": 0.0003, "p": 0.2}
-    assert "(-0.091, -0.162 to +0.0003)" in wording.predicts(open_)
+    assert "(−0.091, −0.162 to +0.0003)" in wording.predicts(open_)
     ratio = one | {"estimate": 0.9995, "ci_low": 0.99903, "ci_high": 0.99996}
     assert wording.faster(ratio) == "0.9995 times (0.999 to 0.99996) as fast"
     rows = quality("a", [2.0, 2.0, 2.0]) + quality("b", [2.00001, 2.000011, 2.00001])

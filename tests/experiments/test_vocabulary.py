@@ -225,7 +225,7 @@ def test_a_model_below_the_frequencies_of_tokens() -> None:
     bits = rows_of(three([5.0], [4.0], [3.0]), "quality", "test_bits_per_byte")
     one = told(bits, rows_of(three([5.5], [3.9], [2.9]), "text", "unigram_bits_per_byte"))["best-size"]
     assert one["sentence"].endswith(
-        "At 512, 1,024 entries it has not learned more than the frequencies of single tokens."
+        "At 512 and 1,024 entries it has not learned more than the frequencies of single tokens."
     )
     one = told(bits, rows_of(three([5.5], [4.9], [3.9]), "text", "unigram_bits_per_byte"))["best-size"]
     assert "frequencies" not in one["sentence"]

@@ -35,7 +35,7 @@ from experiments.report import (
     verdict,
     write_report,
 )
-from experiments.report.document import Cell, Table, Verdict
+from experiments.report.document import Cell, Column, Document, Section, Table, Verdict
 from experiments.report.record import read
 from experiments.report.tables import TITLES
 
@@ -868,6 +868,7 @@ def test_unknown_format_names_the_nearest(runs: Runs) -> None:
         (lambda result: json.dumps({k: v for k, v in result.items() if k != "arms"}), "'arms' is missing"),
         (lambda result: json.dumps(result | {"rows": result["rows"] + result["rows"][:1]}), "two rows for"),
         (lambda result: json.dumps(result | {"rows": [{"arm": "mamba"}]}), r"rows\[0\] has no 'phase'"),
+        (lambda result: json.dumps(result | {"verdicts": [{"phase": "quality"}]}), "a verdict has no 'metric'"),
     ],
 )
 def test_a_damaged_result_is_one_line(make_run: Callable[..., Path], damage: Callable, message: str) -> None:
@@ -878,6 +879,31 @@ def test_a_damaged_result_is_one_line(make_run: Callable[..., Path], damage: Cal
         render(run, "table")
     assert "\n" not in str(caught.value)
     assert (f"; lab resume {run} builds it again" in str(caught.value)) is (message != "schema_version 9")
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("spec.toml", "", "it has no arms"), ("spec.toml", "arms = 3", "it has no arms"),
+    ("spec.toml", "[arms]\nmamba = 1", "it has no arms"), ("spec.toml", "arms = ", "not valid TOML"),
+    ("environment.json", '{"data": 3}', "'data' is of another kind"),
+    ("environment.json", '{"packages": []}', "'packages' is of another kind"),
+])  # fmt: skip
+def test_other_damaged_files_are_one_line(make_run: Callable[..., Path], name: str, text: str, message: str) -> None:
+    """Of a record that has no hash of its specification, as older ones have none."""
+    run = make_run(seeds=(0,), measured=False)
+    (run / name).write_text(text, encoding="utf-8")
+    with pytest.raises(RunFailedError, match=f"{name} is damaged: {message}") as caught:
+        render(run, "table")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_terminal_shows_no_footnote_of_a_column_that_it_leaves_out() -> None:
+    table = Table("Numbers", [Column("What", key=True), Column("Value"), Column("Verdict", terminal=False)])
+    table.add("speed", table.cell("1", "a note"), table.cell("2", "another note"))
+    page = Document("title", [], [], [Section("results", "Results", "", [table])])
+    said = formats.terminal(page)
+    assert "[a] a note" in said
+    assert "another" not in said
+    assert "another note" in formats.markdown(page)
 
 
 def test_torn_line_and_loss_that_is_not_finite_are_remarked(make_run: Callable[..., Path]) -> None:

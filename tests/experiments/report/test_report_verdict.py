@@ -75,7 +75,8 @@ def test_a_difference_is_the_same_at_0_and_slight_at_no_size(record: Record) -> 
     (told_of_quality, _), _ = told(record, verdicts)
     assert told_of_quality.sentence == (
         "Test bits per byte: little is better than base; large is worse than base; equal is the same as base; "
-        "not resolved for single; not resolved, after correcting for several comparisons, for away."
+        "not resolved for single, since one seed says nothing about the spread over seeds; "
+        "not resolved, after correcting for several comparisons, for away."
     )
 
 
@@ -165,3 +166,17 @@ def test_arms_that_learned_no_more_than_frequencies_are_named(record: Record, kn
     found = [block.text for block in verdict(made).blocks if isinstance(block, Text) and "no better than" in block.text]
     assert len(found) == bool(said)
     assert all(text.startswith(f"{said} the test text no better than the frequencies") for text in found)
+    assert all(text.endswith("this run cannot say.") for text in found)
+
+
+def test_an_arm_alone_is_not_asked_which_of_the_arms_learns_more(record: Record) -> None:
+    result = record.result | {
+        "baselines": {"unigram_bits_per_byte": 1.0}, "verdicts": [],
+        "failures": [{"cell": "transformer/seed0/train", "message": "loss inf"}],
+    }  # fmt: skip
+    rows = [row for row in record.rows if row.arm == "mamba"]
+    said = [
+        block.text for block in verdict(replace(record, result=result, rows=rows)).blocks if isinstance(block, Text)
+    ]
+    assert any(text.endswith("of its tokens in the training text, 1.000 bits per byte.") for text in said)
+    assert "This run recorded no comparison. Cells failed of transformer." in said
