@@ -130,7 +130,8 @@ def test_models_that_were_only_initialised_are_not_taken_for_trained_ones(
     for command in (("generate", run, "a"), ("export", run, tmp_path / "hf", "--arm", "mamba")):
         code, stdout, stderr = in_process(*command)
         assert (code, stdout) == (2, "")
-        assert stderr == f"lab: the memory study trains no model: those of {run.name} are random\n"
+        random = f"lab: the memory study trains no model: those of {run.name} are random"
+        assert stderr == f"{random}; name another run (lab runs lists them)\n"
     assert not (tmp_path / "hf").exists()
     code, stdout, _ = in_process("trace", run, "a")
     assert code == 0
