@@ -127,8 +127,8 @@ def check_trains(directory: RunDirectory) -> None:
     study = directory.experiment()
     if not study.trains:
         raise SpecError(
-            f"the {study.study} study trains no model: those of {directory.path.name} are random; name another run (lab "
-            f"runs lists them)"
+            f"the {study.study} study trains no model: those of {directory.path.name} are random; name another run "
+            f"(lab runs lists them)"
         )
 
 
