@@ -70,13 +70,22 @@ def _replayed(config: ModelConfig) -> bool:
 
 
 def largest(experiment: Experiment) -> list[Work]:
-    """Of every arm, by kind."""
-    found: dict[tuple[str, str], Work] = {}
+    """Of every arm, by kind; of decode that which keeps the most tokens and that which reads the most at once."""
+    found: dict[tuple[str, str, Callable[[Work], int]], Work] = {}
     for work in _works(experiment):
-        known = found.setdefault((work.arm, work.kind), work)
-        if work.batch * work.context > known.batch * known.context:
-            found[work.arm, work.kind] = work
-    return list(found.values())
+        for tokens in (_kept, _at_once):
+            known = found.setdefault((work.arm, work.kind, tokens), work)
+            if work.batch * tokens(work) > known.batch * tokens(known):
+                found[work.arm, work.kind, tokens] = work
+    return list(dict.fromkeys(found.values()))
+
+
+def _kept(work: Work) -> int:
+    return work.context
+
+
+def _at_once(work: Work) -> int:
+    return min(work.context, PIECE) if work.kind == "decode" else work.context
 
 
 def _works(experiment: Experiment) -> Iterator[Work]:
@@ -111,7 +120,7 @@ def least_bytes(config: ModelConfig, work: Work) -> int:
             return replay.training(config, rows, context, precision=work.dtype).peak
         return replay.prefill(config, rows, context, DTYPES[work.dtype]) - state(rows, context)
 
-    at_once = min(work.context, PIECE) if work.kind == "decode" else work.context
+    at_once = _at_once(work)
     two_chunks = CHUNK_BYTES["cpu"] // (2 * config.vocabulary)  # of tokens
 
     def of_rows(rows: int) -> int:

@@ -260,7 +260,9 @@ def _keep_tokenizers(directory: RunDirectory, experiment: Experiment, dataset: P
         file = directory.path / experiment.tokenizer_file(cell)
         whole = dataset.datasets[experiment.vocabulary_of(cell)].tokenizer_path
         if not file.is_file() or file.read_bytes() != whole.read_bytes():
-            shutil.copy(whole, file)
+            part = file.with_suffix(".part")
+            shutil.copy(whole, part)
+            part.replace(file)
             kept.append(file)
     return kept
 
@@ -304,6 +306,7 @@ def _unfinished(experiment: Experiment, dataset: Prepared, out: Path) -> RunDire
 
 def _check_same_run(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> None:
     then, here = directory.environment(), describe(experiment.device, experiment.threads)
+    directory.check_spec(then)
     for key in SETTLED:
         if then[key] != here[key]:
             raise RunFailedError(

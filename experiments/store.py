@@ -130,11 +130,14 @@ class RunDirectory:
         return hashlib.sha256((self.path / "spec.toml").read_bytes()).hexdigest()
 
     def check_spec(self, environment: dict[str, Any]) -> None:
-        """Raises RunFailedError where the specification is not that of `environment`; older ones do not tell."""
+        """Raises RunFailedError: it is gone, or not the one that `environment` is of; older ones do not tell."""
         spec = self.path / "spec.toml"
-        if spec.is_file() and environment.get("spec_sha256", self.spec_sha256()) != self.spec_sha256():
+        if not spec.is_file():
+            raise RunFailedError(f"no spec.toml in {self.path}: a run directory keeps its resolved specification there")
+        if environment.get("spec_sha256", self.spec_sha256()) != self.spec_sha256():
             raise RunFailedError(
-                f"{spec} was changed since the run began, or is damaged: `lab run {spec}` starts a new run of it"
+                f"{spec} was changed since the run began, or is damaged: `lab run {spec}` starts a new run of what it "
+                f"says; this one was begun by `{environment['command']}`"
             )
 
     def tokenizer_file(self, arm: str) -> Path:
@@ -153,7 +156,12 @@ class RunDirectory:
         return experiment.seen_with(tokens_per_byte(self.environment()["data"], vocabulary))
 
     def environment(self) -> dict[str, Any]:
-        return read_json(self.path / "environment.json")
+        file = self.path / "environment.json"
+        found = read_json(file)
+        for table, key in ((found, "data"), (found, "packages"), (found, "backends"), (found.get("data"), "overlap")):
+            if isinstance(table, dict) and not isinstance(table.get(key, {}), dict):
+                raise damaged(file, f"'{key}' is of another kind")
+        return found
 
 
 def at_work(run: Path) -> bool:

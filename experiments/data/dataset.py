@@ -12,8 +12,8 @@ say in it, equal documents count once, so no text is in two splits. Within a spl
 in which they were read.
 
 The corpus is streamed four times (hash, learn the tokenizer, look at what models are judged by, encode); between
-passes 41 bytes per document are kept, and a hash of each line of the test and validation text, never a text itself.
-The tokenizer learns from the first documents of the train split, by content again, until they are `LEARNED_BYTES`.
+passes 41 bytes per document are kept, and hashes of lines of the test and validation text, never a text itself. The
+tokenizer learns from the first documents of the train split, by content again, until they are `LEARNED_BYTES`.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ ALIKE = 0.9  # of a document's long lines
 class Overlap:
     """First every judged document (`judge`), then every document of the train split (`train`); then `shares`.
 
-    Of each distinct line of the judged text 16 bytes are kept, of the train text nothing.
+    Of each long line of the judged text a hash is kept, of the train text nothing.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Overlap:
     def judge(self, split: str, text: str) -> None:
         lines = list(_long_lines(text))
         self._documents.setdefault(split, []).append((len(text.encode()), lines))
-        self._met |= dict.fromkeys(lines, False)
+        self._met.update(dict.fromkeys(lines, False))
 
     def train(self, text: str) -> None:
         for line in _long_lines(text):

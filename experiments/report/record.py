@@ -252,8 +252,10 @@ def read(run: Path) -> Record:
         raise SpecError(f"no run directory at {run}; `lab runs` lists those there are")
     file = run / "result.json"
     remedy = rebuilt(file)
-    unwritten = "another process is at work on it" if at_work(run) else f"{resumes(file)} finishes it"
-    result_text = read_text(file, remedy, f"the run has not written its result; {unwritten}")
+    if not file.is_file():
+        then = "another process is at work on it" if at_work(run) else f"{resumes(file)} finishes it"
+        raise RunFailedError(f"no {file.name} in {run}: the run has not written its result; {then}")
+    result_text = read_text(file, remedy)
     result = parsed(result_text, file, remedy)
     for key, kind in REQUIRED.items():
         if key not in result:
@@ -271,17 +273,16 @@ def read(run: Path) -> Record:
         "created": "",
         "finished": "",
     } | result
-    for one in result["verdicts"]:
-        lacking = [key for key in VERDICT if key not in one]
+    for kind, keys in (("verdicts", VERDICT), ("failures", ("cell", "message"))):
+        if not isinstance(result[kind], list) or not all(isinstance(one, dict) for one in result[kind]):
+            raise damaged(file, f"'{kind}' is of another kind", remedy)
+        lacking = [key for one in result[kind] for key in keys if key not in one]
         if lacking:
-            raise damaged(file, f"a verdict has no '{lacking[0]}'", remedy)
+            raise damaged(file, f"one of its {kind} has no '{lacking[0]}'", remedy)
     remarks: list[str] = []
     environment: dict[str, Any] = {}
     if (run / "environment.json").is_file():
-        environment = read_json(run / "environment.json")
-        for key in ("data", "packages", "backends"):
-            if not isinstance(environment.get(key, {}), dict):
-                raise damaged(run / "environment.json", f"'{key}' is of another kind")
+        environment = RunDirectory(run).environment()
         RunDirectory(run).check_spec(environment)
     else:
         remarks.append("environment.json is missing: machine and versions are unknown")

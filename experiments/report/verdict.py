@@ -113,7 +113,7 @@ def verdict(record: Record) -> Section:
             alone = len(record.arms) < 2
             said = "This run has one arm, so it compares nothing." if alone else "This run recorded no comparison."
             failed = sorted({one["cell"].partition("/")[0] for one in record.failures if one["cell"]})
-            blocks.append(Text(f"{said} Cells failed of {listed(failed)}." if failed else said))
+            blocks.append(Text(f"{said} Cells of {listed(failed)} failed." if failed else said))
     blocks.append(Text(limits(record)))
     return Section("verdict", "Verdict", intro, blocks)
 
@@ -232,7 +232,7 @@ def _by_heart(record: Record) -> str:
     """What has to be said of a judged text that looks like the training text; older records do not tell."""
     split = "test" if reads_test(record) else "validation"
     share = 100 * record.environment.get("data", {}).get("overlap", {}).get(split, 0)
-    if share < 0.5:
+    if round(share) < 1:
         return ""
     return (
         f" {number(share, 0)}% of the {split} text is in documents whose lines nearly all stand in the training text, "

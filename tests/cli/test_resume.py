@@ -144,21 +144,24 @@ def test_a_run_whose_specification_was_changed_is_not_gone_on_with(
     in_process: InProcess, smoke: Finished, tmp_path: Path, change: Callable[[str], str]
 ) -> None:
     """Nor is it reported: a report tells what was asked for by it."""
-    directory = tmp_path / "moved"
+    directory = tmp_path / smoke.directory.name
     shutil.copytree(smoke.directory, directory)
     shutil.rmtree(directory / "cells" / "mamba" / "seed1")
     before, spec = contents(directory), directory / "spec.toml"
     text = spec.read_text(encoding="utf-8")
     assert "steps = 40\n" in text
     spec.write_text(change(text), encoding="utf-8")
+    command_of_the_run = json.loads((directory / "environment.json").read_text(encoding="utf-8"))["command"]
     for command in (
         ["resume", directory], ["report", directory], ["generate", directory, "x"], ["trace", directory, "x"],
         ["export", directory, tmp_path / "new", "--arm", "mamba"],
+        ["run", "compare", "--profile", "smoke", "--out", tmp_path],  # which would go on with it
     ):  # fmt: skip
         code, stdout, stderr = in_process(*command)
-        assert (code, stdout) == (1, "")
+        assert (code, stdout) == (1, ""), stderr
         assert stderr.splitlines()[-1] == (
-            f"lab: {spec} was changed since the run began, or is damaged: `lab run {spec}` starts a new run of it"
+            f"lab: {spec} was changed since the run began, or is damaged: `lab run {spec}` starts a new run of what it "
+            f"says; this one was begun by `{command_of_the_run}`"
         )
     after = contents(directory)
     assert before.keys() == after.keys()
@@ -193,16 +196,32 @@ def test_a_run_goes_on_with_what_it_was_begun_with_alone(
     shutil.copytree(smoke.directory, directory)
     environment = directory / "environment.json"
     recorded = json.loads(environment.read_text(encoding="utf-8"))
-    environment.write_text(json.dumps(recorded | {key: "another"}), encoding="utf-8")
+    other = {"torch": "0"} if key == "packages" else "another"
+    environment.write_text(json.dumps(recorded | {key: other}), encoding="utf-8")
     code, _, stderr = in_process("resume", directory)
     assert code == 1
-    assert f"was begun with another {key} (another, here " in stderr.splitlines()[-1]
+    assert f"was begun with another {key} ({other}, here " in stderr.splitlines()[-1]
 
 
 def test_what_a_run_is_begun_with_are_machine_code_and_packages() -> None:
     assert set(runner.SETTLED) == {
         "source_sha256", "cpu", "cores", "gpu", "gpu_driver", "threads", "gomp_spincount", "packages", "python",
     }  # fmt: skip
+
+
+def test_a_run_without_its_specification_is_not_gone_on_with(
+    in_process: InProcess, smoke: Finished, tmp_path: Path
+) -> None:
+    directory = tmp_path / smoke.directory.name
+    shutil.copytree(smoke.directory, directory)
+    shutil.rmtree(directory / "cells" / "mamba" / "seed1")
+    (directory / "spec.toml").unlink()
+    before = contents(directory)
+    for command in (["resume", directory], ["run", "compare", "--profile", "smoke", "--out", tmp_path]):
+        code, stdout, stderr = in_process(*command)
+        assert (code, stdout) == (1, "")
+        assert f"no spec.toml in {directory}: a run directory keeps its" in stderr.splitlines()[-1]
+    assert contents(directory) == before
 
 
 def test_two_processes_do_not_work_on_one_run(in_process: InProcess, smoke: Finished, tmp_path: Path) -> None:

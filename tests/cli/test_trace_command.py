@@ -187,7 +187,7 @@ def test_a_run_that_never_finished(in_process: InProcess, smoke: Finished, tmp_p
     code, _, stderr = in_process("trace", "latest", "x", "--out", tmp_path)
     assert code == USAGE
     assert "arm 'mamba', seed 0" in stderr
-    assert "was never trained to the end" in stderr
+    assert "was never trained to the end; trained are: transformer (choose by --arms)" in stderr
     assert [one["model"] for one in data(in_process, run, "x", "--arms", "transformer")] == ["transformer"]
 
 

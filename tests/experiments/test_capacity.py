@@ -64,11 +64,14 @@ def test_what_is_refused_could_not_fit(monkeypatch, family, kind, dtype):
     ("speed", ["speed.train_contexts=[128, 8192]", "speed.contexts=[64, 512]", "speed.batches=[4]"],
      {Work("mamba", "train", 1, 8192, "float32"), Work("mamba", "prefill", 4, 512, "float32"),
       Work("mamba", "decode", 4, 512, "float32")}),
+    ("moe", ["measurement.contexts=[256, 65536]", "experts.batches=[1, 128]"],  # the batches at the shortest context
+     {Work("moe", "train", 2, 256, "float32"), Work("moe", "prefill", 1, 65536, "float32"),
+      Work("moe", "decode", 1, 65536, "float32"), Work("moe", "decode", 128, 256, "float32")}),
     ("vocabulary", [], set()),
 ])  # fmt: skip
 def test_the_largest_work_of_an_arm(name, assignments, largest):
     experiment = spec.load(name, profile="cpu", assignments=assignments, device="cpu")
-    found = [work for work in capacity.largest(experiment) if work.arm == "mamba"]
+    found = [work for work in capacity.largest(experiment) if work.arm == ("moe" if name == "moe" else "mamba")]
     assert set(found) == largest
     assert len(found) == len(largest)
 

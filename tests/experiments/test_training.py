@@ -192,6 +192,15 @@ def test_dropout_draws_other_numbers_than_initialisation(seed: int) -> None:
     assert dropout_seed(seed) != dropout_seed(seed + 1)
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_training_seeds_nothing_but_dropout(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seeded = model(), []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    batches = Batches(TOKENS, context=12, batch=3, seed=0)
+    list(train(made, batches, SETTINGS, 1e-2, StreamHash(), Objective("causal", 64, seed)))
+    assert seeded == [dropout_seed(seed)]
+
+
 def test_dropout_has_a_stream_of_its_own() -> None:
     """It depends on the seed of the run, not on the model's or on what was drawn before; and it is on in training."""
     config = preset("gpt1").with_overrides({"vocabulary": 64, "width": 32, "layers": 1})

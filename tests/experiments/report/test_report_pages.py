@@ -511,7 +511,8 @@ def test_a_corpus_of_installed_files_is_said_to_be_that_machines(make_run: Calla
 @pytest.mark.parametrize(("overlap", "splits", "told"), [
     ({"test": 0.1278, "validation": 0.3}, ["validation", "test"], "13% of the test text is in documents whose lines"),
     ({"test": 0.1278, "validation": 0.3}, ["validation"], "30% of the validation text is in documents whose lines"),
-    ({"test": 0.004, "validation": 0.3}, ["validation", "test"], None),
+    ({"test": 0.005, "validation": 0.3}, ["validation", "test"], None),
+    ({"test": 0.0051, "validation": 0.3}, ["validation", "test"], "1% of the test text is in documents whose lines"),
     (None, ["validation", "test"], None),
 ])  # fmt: skip
 def test_limits_tell_what_a_model_may_know_by_heart(
@@ -868,7 +869,13 @@ def test_unknown_format_names_the_nearest(runs: Runs) -> None:
         (lambda result: json.dumps({k: v for k, v in result.items() if k != "arms"}), "'arms' is missing"),
         (lambda result: json.dumps(result | {"rows": result["rows"] + result["rows"][:1]}), "two rows for"),
         (lambda result: json.dumps(result | {"rows": [{"arm": "mamba"}]}), r"rows\[0\] has no 'phase'"),
-        (lambda result: json.dumps(result | {"verdicts": [{"phase": "quality"}]}), "a verdict has no 'metric'"),
+        (
+            lambda result: json.dumps(result | {"verdicts": [{"phase": "quality"}]}),
+            "its verdicts has no 'metric'",
+        ),
+        (lambda result: json.dumps(result | {"verdicts": None}), "'verdicts' is of another kind"),
+        (lambda result: json.dumps(result | {"verdicts": [None]}), "'verdicts' is of another kind"),
+        (lambda result: json.dumps(result | {"failures": [{"cell": "a/seed0/train"}]}), "failures has no 'message'"),
     ],
 )
 def test_a_damaged_result_is_one_line(make_run: Callable[..., Path], damage: Callable, message: str) -> None:
@@ -886,6 +893,7 @@ def test_a_damaged_result_is_one_line(make_run: Callable[..., Path], damage: Cal
     ("spec.toml", "[arms]\nmamba = 1", "it has no arms"), ("spec.toml", "arms = ", "not valid TOML"),
     ("environment.json", '{"data": 3}', "'data' is of another kind"),
     ("environment.json", '{"packages": []}', "'packages' is of another kind"),
+    ("environment.json", '{"data": {"overlap": null}}', "'overlap' is of another kind"),
 ])  # fmt: skip
 def test_other_damaged_files_are_one_line(make_run: Callable[..., Path], name: str, text: str, message: str) -> None:
     """Of a record that has no hash of its specification, as older ones have none."""

@@ -179,4 +179,4 @@ def test_an_arm_alone_is_not_asked_which_of_the_arms_learns_more(record: Record)
         block.text for block in verdict(replace(record, result=result, rows=rows)).blocks if isinstance(block, Text)
     ]
     assert any(text.endswith("of its tokens in the training text, 1.000 bits per byte.") for text in said)
-    assert "This run recorded no comparison. Cells failed of transformer." in said
+    assert "This run recorded no comparison. Cells of transformer failed." in said
