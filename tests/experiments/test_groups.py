@@ -2,13 +2,17 @@
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments import runner
+from experiments.errors import CorpusError
 from experiments.spec import Arm, load
 from experiments.store import Cell, RunDirectory
 from experiments.studies import STUDIES
@@ -183,3 +187,19 @@ def test_a_result_that_is_not_finite_fails_alone(tmp_path: Path) -> None:
     runner._record(directory, cell, {"splits": {}}, said.append, 2, 2)
     assert (directory.result(cell), directory.failure(cell)) == ({"splits": {}}, None)
     assert [event.kind for event in said] == ["failure", "finish"]
+
+
+@pytest.mark.parametrize("short", ["train", "validation", "test", None])
+def test_every_split_that_is_read_has_a_window(short: str | None):
+    """The validation text too, of which the curve is, where only the test text is evaluated at the end."""
+    experiment = load("compare", profile="smoke", assignments=['evaluation.splits=["test"]'])
+    context = experiment.training.context
+    splits = {
+        name: SimpleNamespace(tokens=np.zeros(context + (name != short), dtype=np.uint16))
+        for name in ("train", "validation", "test")
+    }
+    facts = {"tokens": {"train": 100}, "bytes": {"train": 200}}
+    prepared: Any = SimpleNamespace(datasets={512: SimpleNamespace(facts=facts, splits=splits)})
+    refused = nullcontext() if short is None else pytest.raises(CorpusError, match=f"the {short} split has {context}")
+    with refused:
+        runner._check_lengths(experiment, prepared)
