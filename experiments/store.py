@@ -134,7 +134,8 @@ class RunDirectory:
         spec = self.path / "spec.toml"
         if not spec.is_file():
             raise RunFailedError(f"no spec.toml in {self.path}: a run directory keeps its resolved specification there")
-        if environment.get("spec_sha256", self.spec_sha256()) != self.spec_sha256():
+        begun = environment.get("spec_sha256")
+        if begun is not None and begun != self.spec_sha256():
             raise RunFailedError(
                 f"{spec} was changed since the run began, or is damaged: `lab run {spec}` starts a new run of what it "
                 f"says; this one was begun by `{environment['command']}`"

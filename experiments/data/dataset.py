@@ -11,9 +11,9 @@ their SHA-256, the first ones are test, the next validation, the rest train. Nam
 say in it, equal documents count once, so no text is in two splits. Within a split, documents keep the order
 in which they were read.
 
-The corpus is streamed four times (hash, learn the tokenizer, look at what models are judged by, encode); between
-passes 41 bytes per document are kept, and hashes of lines of the test and validation text, never a text itself. The
-tokenizer learns from the first documents of the train split, by content again, until they are `LEARNED_BYTES`.
+The corpus is streamed three times (hash, learn the tokenizer, encode); between passes 41 bytes per document are kept,
+and hashes of lines of the test and validation text, never a text itself. The tokenizer learns from the
+first documents of the train split, by content again, until they are `LEARNED_BYTES`.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import os
 import platform
 import tempfile
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -288,11 +288,13 @@ def _planned(data: Data, plan: _Plan) -> Iterator[tuple[str, str, bool]]:
             yield SPLITS[split], document.text, learned
 
 
-# --- passes 2 to 4: tokenizer and token files
+# --- passes 2 and 3: tokenizer and token files
 
 
 def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]) -> None:
     """Write every file of the dataset into the empty `folder`."""
+    overlap = Overlap()
+    texts = (text for split, text, learned in _judged(_planned(data, plan), overlap) if learned)
     if data.tokenizer:
         progress(f"taking the tokenizer of {data.tokenizer}")
         trained = tokenizer.given(Path(data.tokenizer))
@@ -302,16 +304,11 @@ def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]
                 f"data.vocabulary = {data.vocabulary}, but the tokenizer in {data.tokenizer} has {entries} entries: "
                 f"set data.vocabulary={entries}"
             )
+        deque(texts, maxlen=0)  # which are judged all the same
     else:
         progress(f"training a tokenizer of {data.vocabulary} entries")
-        texts = (text for _, text, learned in _planned(data, plan) if learned)
         trained = tokenizer.train(texts, data.vocabulary)
     (folder / _TOKENIZER).write_text(trained.to_str(), encoding="utf-8")
-
-    overlap = Overlap()
-    for split, text, _ in _planned(data, plan):
-        if split != "train":
-            overlap.judge(split, text)
 
     progress("encoding documents")
     kind = token_type(data.vocabulary)
@@ -356,6 +353,14 @@ def _make(data: Data, plan: _Plan, folder: Path, progress: Callable[[str], None]
         "files": hashes,
     }
     (folder / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def _judged(documents: Iterable[tuple[str, str, bool]], overlap: Overlap) -> Iterator[tuple[str, str, bool]]:
+    """Passes documents through and tells `overlap` of those that models are judged by."""
+    for split, text, learned in documents:
+        if split != "train":
+            overlap.judge(split, text)
+        yield split, text, learned
 
 
 def _counted(

@@ -283,10 +283,10 @@ def read(run: Path) -> Record:
     environment: dict[str, Any] = {}
     if (run / "environment.json").is_file():
         environment = RunDirectory(run).environment()
-        RunDirectory(run).check_spec(environment)
     else:
         remarks.append("environment.json is missing: machine and versions are unknown")
-    spec_text = read_text(run / "spec.toml", missing="a run directory keeps its resolved specification there")
+    RunDirectory(run).check_spec(environment)
+    spec_text = read_text(run / "spec.toml")
     try:
         spec = tomllib.loads(spec_text)
     except tomllib.TOMLDecodeError as error:

@@ -65,7 +65,10 @@ def test_a_prepared_corpus_says_it_of_both_judged_splits(tmp_path: Path) -> None
     for number in range(30):
         (folder / f"{number}.txt").write_text("\n".join([f"{number} is a file's own first line", *LINES]))
     data = Data(corpus="text", path=str(folder), vocabulary=300, validation_fraction=0.1, test_fraction=0.2)
-    assert prepare(data, tmp_path / "cache").facts["overlap"] == dict.fromkeys(SPLITS[1:], 1)
+    prepared = prepare(data, tmp_path / "cache")
+    assert prepared.facts["overlap"] == dict.fromkeys(SPLITS[1:], 1)
+    given = data.model_copy(update={"tokenizer": str(prepared.tokenizer_path)})  # which has nothing to learn
+    assert prepare(given, tmp_path / "cache").facts["overlap"] == dict.fromkeys(SPLITS[1:], 1)
     for number, file in enumerate(sorted(folder.iterdir())):
         file.write_text("\n".join(f"{number} is what begins this and no other file: {line}" for line in LINES))
     assert prepare(data, tmp_path / "cache").facts["overlap"] == dict.fromkeys(SPLITS[1:], 0)
