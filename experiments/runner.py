@@ -410,7 +410,7 @@ def _groups(todo: list[Cell], study: Any, experiment: Experiment) -> Iterator[li
 
 
 def _finish(directory: RunDirectory, experiment: Experiment, dataset: Prepared) -> dict[str, Any]:
-    result = build_result(directory, experiment, dataset.facts)
+    result = store.sealed(build_result(directory, experiment, dataset.facts))
     write_json(directory.path / "result.json", result)
     report.write_report(directory.path)
     return result

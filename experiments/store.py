@@ -26,6 +26,7 @@ from experiments.spec import Experiment, load
 
 NO_STEPS = "it has no training step"
 LOCK = ".lock"  # held by the process that is at work on the run
+SEAL = "sha256"  # the field of a sealed object that holds the hash
 INTERRUPTED = "interrupted"  # the event of a run that was
 
 
@@ -191,7 +192,8 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     try:
         experiment = run.experiment()
         file = run.path / "result.json"
-        status = read_json(file, rebuilt(file))["status"] if file.is_file() else "unfinished"
+        remedy = rebuilt(file)
+        status = unsealed(read_text(file, remedy), file, remedy)["status"] if file.is_file() else "unfinished"
     except LabError as error:
         return {"run": run.path.name, "status": "damaged", "profile": "", "arms": [], "problem": str(error)}
     arms = list(experiment.cells())
@@ -271,6 +273,16 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """With the hash of all the rest of it, by which `unsealed` sees a later change."""
+    return value | {SEAL: _hash(value)}
+
+
+def _hash(value: dict[str, Any]) -> str:
+    rest = {key: one for key, one in value.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 class Table(dict[str, Any]):
     """A JSON object in a file. One that lacks what is asked for is damaged."""
 
@@ -311,6 +323,14 @@ def parsed(text: str, path: Path, remedy: str = "") -> Table:
         raise damaged(path, f"not valid JSON: {error}", remedy) from None
     if not isinstance(found, Table):
         raise damaged(path, "it must hold one JSON object", remedy)
+    return found
+
+
+def unsealed(text: str, path: Path, remedy: str = "") -> Table:
+    """As `parsed`, of an object that was `sealed`; older ones were not. Raises RunFailedError where it changed, too."""
+    found = parsed(text, path, remedy)
+    if SEAL in found and found[SEAL] != _hash(found):
+        raise damaged(path, "it was changed since it was written", remedy)
     return found
 
 

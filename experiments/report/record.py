@@ -25,11 +25,11 @@ from experiments.store import (
     at_work,
     damaged,
     log_again,
-    parsed,
     read_json,
     read_text,
     rebuilt,
     resumes,
+    unsealed,
 )
 
 VERDICT = (  # what is read of one
@@ -256,7 +256,7 @@ def read(run: Path) -> Record:
         then = "another process is at work on it" if at_work(run) else f"{resumes(file)} finishes it"
         raise RunFailedError(f"no {file.name} in {run}: the run has not written its result; {then}")
     result_text = read_text(file, remedy)
-    result = parsed(result_text, file, remedy)
+    result = unsealed(result_text, file, remedy)
     for key, kind in REQUIRED.items():
         if key not in result:
             raise damaged(file, f"the key '{key}' is missing", remedy)

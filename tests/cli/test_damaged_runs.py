@@ -1,6 +1,7 @@
 """A damaged run directory is listed as such, among the others, and what is damaged is named with its remedy."""
 
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -116,6 +117,27 @@ def test_a_remedy_names_the_run_as_a_shell_takes_it(in_process: InProcess, smoke
     assert (code, json.loads(stdout)["status"]) == (0, "complete"), stderr
     file = run / MAMBA / "measure" / "load.json"
     assert resumes(file) == resumes(run) == f"lab resume '{run}'"
+
+
+def test_a_result_with_another_number_is_not_reported(in_process: InProcess, smoke: Finished, tmp_path: Path) -> None:
+    """Whatever of it changed, if only the last digit; and resuming writes it as it was."""
+    run = tmp_path / smoke.directory.name
+    shutil.copytree(smoke.directory, run)
+    file = run / "result.json"
+    written = file.read_text(encoding="utf-8")
+    write_json(file, json.loads(written))
+    assert file.read_text(encoding="utf-8") == written
+    result = json.loads(written)
+    row = next(row for row in result["rows"] if row["metric"] == "test_bits_per_byte")
+    row["value"] = math.nextafter(row["value"], 0)
+    write_json(file, result)
+    code, stdout, stderr = in_process("report", run, "--format", "json")
+    assert (code, stdout) == (1, "")
+    said = f"{file} is damaged: it was changed since it was written; lab resume {run} builds it again"
+    assert stderr == f"lab: {said}\n"
+    assert f"{run.name} is damaged: {said}" in " ".join(in_process("runs", "--out", tmp_path)[2].split())
+    assert in_process("resume", run)[0] == 0
+    assert file.read_text(encoding="utf-8") == written
 
 
 def test_bytes_that_are_no_text_among_the_events_lose_no_run(

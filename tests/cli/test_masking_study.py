@@ -9,6 +9,7 @@ import pytest
 from conftest import SMALL, InProcess, assigned
 
 from experiments import report
+from experiments.store import sealed, write_json
 
 MORE = ("masking.prompts=3", "masking.windows=2", "training.steps=20")
 
@@ -105,7 +106,7 @@ def test_a_run_that_came_nowhere_has_a_report(run: Path, result: dict[str, Any],
     bare = tmp_path / "bare"
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("cells", "figures", "report.*"))
     nothing = {"status": "partial", "rows": [], "findings": [], "verdicts": []}
-    (bare / "result.json").write_text(json.dumps(result | nothing), encoding="utf-8")
+    write_json(bare / "result.json", sealed(result | nothing))
     report.write_report(bare)
     text = (bare / "report.md").read_text(encoding="utf-8")
     assert "No two arms of one seed came far enough to be compared." in text

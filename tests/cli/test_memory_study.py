@@ -16,7 +16,7 @@ from experiments.report import memory as memory_report
 from experiments.report.document import Table
 from experiments.report.record import read
 from experiments.spec import Arm, Data, Experiment
-from experiments.store import RunDirectory
+from experiments.store import RunDirectory, sealed, write_json
 from experiments.studies import memory
 from models import cost
 from models.config import ModelConfig
@@ -169,7 +169,7 @@ def test_the_report_of_a_gpu_shows_what_the_process_holds(run: Path, result: dic
         for row in result["rows"] if row["metric"] in ("peak_bytes", "device_peak_bytes")
         for metric, size in held.items()
     ]  # fmt: skip
-    (copy / "result.json").write_text(json.dumps(result | {"rows": result["rows"] + added}), encoding="utf-8")
+    write_json(copy / "result.json", sealed(result | {"rows": result["rows"] + added}))
     (section,) = [one for one in content.document(read(copy)).sections if one.id == "card"]
     (table,) = [block for block in section.blocks if isinstance(block, Table)]
     lines = [[cell.text for cell in cells] for _, body in table.groups for cells in body]

@@ -15,7 +15,7 @@ from experiments.report import speed as speed_report
 from experiments.report.document import Table, Verdict
 from experiments.report.record import read
 from experiments.result import build_result
-from experiments.store import Cell, RunDirectory, write_json
+from experiments.store import Cell, RunDirectory, sealed, write_json
 from experiments.studies.speed import plan
 from models import cost
 from models.config import ModelConfig
@@ -195,7 +195,7 @@ def test_a_report_says_what_a_recording_is(run: Path, tmp_path: Path, mode: str)
     for row in result["rows"]:
         if row["phase"] == "train":
             row["mode"] = mode
-    (copy / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    write_json(copy / "result.json", sealed(result))
     _, training, inference, *_ = content.document(read(copy)).sections
     assert ("without its host" in training.intro) == ("does not get from other batches" in training.intro)
     assert ("without its host" in training.intro) == (mode != "eager")
@@ -209,7 +209,7 @@ def test_a_growth_whose_interval_holds_1_is_open(run: Path, tmp_path: Path, low:
     (one,) = [one for one in result["findings"]
               if one["kind"] == "growth" and (one["arm"], one["dtype"]) == ("mamba", "float32")]  # fmt: skip
     one |= {"ci_low": low, "ci_high": 1.2}
-    (copy / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    write_json(copy / "result.json", sealed(result))
     verdict = content.document(read(copy)).sections[0]
     assert {b.tone for b in verdict.blocks if isinstance(b, Verdict) and b.sentence == one["sentence"]} == {tone}
 
