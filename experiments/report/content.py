@@ -560,6 +560,7 @@ LABELS = {
     "gomp_spincount": "GOMP_SPINCOUNT",
     "threads": "Threads used",
     "memory_bytes": "Memory",
+    "page_bytes": "Page of memory",
     "gpu_memory_bytes": "GPU memory",
 }
 WITHOUT = {
@@ -663,11 +664,11 @@ def troubles(record: Record) -> Section:
 
 
 def repeat() -> Section:
-    intro = (
+    told = (
         "In the folder of this report, this command repeats the run with exactly these settings; timings move with "
         "the machine."
     )
-    return Section("repeat", "Repeat it", intro, [Code("Run again", "lab run spec.toml")])
+    return Section("repeat", "Repeat it", "", [Text(told), Code("Run again", "lab run spec.toml")])
 
 
 def _moment(text: str) -> str:

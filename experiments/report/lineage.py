@@ -22,22 +22,31 @@ def family(record: Record, arm: str) -> str:
     return str(record.result["arms"].get(arm, {}).get("model", "")).partition("-")[0]
 
 
+def chronological(record: Record) -> bool:
+    """Whether the arms stand in the order of `HISTORY`, as far as it knows them."""
+    order = list(HISTORY)
+    known = [order.index(name) for arm in record.arms if (name := family(record, arm)) in HISTORY]
+    return known == sorted(known)
+
+
 def quality(record: Record) -> list[Row]:
-    """Test bits per byte over seeds of the arms that have them, in the order of history."""
+    """Test bits per byte over seeds of the arms that have them, in the order of the run."""
     rows = [record.row(arm, "quality", "test_bits_per_byte") for arm in record.arms]
     return [row for row in rows if row is not None and row.value is not None]
 
 
 def kept(record: Record) -> list[Row]:
-    """Cache or state after the longest measured context, in the order of history."""
+    """Cache or state after the longest measured context, in the order of the run."""
     contexts = record.contexts("decode", "state_bytes")
     rows = [record.row(arm, "decode", "state_bytes", contexts[-1]) for arm in record.arms] if contexts else []
     return [row for row in rows if row is not None and row.value]
 
 
 def sections(record: Record) -> list[Section]:
+    ordered = chronological(record)
+    order = f"in the order of {'history' if ordered else 'this run, which is not that of history'}"
     intro = (
-        "Architectures in the order of history, with as many parameters each beside the embeddings, trained on the "
+        f"Architectures {order}, with as many parameters each beside the embeddings, trained on the "
         "same batches. Each is compared with the one before it: how well it predicts unseen text (bits per byte, lower "
         "is better), how fast it trains and writes, and how many bytes it keeps of what it has read. In parentheses "
         "stand 95% intervals over paired seeds; Holm's correction covers the steps, and the way from the first arm to "
@@ -56,9 +65,7 @@ def sections(record: Record) -> list[Section]:
         if not reads_test(record):
             why = "a step is judged on the test split, which this run did not read"
         blocks.append(Text(f"No arm can be compared with the one before it: {why}."))
-    table = Table(
-        "The arms in the order of history", [Column("Arm", key=True), Column("Since"), Column("What was new")]
-    )
+    table = Table(f"The arms {order}", [Column("Arm", key=True), Column("Since"), Column("What was new")])
     for arm in record.arms:
         since, new = HISTORY.get(family(record, arm), (DASH, DASH))
         table.add(arm, since, new)
@@ -69,11 +76,12 @@ def sections(record: Record) -> list[Section]:
         "tokenizer. Speeds are those of this lab's code on this machine: how far the code of each arm is tuned is "
         "part of every ratio."
     ))  # fmt: skip
-    return [Section("lineage", "What each step of history bought", intro, blocks)]
+    title = "What each step of history bought" if ordered else "What each step bought"
+    return [Section("lineage", title, intro, blocks)]
 
 
 def _caption(record: Record) -> str:
-    text = f"Test bits per byte, from the oldest arm down, mean over seeds with its {WITHIN}: further left is better."
+    text = f"Test bits per byte, from the first arm down, mean over seeds with its {WITHIN}: further left is better."
     if not kept(record):
         return text
     context = count(kept(record)[0].context or 0)

@@ -118,6 +118,11 @@ class Record:
         return sorted({row.seed for row in self.rows if row.seed is not None})
 
     @property
+    def page(self) -> int:
+        """Bytes, in whole ones of which a process's memory is read; older records do not say."""
+        return self.environment.get("page_bytes", 4096)
+
+    @property
     def study(self) -> str:
         return self.spec.get("study", "comparison")
 

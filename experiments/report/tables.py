@@ -22,7 +22,7 @@ from experiments.numbers import (
 from experiments.report import curves
 from experiments.report.document import Cell, Column, Table, Tone
 from experiments.report.record import Record, Row
-from experiments.rows import OTHER_LOSS, PAGE, READ_IN_PAGES, mean_of
+from experiments.rows import OTHER_LOSS, READ_IN_PAGES, mean_of
 
 ARROW = {"lower": "↓", "higher": "↑"}
 ARROWS = "↓: lower is better, ↑: higher"
@@ -213,7 +213,7 @@ def evidence(record: Record, one: dict[str, Any]) -> str:
             told.append(f"{row.arm} {value}")
     parts = [f"{place(one)}: {', '.join(told)} {unit}".rstrip()] if told else [place(one)]
     if widened_by_pages(record, one):
-        parts.append(f"read to {count(PAGE)} bytes, which the ratio's interval covers")
+        parts.append(f"read to {count(record.page)} bytes, which the ratio's interval covers")
     parts.append(f"n = {plural(one['n'], 'paired seed')}")
     if one["p_holm"] is not None:
         parts.append(after_holm(one["p_holm"]))

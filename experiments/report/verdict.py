@@ -13,13 +13,15 @@ from experiments.report.tables import (
     estimate,
     evidence,
     neutral,
+    pair,
     place,
     reads_test,
     same_at_every_seed,
     standing,
     widened_by_pages,
 )
-from experiments.rows import PAGE, UNMATCHED
+from experiments.rows import UNMATCHED
+from experiments.statistics import paired_difference
 
 DIVERGED = re.compile(r"loss \S+, gradient norm \S+ at step \d")  # as experiments.training.NonFiniteLossError says
 CHOSEN_BY = ("quality", "validation_bits_per_byte")  # a learning rate
@@ -94,6 +96,8 @@ def verdict(record: Record) -> Section:
             "is called resolved when a paired t test over the seeds gives p < 0.05 after Holm's "
             "correction for making several comparisons, or when what was counted is the same at every seed."
         )
+        if beaten := by_frequencies(record):
+            blocks.append(Notice("warning", beaten))
         chosen = headlines(record.verdicts)
         if len(chosen) > HEADLINES and len({one["a"] for one in chosen}) == 1:
             blocks += _by_question(chosen)
@@ -102,13 +106,12 @@ def verdict(record: Record) -> Section:
             for one in chosen:
                 tone, text = standing(one)
                 blocks.append(Verdict(tone, one["sentence"], text, evidence(record, one)))
+        blocks += [Text(sentence) for sentence in on_validation(record)]
         rest = len(record.verdicts) - len(chosen)
         if rest > 0:
             blocks.append(Text(f"{plural(rest, 'further comparison')}: see the table of paired comparisons."))
         if record.verdicts and not any(record.has("quality", metric) for metric in TESTED):
             blocks.append(Text("Quality on the test text was not evaluated: nothing says which arm predicts better."))
-        if beaten := by_frequencies(record):
-            blocks.append(Text(beaten))
         if not record.verdicts:
             alone = len(record.arms) < 2
             said = "This run has one arm, so it compares nothing." if alone else "This run recorded no comparison."
@@ -134,6 +137,31 @@ def by_frequencies(record: Record) -> str | None:
     if sum(row is not None and row.value is not None for row in rows.values()) < 2:
         return f"{sentence}."
     return f"{sentence}: which of the arms learns more once they have learned something, this run cannot say."
+
+
+def on_validation(record: Record) -> list[str]:
+    """Whether the validation text, another sample of the corpus, says the same as the test text where that resolves a
+    difference in quality: whether its interval lies on the same side of 0."""
+    same, other = [], []
+    for one in record.verdicts:
+        if one["metric"] != "test_bits_per_byte" or not one["resolved"]:
+            continue
+        a, b = (
+            {row.seed: row.known for row in record.per_seed(arm, "quality", "validation_bits_per_byte")}
+            for arm in (one["a"], one["b"])
+        )
+        seeds = [seed for seed in a if seed in b]
+        if len(seeds) < 2:
+            continue
+        there = paired_difference([a[seed] for seed in seeds], [b[seed] for seed in seeds]).interval
+        assert there.low is not None
+        assert there.high is not None
+        agree = there.low > 0 if one["estimate"] > 0 else there.high < 0
+        value = interval(there.estimate, there.low, there.high, sign=True, neutral=0.0, least=3)
+        (same if agree else other).append(f"{pair(one)}, {value}")
+    says = "On quality the validation text {} the same: {} bits per byte."
+    told = [says.format("says", "; ".join(same))] if same else []
+    return told + ([says.format("does not say", "; ".join(other))] if other else [])
 
 
 def headlines(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -219,7 +247,7 @@ def limits(record: Record) -> str:
         budget = f", {count(tokens)} training tokens at context {count(recipe['context'])}"
     pages = ""
     if any(widened_by_pages(record, one) for one in record.verdicts):
-        pages = f"; that of a ratio of memory also the {count(PAGE)} bytes to which a process's memory is read"
+        pages = f"; that of a ratio of memory also the {count(record.page)} bytes to which a process's memory is read"
     return (
         f"What this run does not show: it has {models}, {text}{budget} and {where}, and "
         f"{plural(len(record.seeds), 'seed')}. It says nothing about larger models, other text, longer "

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from experiments.report.document import Text, Verdict
+from experiments.report.document import Notice, Text, Verdict
 from experiments.report.record import Record, read
 from experiments.report.tables import evidence, standing
-from experiments.report.verdict import HEADLINES, limits, notices, verdict
+from experiments.report.verdict import HEADLINES, limits, notices, on_validation, verdict
 
 
 @pytest.fixture
@@ -93,15 +93,20 @@ def test_limits_count_the_tokens_of_every_micro_batch(record: Record) -> None:
     assert ", 983,040 training tokens at context 256" in limits(replace(record, spec=spec))
 
 
-@pytest.mark.parametrize(("device", "read_in_pages"), [("cpu", True), ("cuda", False)])
-def test_limits_say_what_an_interval_of_memory_covers(record: Record, device: str, read_in_pages: bool) -> None:
-    environment = record.environment | {"device": device}
+@pytest.mark.parametrize(("device", "read_in_pages", "page"), [
+    ("cpu", True, None), ("cpu", True, 16384), ("cuda", False, None),
+])  # fmt: skip
+def test_limits_say_what_an_interval_of_memory_covers(
+    record: Record, device: str, read_in_pages: bool, page: int | None
+) -> None:
+    """page: of the machine that ran it; older records, all of them of pages of 4 KiB, do not say."""
+    environment = record.environment | {"device": device} | ({} if page is None else {"page_bytes": page})
     ratio = one("mamba", 1.05, 0.9, 1.2, a="transformer", phase="load", metric="resident_bytes", batch=None)
     record = replace(record, environment=environment, result=record.result | {"verdicts": [ratio]})
     said, beside = limits(record), evidence(record, ratio)
-    assert ("read to 4,096 bytes, which the ratio's interval covers; n = " in beside) == read_in_pages
+    assert (f"read to {page or 4096:,} bytes, which the ratio's interval covers; n = " in beside) == read_in_pages
     assert "an interval covers the spread over seeds only" in said
-    assert ("the 4,096 bytes to which a process's memory is read" in said) == read_in_pages
+    assert (f"the {page or 4096:,} bytes to which a process's memory is read" in said) == read_in_pages
 
 
 def test_what_is_equal_at_every_seed_is_told_alike_in_sentence_and_table() -> None:
@@ -163,8 +168,9 @@ def test_arms_that_learned_no_more_than_frequencies_are_named(record: Record, kn
     values = [record.row(arm, "quality", "test_bits_per_byte").known for arm in ("mamba", "transformer")]
     assert 1.0 < values[0] < 2.0095 < values[1] < 3.412
     made = replace(record, result=record.result | {"baselines": {"unigram_bits_per_byte": known}})
-    found = [block.text for block in verdict(made).blocks if isinstance(block, Text) and "no better than" in block.text]
+    found = [block.title for block in verdict(made).blocks if isinstance(block, Notice)]
     assert len(found) == bool(said)
+    assert isinstance(verdict(made).blocks[0], Notice) == bool(said)  # before anything is called resolved
     assert all(text.startswith(f"{said} the test text no better than the frequencies") for text in found)
     assert all(text.endswith("this run cannot say.") for text in found)
 
@@ -175,8 +181,42 @@ def test_an_arm_alone_is_not_asked_which_of_the_arms_learns_more(record: Record)
         "failures": [{"cell": "transformer/seed0/train", "message": "loss inf"}],
     }  # fmt: skip
     rows = [row for row in record.rows if row.arm == "mamba"]
-    said = [
-        block.text for block in verdict(replace(record, result=result, rows=rows)).blocks if isinstance(block, Text)
-    ]
-    assert any(text.endswith("of its tokens in the training text, 1.000 bits per byte.") for text in said)
+    blocks = verdict(replace(record, result=result, rows=rows)).blocks
+    said = [block.text for block in blocks if isinstance(block, Text)]
+    (notice,) = [block.title for block in blocks if isinstance(block, Notice)]
+    assert notice.endswith("of its tokens in the training text, 1.000 bits per byte.")
     assert "This run recorded no comparison. Cells of transformer failed." in said
+
+
+def test_a_difference_in_quality_is_held_against_the_validation_text(make_run: Callable[..., Path]) -> None:
+    """Of differences that the test text resolves: on the same side of 0 with the whole interval, or not."""
+    made = read(make_run(arms=("a", "b", "c"), measured=False))
+    values = {"a": (2.0, 2.1, 2.2), "b": (1.9, 2.02, 2.08), "c": (1.95, 2.1, 2.26)}
+    rows = [
+        replace(row, value=values[row.arm][row.seed])
+        if row.metric == "validation_bits_per_byte" and row.seed is not None else row
+        for row in made.rows
+    ]  # fmt: skip
+
+    def said(estimate: float, resolved: bool, a: str, b: str, seeds: int = 3) -> list[str]:
+        verdicts = [
+            one(b, estimate, estimate, estimate, b, a=a, phase="quality", metric="test_bits_per_byte",
+                kind="difference", unit="bits/byte", resolved=resolved),
+        ]  # fmt: skip
+        some = [row for row in rows if row.seed is None or row.seed < seeds]
+        return on_validation(replace(made, result=made.result | {"verdicts": verdicts}, rows=some))
+
+    # -0.1, -0.08, -0.12: 4.303 (t, 2 degrees of freedom) times 0.02 / sqrt(3)
+    b = "(same): b − a, −0.100 [−0.150, −0.050] bits per byte."
+    assert said(-0.1, True, "a", "b") == [b.replace("(same)", "On quality the validation text says the same")]
+    assert said(0.1, True, "a", "b") == [b.replace("(same)", "On quality the validation text does not say the same")]
+    turned = "On quality the validation text says the same: a − b, +0.100 [+0.050, +0.150] bits per byte."
+    assert said(0.1, True, "b", "a") == [turned]
+    # -0.05, 0, 0.06
+    assert said(-0.1, True, "a", "c") == [
+        "On quality the validation text does not say the same: c − a, +0.003 [−0.133, +0.140] bits per byte.",
+    ]
+    assert said(-0.1, False, "a", "b") == []
+    assert said(-0.1, True, "a", "b", seeds=1) == []
+    texts = [block.text for block in verdict(made).blocks if isinstance(block, Text)]
+    assert any(text.startswith("On quality the validation text says the same: b − a, ") for text in texts)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from experiments.report import content, lineage, masking, memory, moe, sparse, speed, tables, vocabulary
-from experiments.report.document import Section, Text, Verdict
+from experiments.report.document import Section, Table, Text, Verdict
 from experiments.report.record import Row
 
 
@@ -141,3 +141,17 @@ def test_decoders_have_the_seeds_of_their_text_beside_those_of_their_training(mo
     )  # fmt: skip
     table = next(block for block in masking.decoders(one).blocks if block.kind == "table")
     assert table.groups[0][1][0][-1].text == "3 / 2"
+
+
+@pytest.mark.parametrize(("arms", "ordered"), [
+    (["lstm", "transformer", "mamba"], True), (["transformer", "mine", "mamba", "hybrid"], True),
+    (["mamba", "transformer", "lstm"], False), (["lstm", "mamba3", "mamba2"], False),
+])  # fmt: skip
+def test_the_order_of_history_is_said_of_no_other_order(arms: list[str], ordered: bool) -> None:
+    one = record(arms=arms, result={"arms": {arm: {"model": f"{arm}-tiny"} for arm in arms}})
+    (section,) = lineage.sections(one)
+    (table,) = [block for block in section.blocks if isinstance(block, Table)]
+    assert ("of history" in section.title) == ordered
+    assert ("which is not that of history" in section.intro) != ordered
+    assert ("which is not that of history" in table.caption) != ordered
+    assert [cells[0].text for _, body in table.groups for cells in body] == arms
