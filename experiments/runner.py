@@ -310,7 +310,7 @@ def _check_same_run(directory: RunDirectory, experiment: Experiment, dataset: Pr
     for key in SETTLED:
         if then[key] != here[key]:
             raise RunFailedError(
-                f"{directory.path} was begun with another {key} ({then[key]}, here {here[key]}): its numbers would "
+                f"{directory.path} was begun with {key} = {then[key]}, and here it is {here[key]}: its numbers would "
                 f"not compare with new ones; start a new run in another --out"
             )
     if then.get("folders", {}) != cells.folder_hashes(experiment):
@@ -385,6 +385,8 @@ def _record(directory: RunDirectory, cell: Cell, outcome: Any, listener: Listene
         except ValueError as error:  # JSON has no infinity
             outcome = CellFailedError(f"its result holds a number that is not finite ({error})")
     if isinstance(outcome, CellFailedError):
+        if (full := os.strerror(errno.ENOSPC)) in str(outcome):  # no cell after it would fare better
+            raise OSError(errno.ENOSPC, full, str(directory.path))
         directory.fail(cell, str(outcome), outcome.detail)
         directory.event("failure", str(outcome), cell.name)
         listener(Event("failure", str(outcome), cell.name))
@@ -447,7 +449,8 @@ def _writable(out: Path, begun: bool) -> Iterator[None]:
 
 
 def _remedy(number: int, begun: bool) -> str:
-    """A run that was begun is nowhere else."""
-    if not begun:
-        return "choose another folder with --out"
-    return "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
+    """begun: before this command. Such a run is nowhere else."""
+    elsewhere = "choose another folder with --out"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "make room there, and the same command goes on" + ("" if begun else f"; or {elsewhere}")
+    return "make the folder writable" if begun else elsewhere

@@ -39,6 +39,7 @@ from experiments.data import corpora, tokenizer
 from experiments.data.baselines import lzma_bits_per_byte, unigram_bits_per_byte
 from experiments.data.overlap import Overlap
 from experiments.errors import CorpusError, EnvironmentLacksError
+from experiments.numbers import plural
 from experiments.spec import Data
 
 FORMAT = 4  # of everything in the folder; another number is another key
@@ -273,7 +274,7 @@ def _assign(data: Data, chosen: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         if not (split == index).any():
             limit = f" within data.max_bytes = {data.max_bytes}" if data.max_bytes else ""
             raise CorpusError(
-                f"{_shown(data)} has too few distinct documents{limit} ({len(chosen)}): its {name} split is "
+                f"{_shown(data)} has {plural(len(chosen), 'distinct document')}{limit}, too few: its {name} split is "
                 f"empty; use more text, or divide it into more documents (files, blank lines or .jsonl)"
             )
     return split

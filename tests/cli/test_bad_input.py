@@ -6,14 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import InProcess
 
 from experiments import runner
+from experiments.measurement.process import CellFailedError
 
 OK, USAGE, LACKING, SOME_FAILED = 0, 2, 3, 5
 
@@ -147,7 +150,7 @@ def test_bad_specification(in_process: InProcess, tmp_path: Path, text: bytes, s
         (b"\n \n\n", "holds no text"),
         (b"some\x00thing", "binary, not UTF-8 text (NUL at byte 4)"),
         (b"caf\xe9 au lait", "not UTF-8 (0xe9 at byte 3)"),
-        (b"one document only", "too few distinct documents"),
+        (b"one document only", "has 1 distinct document within data.max_bytes = "),
         (b"a\n\nb\n\nc\n\nd", "supports"),
     ],
 )
@@ -291,6 +294,30 @@ def test_full_or_read_only_disk(
     assert code == LACKING
     assert word in one_line(stderr)
     assert "choose another folder with --out" in one_line(stderr)
+    assert ("make room there, and the same command goes on" in stderr) == (number == errno.ENOSPC)
+
+
+def test_no_cell_is_tried_once_the_disk_is_full(
+    in_process: InProcess, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a cell's process may see first; and the same command then goes on where this one stopped."""
+    full = CellFailedError("SafetensorError: I/O error: No space left on device (os error 28)")
+    tried: list[object] = []
+
+    def take_turns(jobs: dict[Any, Any], **_: Any) -> Iterator[tuple[Any, Any]]:
+        for cells in jobs:
+            tried.append(cells)
+            yield cells, full
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "take_turns", take_turns)
+        patched.setattr(runner, "run_fresh", lambda *_, **__: {})
+        code, _, stderr = in_process("run", *small, "--out", tmp_path)
+    (run,) = tmp_path.iterdir()
+    assert (code, len(tried)) == (LACKING, 1)
+    assert one_line(stderr).startswith(f"lab: cannot write '{run}': No space left on device; make room there, and the")
+    assert not list(run.rglob("failed/*.json"))
+    assert not (run / "result.json").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
@@ -342,6 +369,7 @@ def test_an_arm_that_diverges_stops_alone(diverged: tuple[Path, tuple[int, str, 
         (["latest", "the", "--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["latest", "the", "--top-k", "0"], "top_k must be at least 1, got 0"),
         (["latest", "the", "--top-k", "5"], "top_k changes nothing at temperature 0"),
+        (["latest", "the", "--seed", "0"], "--seed changes nothing at temperature 0"),
         (["latest", "the \udcff"], "the prompt is not text: no character at place 5"),
         (["latest", "the"], "arm 'mamba', seed 0 of "),
         (["latest", "the", "--arms", ""], "no arm ''"),

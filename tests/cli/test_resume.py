@@ -26,7 +26,7 @@ from experiments.studies import STUDIES
     [
         (None, "Permission denied", "make the folder writable"),
         (errno.EROFS, "Read-only file system", "make the folder writable"),
-        (errno.ENOSPC, "No space left on device", "make room there"),
+        (errno.ENOSPC, "No space left on device", "make room there, and the same command goes on"),
     ],
 )
 def test_a_run_that_cannot_be_written_is_nowhere_else(
@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with_alone(
     environment.write_text(json.dumps(recorded | {key: other}), encoding="utf-8")
     code, _, stderr = in_process("resume", directory)
     assert code == 1
-    assert f"was begun with another {key} ({other}, here " in stderr.splitlines()[-1]
+    assert f"was begun with {key} = {other}, and here it is " in stderr.splitlines()[-1]
 
 
 def test_what_a_run_is_begun_with_are_machine_code_and_packages() -> None:

@@ -390,8 +390,8 @@ def test_a_full_disk_names_the_remedy_and_leaves_nothing(data: Data, tmp_path: P
     ("texts", "expected"),
     [
         (["", " \n"], "holds no text"),
-        (["one", "two"], "too few distinct documents .2.: its train split is empty"),
-        (["one"] * 50, "too few distinct documents .1.: its train split is empty"),
+        (["one", "two"], "has 2 distinct documents, too few: its train split is empty"),
+        (["one"] * 50, "has 1 distinct document, too few: its train split is empty"),
         (["one", "two", "three"], "data.vocabulary = 300: the train split supports 257 entries"),
     ],
 )
@@ -408,7 +408,7 @@ def test_a_single_file_of_blank_lines(tmp_path: Path):
 
 
 def test_max_bytes_below_every_document(data: Data, tmp_path: Path):
-    with pytest.raises(CorpusError, match=r"within data.max_bytes = 10 \(0\)"):
+    with pytest.raises(CorpusError, match=r"has 0 distinct documents within data\.max_bytes = 10, too few"):
         prepare(data.model_copy(update={"max_bytes": 10}), tmp_path / "cache")
 
 
