@@ -4,6 +4,7 @@ Imports that cost time (torch, pandas, the experiments) stand inside the command
 """
 
 import errno
+import io
 import json
 import math
 import os
@@ -84,6 +85,15 @@ RunName = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 
+def printable_output() -> None:
+    """Reports hold signs that the encoding of a Windows console or of a pipe there may lack: what is not shown to a
+    person is written in UTF-8, and elsewhere a sign that is lacking is replaced, rather than all lost."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            told = stream.isatty() or "PYTHONIOENCODING" in os.environ
+            stream.reconfigure(encoding=None if told else "utf-8", errors="replace")
+
+
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """A person's or a machine's mistake becomes one line on stderr and its exit code, never a traceback."""
 
@@ -92,6 +102,7 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         from experiments.threads import quiet_thread_pools
 
         quiet_thread_pools()
+        printable_output()
         from experiments.errors import CorpusError, EnvironmentLacksError, LabError, SpecError
         from models.errors import BackendUnavailableError, ConfigError
 
@@ -423,7 +434,7 @@ def generate(
     arms: Annotated[
         str | None, typer.Option(help="Only these arms, separated by commas; every arm by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of the sampling; 0 by default.")] = None,
     trained_seed: Annotated[int | None, typer.Option(help="Which trained seed; the first by default.")] = None,
     tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="How many tokens to add.")] = 64,
     temperature: Annotated[
@@ -444,9 +455,12 @@ def generate(
     prompt and of decode those of this text alone, and the bytes of each state.
     """
     from experiments import inference, runner
+    from experiments.errors import SpecError
     from models.generation import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    if sampling.greedy and seed is not None:
+        raise SpecError("--seed changes nothing at temperature 0, which draws no token: set a temperature above 0")
     on = runner.resolve_device(device)
     chosen = inference.writers(
         inference.source(name, out), prompt, tokens, trained_seed=trained_seed, arms=names(arms)
@@ -456,7 +470,8 @@ def generate(
         for writer in chosen:
             heard = typed(f"[{writer.arm}] ") if not as_json else lambda piece: None
             made.append(inference.write(
-                writer, tokens, sampling, seed=seed, device=on, choices=show_probabilities, heard=heard))  # fmt: skip
+                writer, tokens, sampling, seed=seed or 0, device=on, heard=heard,
+                choices=show_probabilities))  # fmt: skip
             if not as_json:
                 typer.echo()
                 print_choices(made[-1].choices, inference.described(sampling))

@@ -12,6 +12,7 @@ import torch
 
 from experiments.limits import available_cores, total_memory
 from experiments.measurement.card import driver
+from experiments.rows import PAGE
 
 PACKAGES = (
     "sequence-lab", "torch", "numpy", "numba", "llvmlite", "tokenizers", "safetensors", "scipy", "pandas",
@@ -46,6 +47,7 @@ def describe(device: str, asked_threads: int) -> dict[str, Any]:
         "threads": threads(asked_threads),
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "memory_bytes": total_memory(),
+        "page_bytes": PAGE,
         "device": device,
         "gpu": None if gpu is None else gpu.name,
         "gpu_capability": None if gpu is None else f"{gpu.major}.{gpu.minor}",

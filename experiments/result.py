@@ -5,6 +5,7 @@ from typing import Any
 from experiments.cells import WARM_UP_STEPS, model_configs
 from experiments.errors import RunFailedError
 from experiments.kernels.check import doubt, kernels_of
+from experiments.measurement.memory import SAMPLED
 from experiments.numbers import plural
 from experiments.rows import SCHEMA_VERSION, UNMATCHED, mean_of
 from experiments.spec import Experiment
@@ -157,6 +158,12 @@ def _warnings(
         such = [cell.name for cell, result in timed.items() if result.get(key)]  # absent in older runs
         if such:
             warnings.append(f"{what} in {len(such)} of {len(timed)} timed cells: {', '.join(such)}")
+    sampled = {method for cell in cells if (result := run.result(cell)) and (method := _sampled(result))}
+    warnings += [
+        f"memory of processes was {method}, since this system keeps no high-water mark of it, and its allocator may "
+        "keep what is freed: peaks are not what they would be on Linux"
+        for method in sorted(sampled)
+    ]
     warnings += [
         f"{cell.group}: gate '{gate['name']}' failed: {gate['value']:.3g} > {gate['limit']:g}"
         for cell, result in made.items()
@@ -164,6 +171,12 @@ def _warnings(
         if not gate["passed"]
     ]
     return warnings
+
+
+def _sampled(result: dict[str, Any]) -> str | None:
+    """By which method the memory of a cell was sampled, if it was."""
+    method = result.get("memory_method", "")
+    return method if method.startswith(SAMPLED) else None
 
 
 def _unmatched(experiment: Experiment) -> list[str]:

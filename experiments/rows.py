@@ -1,5 +1,6 @@
 """The rows of `result.json`: one number each, with all that is needed to read it (docs/result-schema.md)."""
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from experiments.statistics import Interval, mean_interval
 from experiments.store import Cell
 
 SCHEMA_VERSION = 1  # of result.json
-PAGE = 4096  # bytes: what a process holds is read in whole ones
+PAGE = mmap.PAGESIZE  # bytes: what a process holds is read in whole ones
 UNMATCHED = "the arms are not of one size"  # how the warning of that begins
 SEES = "the model saw the token that it was to predict"
 # why a loss says nothing beside that of predicting the next token from what is before it, by objective

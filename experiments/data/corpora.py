@@ -64,8 +64,8 @@ def stdlib(data: Data) -> Iterable[Document]:
     """
     _take_no_path(data)
     root = Path(sysconfig.get_path("stdlib"))
-    names = _walk(root, enter=_is_library_folder, keep=_is_library_module)
-    if not names:
+    names = _walk(root, enter=_is_library_folder, keep=_is_library_module) if root.is_dir() else []
+    if not names:  # an embedded Python may have them in an archive
         raise EnvironmentLacksError(f"this Python has no library sources in {root}; set data.corpus = text")
     return _library(root, names)
 

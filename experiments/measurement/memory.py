@@ -12,6 +12,7 @@ import torch
 
 from experiments.measurement import card
 
+SAMPLED = "sampled"  # how the name of a method begins that may miss a peak
 SAMPLE_SECONDS = 0.001
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -91,7 +92,7 @@ class PeakMemory:
             _CLEAR_REFS.write_text("5")
             self.method = "kernel high-water mark"
         except OSError:
-            self.method = f"sampled every {SAMPLE_SECONDS * 1e3:g} ms"
+            self.method = f"{SAMPLED} every {SAMPLE_SECONDS * 1e3:g} ms"
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
         return self

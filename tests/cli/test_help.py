@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import Lab
+from conftest import Finished, Lab
 
 COMMANDS = (
     "run", "resume", "report", "runs", "models", "inspect", "trace", "generate", "export", "doctor", "kernels",
@@ -45,3 +45,24 @@ def test_version(lab: Lab, arguments: tuple[str, ...]) -> None:
     process = lab(*arguments)
     declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (process.returncode, process.stdout) == (0, f"lab {declared['version']}\n")
+
+
+@pytest.mark.parametrize(("told", "decoded"), [({}, "utf-8"), ({"PYTHONIOENCODING": "cp1252"}, "cp1252")])
+def test_a_report_is_printed_whatever_signs_the_output_lacks(
+    smoke: Finished, environment: dict[str, str], told: dict[str, str], decoded: str
+) -> None:
+    """In UTF-8 where nobody asked for anything else; else with another sign in the place of what is lacking."""
+    call = [sys.executable, "-X", "utf8=0", "-c", f"""
+import sys
+if not {bool(told)}:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="cp1252")  # as a pipe has it on Windows
+from cli.main import app
+app()
+""", "report", str(smoke.directory), "--format", "md"]  # fmt: skip
+    done = subprocess.run(call, capture_output=True, env=environment | told, check=False)
+    assert done.returncode == 0, done.stderr
+    text = (smoke.directory / "report.md").read_text(encoding="utf-8")
+    assert "↓" in text
+    lacking = text.encode(decoded, errors="replace").decode(decoded)
+    assert done.stdout.decode(decoded).replace("\r\n", "\n") == lacking

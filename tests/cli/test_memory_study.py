@@ -15,6 +15,7 @@ from experiments.report import content
 from experiments.report import memory as memory_report
 from experiments.report.document import Table
 from experiments.report.record import read
+from experiments.result import build_result
 from experiments.spec import Arm, Data, Experiment
 from experiments.store import RunDirectory, sealed, write_json
 from experiments.studies import memory
@@ -292,3 +293,19 @@ def test_a_cache_outgrows_a_window_where_the_window_ends(window: int) -> None:
 def test_a_legend_names_no_arm_without_a_line(run: Path) -> None:
     assert legend_names(run, "memory-context") == ["transformer", "mamba"]
     assert legend_names(run, "memory-context", without="mamba") == ["transformer"]
+
+
+def test_memory_that_was_sampled_is_warned_of(run: Path, tmp_path: Path) -> None:
+    """Which misses peaks, where a system keeps no mark of them."""
+    copy = shutil.copytree(run, tmp_path / run.name)
+    directory = RunDirectory(copy)
+    cell = next(cell for cell in memory.plan(directory.experiment()) if cell.kind == "prefill")
+    told = directory.result(cell)
+    assert told is not None
+    assert told["memory_method"] == "kernel high-water mark"
+    facts = directory.environment()["data"]
+    assert "sampled" not in " ".join(build_result(directory, directory.experiment(), facts)["warnings"])
+    directory.finish(cell, told | {"memory_method": "sampled every 1 ms"})
+    warnings = build_result(directory, directory.experiment(), facts)["warnings"]
+    (one,) = [warning for warning in warnings if "sampled" in warning]
+    assert one.startswith("memory of processes was sampled every 1 ms, since this system keeps no high-water mark")

@@ -301,3 +301,11 @@ def test_installed_python_takes_no_path_and_needs_sources(installation: Installa
 
 def test_only_installed_python_has_packages():
     assert corpora.packages(Data()) == corpora.packages(Data(corpus="text", path="x")) == []
+
+
+def test_a_python_whose_library_is_no_folder_is_told_as_one_without_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
+    with pytest.raises(EnvironmentLacksError, match=r"no library sources in .*python311\.zip; set data.corpus = text"):
+        read(Data())
