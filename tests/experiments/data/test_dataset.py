@@ -99,6 +99,18 @@ def test_a_document_larger_than_a_splits_share_stays_in_train(tmp_path: Path):
     assert prepared.facts["bytes"]["test"] < 0.25 * sum(prepared.facts["bytes"].values())
 
 
+def test_of_documents_larger_than_a_splits_share_it_takes_the_smallest():
+    data = Data(test_fraction=0.1, validation_fraction=0.1)
+    split = dataset._assign(data, np.arange(4), np.array([500, 300, 200, 400]))
+    assert [SPLITS[at] for at in split] == ["train", "validation", "test", "train"]
+
+
+def test_a_split_is_full_when_its_share_is_reached():
+    data = Data(test_fraction=0.25, validation_fraction=0.125)
+    split = dataset._assign(data, np.arange(8), np.full(8, 10))
+    assert [SPLITS[at] for at in split] == ["test"] * 2 + ["validation"] + ["train"] * 5
+
+
 def test_content_alone_decides_the_split(data: Data, prepared: Dataset, tmp_path: Path):
     shuffled = write(tmp_path / "other", some_texts()[::-1])
     other = prepare(shuffled, tmp_path / "cache")
@@ -454,6 +466,14 @@ def test_a_given_tokenizer_is_used_as_it_is(data: Data, tmp_path: Path):
     wrong = data.model_copy(update={"tokenizer": str(file), "vocabulary": 300})
     with pytest.raises(CorpusError, match=r"has 280 entries: set data\.vocabulary=280"):
         prepare(wrong, tmp_path / "cache")
+
+
+def test_another_tokenizer_in_the_same_place_is_another_key(tmp_path: Path):
+    file = given_tokenizer(tmp_path)
+    data = Data(tokenizer=str(file))
+    before = cache_key(data, "hash")
+    dataset.tokenizer.train(some_texts(), 290).save(str(file))
+    assert cache_key(data, "hash") != before
 
 
 def test_a_tokenizer_that_loses_something_is_refused(data: Data, tmp_path: Path):
