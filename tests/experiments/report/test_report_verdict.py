@@ -10,7 +10,7 @@ import pytest
 from experiments.report.document import Notice, Text, Verdict
 from experiments.report.record import Record, read
 from experiments.report.tables import evidence, standing
-from experiments.report.verdict import HEADLINES, limits, notices, on_validation, verdict
+from experiments.report.verdict import HEADLINES, by_frequencies, limits, notices, on_validation, verdict
 
 
 @pytest.fixture
@@ -173,6 +173,12 @@ def test_arms_that_learned_no_more_than_frequencies_are_named(record: Record, kn
     assert isinstance(verdict(made).blocks[0], Notice) == bool(said)  # before anything is called resolved
     assert all(text.startswith(f"{said} the test text no better than the frequencies") for text in found)
     assert all(text.endswith("this run cannot say.") for text in found)
+
+
+def test_as_good_as_frequencies_is_no_better_than_they_are(record: Record) -> None:
+    known = record.row("transformer", "quality", "test_bits_per_byte").known
+    made = replace(record, result=record.result | {"baselines": {"unigram_bits_per_byte": known}})
+    assert str(by_frequencies(made)).startswith("transformer predicts the test text no better than the frequencies")
 
 
 def test_an_arm_alone_is_not_asked_which_of_the_arms_learns_more(record: Record) -> None:
