@@ -89,6 +89,8 @@ def test_what_is_faster_at_shorter_lengths_only_is_so_up_to_one():
     assert said == f"{FASTER}, from about {again['tokens']:,.0f} tokens on and at 64 and 128."
     twice = crossover(speeds(ones, {64: 12.0, 128: 8.0, 256: 12.0, 512: 8.0}))
     assert (twice["until"], twice["ahead"]) == (False, [64, 256])
+    last = crossover(speeds(ones, {64: 9.0, 128: 12.0, 256: 8.0, 512: 12.0}))
+    assert (last["tokens"], last["ahead"]) == (pytest.approx(256 + 256 * 0.2 / (0.2 + 0.2)), [128, 512])
     lost = {"a": [256], "b": [32, 512]}
     assert _crossing_sentence(TOLD | found | {"lost": lost}, [64, 128]) == (
         f"{sentence} Not counted, for want of a result: a at 256 and b at 32 and 512 tokens."
