@@ -1,6 +1,7 @@
 """The masking study's plan, and its sentences however the numbers come out."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ def test_plan() -> None:
     # whoever judges has been trained before
     order = [cell.kind for cell in planned]
     assert max(at for at, kind in enumerate(order) if kind == "train") < order.index("judge")
+
+
+def test_guesses_are_of_what_was_asked_and_a_pseudo_perplexity_is_of_every_token(tmp_path: Path) -> None:
+    result = {"guessed": 3, "asked": 30, "pseudo_log_likelihood": -64.0, "tokens": 32}
+    found = masking.rows(Cell("encoder", 0, "blanks"), result, experiment(), RunDirectory(tmp_path))
+    assert {one["metric"]: (one["value"], one["n"]) for one in found} == {
+        "blanks_guessed": (0.1, 30), "pseudo_nats_per_token": (2.0, 32),
+        "pseudo_perplexity": (pytest.approx(math.exp(2)), 32),
+    }  # fmt: skip
+
+
+def test_of_causal_arms_the_judge_alone_fills_in_blanks() -> None:
+    one = experiment(1)
+    two = one.model_copy(update={"arms": one.arms | {"another": one.arms["causal"]}})
+    assert [cell.arm for cell in masking.plan(two) if cell.kind == "blanks"] == ["encoder", "causal"]
 
 
 @pytest.mark.parametrize(
