@@ -145,6 +145,28 @@ def test_loading_is_weighed_against_inference_in_the_memory_of_the_device(
         assert (one["lost"], one["undecided"]) == ({}, {})
 
 
+def test_loading_is_weighed_against_inference_of_the_smallest_batch() -> None:
+    """At which 5 MB are not more than the 5 MB of loading; at batch 4 20 MB would be."""
+    rows = over_seeds(("load", "host_peak_bytes", 5e6)) + INFERENCE
+    rows += [row | {"batch": 4, "value": 20e6} for row in INFERENCE]
+    (one,) = (one for one in memory.findings(rows, experiment(contexts=(128,), batches=(1, 4)), NOWHERE)
+              if one["kind"] == "loading-against-inference")  # fmt: skip
+    assert (one["batch"], one["inference_exceeds_load_at"]) == (1, {way: [] for way in WAYS})
+    assert one["sentence"].startswith("attention, batch 1: ")
+    assert "; prefill 5.00 MB at 128 tokens; decode 2.00 MB at 128 tokens. " in one["sentence"]
+
+
+@pytest.mark.parametrize(("exceeding", "said"), [
+    ([], "more than inference at every measured length"),
+    ([64, 128, 256], "less than inference at every measured length"),
+    ([128, 256], "more than inference up to 64 tokens and less from 128 on"),
+    ([128], "less than inference at 128 tokens and more at the other lengths"),
+    ([64, 128], "less than inference at 64, 128 tokens and more at the other lengths"),
+])  # fmt: skip
+def test_lengths_that_are_not_in_one_piece_are_named(exceeding: list[int], said: str) -> None:
+    assert memory._against(exceeding, [], (64, 128, 256)) == said
+
+
 @pytest.mark.parametrize(
     ("lost", "ending", "undecided"),
     [
