@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,18 @@ def test_the_judge(run: Path, dataset: Dataset, experiment: Experiment, arm: str
         assert scored["nats_per_token"] == pytest.approx(total / (PROMPTS * WRITTEN), abs=1e-4)
         assert scored["bytes"] == size
         assert scored["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-4)
+
+
+def test_the_judge_is_of_the_writers_seed(run: Path, dataset: Dataset, experiment: Experiment, tmp_path: Path) -> None:
+    for arm in ("causal", "unmasked"):
+        shutil.copytree(run / arm / "seed0", tmp_path / arm / "seed7")
+    other = LanguageModel(model_config(ARMS["causal"], dataset.vocabulary), seed=9)
+    checkpoint.save(other, tmp_path / "causal" / "seed0" / "checkpoint")
+    found, expected = (
+        scoring.judge_cell(nothing, experiment, "causal", 3, dataset.folder, folder)
+        for folder in (tmp_path / "unmasked" / "seed7", run / "unmasked" / "seed0")
+    )
+    assert found == expected
 
 
 def test_without_temperature_nothing_is_sampled(run: Path, dataset: Dataset, experiment: Experiment) -> None:
