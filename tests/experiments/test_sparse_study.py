@@ -76,6 +76,19 @@ def test_a_window_that_loses_after_it_is_full(run: RunDirectory) -> None:
     assert whole["sentence"].endswith("full. narrow: worse than full; wide: not resolved against full.")
 
 
+@pytest.mark.parametrize("read", ["test", "validation"])
+def test_the_losses_are_of_the_test_text_where_it_was_read(run: RunDirectory, read: str) -> None:
+    added = {"validation": 0.5, "test": 0.1}
+    splits = ("validation", "test") if read == "test" else ("validation",)
+    for name, times in (("full", 0), ("narrow", 1)):
+        for seed in range(3):
+            losses = {split: {"loss_at_position": [5 + times * added[split]] * T} for split in splits}
+            run.finish(Cell(name, seed, "train"), {"splits": losses})
+    (one,) = kind(sparse.findings(QUALITY, experiment(narrow=arm(8)), run), "quality")
+    assert one["before"]["estimate"] == pytest.approx(added[read])
+    assert one["after"]["estimate"] == pytest.approx(added[read])
+
+
 def test_a_window_that_was_refused_is_not_called_open() -> None:
     open_, blocked = ({"comparable": one, "resolved": False, "estimate": 0.1} for one in (True, False))
     whole = sparse._overall("full", {"narrow": blocked, "wide": open_}, ["tiny"])
