@@ -104,6 +104,15 @@ def test_an_operation_is_compared_by_itself_however_many_a_model_has(
     assert crossing["tokens"] == pytest.approx(160)
 
 
+def test_of_a_model_that_does_several_operations_one_alone_is_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = {"attention": ATTENTION, "scan": preset("hybrid-tiny")}
+    monkeypatch.setattr(cells, "model_configs", lambda experiment: configs)
+    ms = {(arm, at): 1.0 for arm in configs for at in (64, 256)}
+    assert found(experiment(operator_contexts=(64, 256)), "forward", ms, [], tmp_path) == []
+
+
 def test_a_crossing_names_the_lengths_that_an_arm_has_no_result_at(tmp_path: Path) -> None:
     """The transformer has none at 256: nothing says that it is faster there."""
     one = experiment(contexts=(64, 128, 256), modes=("eager",))
@@ -160,6 +169,22 @@ def test_growth_is_in_doubt_by_its_two_lengths_alone(tmp_path: Path) -> None:
                 run.finish(cell, timed(1, (1.0,) * 6) | {"noisy": cell.context == noisy, "host_bound": False})
         found[noisy] = speed.findings([], one, run)[-1]["noisy"]
     assert found == {64: True, 128: False, 256: True}
+
+
+def test_a_crossing_is_in_doubt_by_the_lengths_on_both_sides_of_it_alone(tmp_path: Path) -> None:
+    """The scan overtakes between 64 and 128 tokens."""
+    one, doubts = experiment(contexts=(64, 128, 256), modes=("eager",)), {}
+    for noisy in (64, 128, 256):
+        run = RunDirectory(tmp_path / str(noisy))
+        for cell in speed.plan(one):
+            if cell.kind == "decode":
+                ms = 2.0 if (cell.arm, cell.context) == ("scan", 64) else 0.5 if cell.arm == "scan" else 1.0
+                run.finish(cell, timed(1, (ms,) * 6) | {"noisy": cell.context == noisy, "host_bound": False})
+        crossing = speed.findings([], one, run)[0]
+        assert crossing["kind"] == "crossover"
+        assert 64 < crossing["tokens"] < 128
+        doubts[noisy] = crossing["noisy"]
+    assert doubts == {64: True, 128: True, 256: False}
 
 
 def test_an_interval_holds_95_percent_of_resampled_medians() -> None:
