@@ -15,6 +15,7 @@ from experiments.data.places import PlacedBatches, token_bytes
 from experiments.data.prepared import prepare_all, tokens_per_byte
 from experiments.errors import CorpusError, RunFailedError, SpecError
 from experiments.gates import check
+from experiments.measurement.process import all_turns
 from experiments.result import _check_same_data
 from experiments.spec import Data, load
 from experiments.store import Cell
@@ -125,12 +126,40 @@ def test_cells_lengths_and_tokenizers() -> None:
     assert experiment.arm_of("mamba-v512") == "mamba"
     assert experiment.tokenizer_file("mamba-v512") == "tokenizer-512.json"
     seen = experiment.seen_with(0.5)
-    assert (seen.training.context, seen.measurement.contexts) == (64, (256,))
+    assert (seen.training.context, seen.measurement.contexts, seen.evaluation.samples) == (64, (256,), 0)
+    assert experiment.seen_with(0.499).training.context == 64  # to the nearest token
     compare = load("compare", profile="smoke")
     assert compare.seen_with(0.5) is compare
     assert (compare.vocabulary_of("mamba"), compare.tokenizer_file("mamba")) == (512, "tokenizer.json")
     sweep = load("learning-rate", profile="smoke")
     assert [sweep.arm_of(name) for name in sweep.cells()] == ["transformer"] * 2 + ["mamba"] * 2
+
+
+def test_arms_and_sizes_change_places_from_seed_to_seed() -> None:
+    experiment = load("vocabulary", profile="smoke", seeds=2)
+    order = list(experiment.cells())
+    for kind in ("train", "decode"):
+        planned = [(cell.seed, cell.arm) for cell in vocabulary.plan(experiment) if cell.kind == kind]
+        assert planned == [(0, arm) for arm in order] + [(1, arm) for arm in reversed(order)]
+
+
+def test_the_bytes_of_a_training_are_of_all_its_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXT[i : i + 400] for i in range(0, len(TEXT), 400)), "utf-8")
+    data = Data(corpus="text", path=str(tmp_path / "text.txt"), test_fraction=0.1, validation_fraction=0.1)
+    (dataset,) = prepare_all(data, (300,), tmp_path / "cache").datasets.values()
+    settings = ("training.steps=3", "training.warmup_steps=1", "training.accumulate=2", "vocabulary.window_bytes=48")
+    experiment = load("vocabulary", profile="smoke", assignments=settings)
+    heard: list[np.ndarray] = []
+
+    def trained(*given: Any) -> Any:
+        heard.extend(given[-1].at(step)[1].numpy() for step in range(3 * 2))
+        return {}
+        yield
+
+    monkeypatch.setattr(vocabulary.cells, "train_cell", trained)
+    arm = experiment.arms["mamba"]
+    made = all_turns(vocabulary.train_cell(print, experiment, "mamba-v300", arm, 0, dataset.folder, tmp_path))
+    assert made["text_bytes"] == token_bytes(dataset.tokenizer)[np.concatenate(heard)].sum()
 
 
 @pytest.mark.parametrize(
@@ -274,7 +303,8 @@ def test_the_most_bytes_per_second_are_those_of_a_size_that_compares_over_the_sa
         (([1000.0], [1020.0], [1010.0]), "1,000 to 1,020 bytes of text to predict, mean over seeds, from the same "
          "places of the text: within 2.0%."),
         (([1000.0], [1000.0], [1000.0]), "the same amount."),
-        (([1000.0], [1100.0], [1010.0]), "not trained on equal amounts of text"),
+        (([1000.0], [1100.0], [1010.0]), "They differ by 10%, so the sizes were not "
+         "trained on equal amounts of text"),
     ],
 )  # fmt: skip
 def test_text_seen(seen: tuple, said: str) -> None:
