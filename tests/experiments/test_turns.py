@@ -10,12 +10,14 @@ import torch
 
 from experiments import cells
 from experiments.data.dataset import Dataset, prepare
-from experiments.evaluation import mean_loss
+from experiments.evaluation import evaluate, mean_loss
 from experiments.measurement import timing
 from experiments.measurement.process import all_turns
 from experiments.measurement.timing import timed_in_turns
 from experiments.objectives import Objective
 from experiments.spec import Arm, Data, Evaluation, Experiment, Training
+from models import checkpoint
+from models.generation import Sampling, generate
 
 CPU = torch.device("cpu")
 
@@ -107,6 +109,41 @@ def test_a_seed_has_its_own_weights_and_randomness(
         started.append(expected)
     assert started[0] != started[1]
     assert [one for one in asked if len(one) > 2] == [("causal", 280, 0), ("causal", 280, 1)]
+
+
+def test_samples_go_on_from_validation_text_and_the_first_loss_is_of_test_text(
+    experiment: Experiment, dataset: Path, tmp_path: Path
+) -> None:
+    _, trained, _ = _trained(experiment, dataset, tmp_path / "cell", seed=1)
+    data, (sample,) = Dataset.load(dataset), trained["samples"]
+    prompt = torch.from_numpy(data.splits["validation"].tokens[: cells.PROMPT].astype("int64"))
+    assert len(prompt) == cells.PROMPT
+    assert sample["prompt"] == data.tokenizer.decode(prompt.tolist())
+    model = checkpoint.load(tmp_path / "cell" / "checkpoint")
+    drawn = generate(model, prompt[None], 4, Sampling(temperature=sample["temperature"]), seed=1)
+    assert sample["text"] == data.tokenizer.decode([int(token) for token in drawn])
+    first = cells.first_model(experiment.arms["mamba"], model.config, 1, CPU)
+    quality = {
+        (of, split): evaluate(one, data.splits[split], batch=16, context=16, precision="float32").bits_per_byte
+        for of, one in (("first", first), ("trained", model)) for split in ("validation", "test")
+    }  # fmt: skip
+    assert len(set(quality.values())) == 4
+    assert trained["initial"] == {"expected_loss": math.log(280), "test_bits_per_byte": quality["first", "test"]}
+    assert [trained["splits"][split]["bits_per_byte"] for split in ("validation", "test")] == [
+        quality["trained", "validation"], quality["trained", "test"]
+    ]  # fmt: skip
+
+
+def test_a_step_has_the_tokens_of_all_its_micro_batches_and_the_first_steps_are_not_timed(
+    experiment: Experiment, dataset: Path, tmp_path: Path
+) -> None:
+    training = Training(context=16, batch=2, accumulate=3, steps=cells.WARM_UP_STEPS + 2, warmup_steps=2)
+    one = experiment.model_copy(update={"training": training, "evaluation": Evaluation(samples=0)})
+    arm, folder = one.arms["mamba"], tmp_path / "cell"
+    train = all_turns(cells.train_cell(lambda message: None, one, "mamba", arm, 0, dataset, folder))["train"]
+    assert (train["tokens_per_step"], train["tokens"]) == (3 * 2 * 16, training.steps * 3 * 2 * 16)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert train["step_ms"] == [line["step_ms"] for line in log if "step_ms" in line][-2:]
 
 
 def test_a_trained_and_a_built_model_pass_every_gate(experiment: Experiment, dataset: Path, tmp_path: Path) -> None:
