@@ -119,6 +119,14 @@ def test_rows_over_seeds(run: RunDirectory) -> None:
     assert positions == [(1, 1.0), (2, 2.0), (4, 4.0), (6, 6.0)]
 
 
+@pytest.mark.parametrize("what", ["arm", "phase", "metric", "context", "batch", "mode", "dtype"])
+def test_a_row_over_seeds_is_of_seeds_that_differ_in_nothing_else(run: RunDirectory, what: str) -> None:
+    one = row(build_result(run, EXPERIMENT, FACTS), "mamba", 0, "decode", "state_bytes")
+    made = [one | {what: other, "seed": seed, "value": value + seed}
+            for other, value in ((8, 10), (16, 20)) for seed in (0, 1)]  # fmt: skip
+    assert [(mean[what], mean["value"], mean["n"]) for mean in _over_seeds(made)] == [(8, 10.5, 2), (16, 20.5, 2)]
+
+
 def test_verdicts(run: RunDirectory) -> None:
     verdicts = {v["id"]: v for v in build_result(run, EXPERIMENT, FACTS)["verdicts"]}
     quality = verdicts["quality"]
@@ -220,6 +228,8 @@ def test_a_fallback_taints_speed_and_memory_but_not_quality(run: RunDirectory) -
         for seed in (0, 1, None):
             one = row(result, "mamba", seed, phase, metric)
             assert (one["comparable"], one["reason"]) == (False, f"runs a fallback form ({FALLBACK})")
+    for phase, metric in (("train", "flops_per_token"), ("load", "file_bytes"), ("decode", "state_bytes")):
+        assert row(result, "mamba", None, phase, metric)["comparable"]  # of whichever form
     comparable = {v["id"]: v["comparable"] for v in result["verdicts"]}
     assert comparable["quality"]
     assert not comparable["train"]
