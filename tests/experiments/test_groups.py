@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from experiments import runner
-from experiments.errors import CorpusError
+from experiments.errors import CorpusError, RunFailedError
 from experiments.spec import Arm, load
-from experiments.store import Cell, RunDirectory
+from experiments.store import Cell, RunDirectory, write_json
 from experiments.studies import STUDIES
 from models.errors import ConfigError
 
@@ -99,6 +99,59 @@ def test_a_failed_cell_is_left_alone_unless_it_is_tried_again(finished: RunDirec
     assert runner._todo(finished, EXPERIMENT, retry=True) == [
         cell for cell in PLAN if STUDY.turns(cell, EXPERIMENT) == turns
     ]
+
+
+def test_the_latest_run_of_a_specification_is_gone_on_with_unless_all_of_it_has_ended(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(runner, "run_hash", lambda *of: "0123abcd")
+    older, later = (RunDirectory(tmp_path / f"2026010{day}T000000Z-{EXPERIMENT.name}-0123abcd") for day in (1, 2))
+    for run in (older, later):
+        write_json(run.path / "environment.json", {})
+
+    def found() -> Path | None:
+        unfinished = runner._unfinished(EXPERIMENT, None, tmp_path)  # type: ignore[arg-type]
+        return unfinished and unfinished.path
+
+    assert found() == later.path
+    first, *others = PLAN
+    for cell in others:
+        later.finish(cell, {"done": cell.name})
+    assert found() == later.path
+    later.fail(first, "out of memory", "")
+    assert found() is None  # a new one is begun, and not the older one gone on with
+
+
+def test_failed_cells_are_tried_again_where_a_run_is_resumed_by_name_alone(
+    finished: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    failed = next(cell for cell in PLAN if cell.kind == "prefill")
+    finished.forget(failed)
+    finished.fail(failed, "out of memory", "")
+    tried: list[list[Cell]] = []
+    for name in ("check", "_check_out", "prepare_all", "_check_lengths", "_check_same_run", "_make_good"):
+        monkeypatch.setattr(runner, name, lambda *given: None)
+    monkeypatch.setattr(runner, "_unfinished", lambda *given: finished)
+    monkeypatch.setattr(runner, "_run_cells", lambda *given: tried.append(given[3]))
+    monkeypatch.setattr(runner, "_finish", lambda *given: {"warnings": []})
+    runner.run(EXPERIMENT, tmp_path, command="lab run")
+    runner.run(EXPERIMENT, tmp_path, command="lab resume", into=finished)
+    turns = STUDY.turns(failed, EXPERIMENT)
+    assert tried == [[], [cell for cell in PLAN if STUDY.turns(cell, EXPERIMENT) == turns]]
+
+
+def test_a_run_that_made_no_model_is_an_error_and_its_first_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    directory = RunDirectory(tmp_path / "run")
+    write_json(directory.path / "environment.json", {})
+    for name in ("check", "_check_out", "prepare_all", "_check_lengths", "_check_same_run", "_make_good", "_run_cells"):
+        monkeypatch.setattr(runner, name, lambda *given: None)
+    result = {"warnings": [], "failures": [{"cell": PLAN[0].name, "message": "out of memory"}]}
+    monkeypatch.setattr(runner, "_finish", lambda *given: result)
+    with pytest.raises(RunFailedError, match=f"no model could be made, see {directory.path}: out of memory"):
+        runner.run(EXPERIMENT, tmp_path, command="lab resume", into=directory)
+    made = next(cell for cell in PLAN if cell.kind == STUDY.MAKES)
+    directory.finish(made, {"done": made.name})
+    assert runner.run(EXPERIMENT, tmp_path, command="lab resume", into=directory) is directory
 
 
 def test_arms_of_a_comparison_take_turns_at_what_is_timed():
