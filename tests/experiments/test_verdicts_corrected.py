@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from study_rows import quality
+from study_rows import per_seed, quality, speed
 
 from experiments.studies import pairing, wording
 from experiments.studies.pairing import Question, compared
@@ -34,6 +34,35 @@ def test_what_is_resolved_is_so_after_holms_correction(raw: tuple[float, ...], c
         assert ("base is better here." in said) == (after < 0.05)
         assert ("not resolved" in said) == (after >= 0.05)
         assert ("not resolved after correcting for 3 comparisons; " in said) == (p < 0.05 <= after)
+
+
+@pytest.mark.parametrize(("direction", "more", "less"), [
+    ("lower", "base", "b"), ("higher", "b", "base"), ("none", None, None),
+])  # fmt: skip
+def test_more_of_it_is_better_or_worse_as_its_direction_says(direction: str, more: str | None, less: str | None):
+    asked = [Question("base", "b", "train", "tokens_per_s", "ratio")]
+    for values, better in (((200.0, 202.0, 204.0), more), ((50.0, 50.5, 51.0), less)):
+        rows = speed("base", "train", (100.0, 100.0, 100.0)) + speed("b", "train", values)
+        (one,) = compared([row | {"direction": direction} for row in rows], asked)
+        assert (one["direction"], one["resolved"], one["better"]) == (direction, True, better)
+        assert one["sentence"].endswith(f": {better} is better here." if better else " 3 paired seeds).")
+
+
+def test_means_tell_of_the_seeds_of_the_run_that_no_arm_has() -> None:
+    rows = quality("a", [1.0, 2.0]) + quality("b", [3.0, 4.0])
+    asked = (rows, "ab", "quality", "test_bits_per_byte")
+    assert pairing.paired_means(*asked).over == ""
+    found = pairing.paired_means(*asked, seeds=(0, 1, 2))
+    assert found.means == {"a": 1.5, "b": 3.5}
+    assert found.over == " (over 2 seeds of 3, which all of these have)"
+
+
+@pytest.mark.parametrize(("phase", "said"), [("train", "training"), ("decode", "decode")])
+def test_text_per_second_is_told_of_its_phase(phase: str, said: str) -> None:
+    rows = [one for arm, at in (("a", 1.0), ("b", 2.0))
+            for one in per_seed(arm, phase, "bytes_per_s", [at, at + 0.1], direction="higher")]  # fmt: skip
+    (one,) = compared(rows, [Question("a", "b", phase, "bytes_per_s", "ratio")])
+    assert f" times a's bytes of text per second in {said} (95% interval " in one["sentence"]
 
 
 @pytest.mark.parametrize(("p", "why"), [(0.02, " after correcting for 7 comparisons"), (0.2, "")])
