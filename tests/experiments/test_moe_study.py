@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from study_rows import quality, speed
 
+from experiments.numbers import size
 from experiments.report import moe as report
 from experiments.spec import Arm, Data, Experiment, Experts, Measurement, load
 from experiments.store import Cell, RunDirectory
@@ -48,9 +49,14 @@ def test_bytes_against_the_tensors_of_the_model() -> None:
     assert sparse["touched_bytes"]["1"] == whole - (X - K) * EXPERT  # one token meets K experts and the router
     assert sparse["touched_bytes"]["4"] == pytest.approx(whole - X * (1 - K / X) ** 4 * EXPERT)
     assert dense["touched_bytes"] == {"1": dense["loaded_bytes"], "4": dense["loaded_bytes"]}
+    halved = setting.model_copy(update={"measurement": Measurement(contexts=(64,), dtype="bfloat16")})
+    assert [one["loaded_bytes"] for one in kind(moe.findings([], halved, NOWHERE), "bytes")] == [
+        dense["loaded_bytes"] / 2, whole / 2
+    ]  # fmt: skip
     assert "evenly" in sparse["sentence"]
     assert "evenly" not in dense["sentence"]
     assert f"({sparse['touched_bytes']['1'] / whole:.0%})" in sparse["sentence"]
+    assert f"; {size(sparse['touched_bytes']['4'] / 4)} a token)" in sparse["sentence"]
 
 
 def test_what_the_arms_are_equal_in_and_what_that_bought() -> None:
@@ -89,7 +95,19 @@ def test_the_load_is_ranked_within_a_seed(tmp_path: Path) -> None:
     assert one["idlest"] == pytest.approx(X * (0.1 + 0.05) / 2)
     assert one["loads"][0][1] == pytest.approx((0.1 + 0.08) / 2)
     assert "the busiest expert of any layer gets 3.20 times an even share, the idlest 0.600 times" in one["sentence"]
+    met = [sum(1 - (1 - K * load) ** 4 for load in loads if K * load < 1) + sum(K * load >= 1 for load in loads)
+           for loads in (first, second)]  # fmt: skip
+    assert one["touched_experts"] == pytest.approx(sum(met) / 2)
+    assert "; with this load 4 independent tokens touch " in one["sentence"]
     assert json.dumps(one)
+
+
+def test_a_question_that_the_comparison_asks_already_is_asked_once() -> None:
+    """Of decode at the usual batch, where there is one length."""
+    setting = experiment("dense", "moe").model_copy(update={"measurement": Measurement(contexts=(64,), batch=1)})
+    rows = [one for arm, rate in (("dense", 100.0), ("moe", 50.0)) for batch in (1, 4)
+            for one in speed(arm, "decode", [rate, 1.1 * rate, 1.3 * rate], context=64, batch=batch)]  # fmt: skip
+    assert [one["batch"] for one in moe.verdicts(rows, setting)] == [1, 4]
 
 
 def test_the_busiest_expert_is_that_of_the_comparisons_row(tmp_path: Path) -> None:
