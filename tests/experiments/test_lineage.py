@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from study_rows import held, quality, speed
+from study_rows import held, per_seed, quality, speed
 
 from experiments.report.lineage import HISTORY
 from experiments.report.tables import resolution
@@ -186,6 +186,15 @@ def test_neighbours_and_the_ends_are_compared_with_one_correction_a_question() -
     two = Experiment(name="x", title="x", study="lineage", arms=dict(list(ARMS.items())[:2]))
     assert lineage.steps(two) == [("lstm", "transformer")]
     assert [one["kind"] for one in lineage.findings(QUALITY, two, NOWHERE)] == ["step"]
+
+
+def test_questions_about_one_phase_are_corrected_each_by_itself() -> None:
+    rows = [one for arm, rate in zip(ARMS, (1.0, 2.0, 3.0), strict=True) for one in [
+        *speed(arm, "decode", (rate, rate + 0.1, rate + 0.3), context=1024, batch=1),
+        *per_seed(arm, "decode", "peak_bytes", (rate * 1e6, rate * 2e6, rate * 4e6), context=1024, batch=1),
+    ]]  # fmt: skip
+    told = [(one["metric"], one["tested"]) for one in lineage.verdicts(rows, experiment())]
+    assert sorted(told) == [("peak_bytes", 3)] * 3 + [("tokens_per_s", 3)] * 3
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "cuda"])
