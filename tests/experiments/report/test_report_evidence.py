@@ -8,7 +8,7 @@ import pytest
 
 from experiments.numbers import number
 from experiments.report.record import Record, read
-from experiments.report.tables import comparisons, estimate, evidence, placing, resolution
+from experiments.report.tables import comparisons, estimate, evidence, gates_table, placing, resolution
 
 
 @pytest.fixture
@@ -103,3 +103,18 @@ def test_the_table_notes_the_seeds_that_a_comparison_leaves_out(record: Record) 
 def test_a_bound_beside_1_is_not_printed_as_1(record: Record) -> None:
     one = record.verdicts[0] | {"kind": "ratio", "unit": "x", "estimate": 1.0121, "ci_low": 1.0004, "ci_high": 1.0242}
     assert estimate(one) == "1.012× [1.0004, 1.024]"
+
+
+def test_a_check_shows_the_worst_of_its_seeds_and_that_one_failed(make_run: Callable[..., Path]) -> None:
+    record = read(make_run())
+    evaluations = {
+        arm: {seed: {"gates": [{"name": "causality", "limit": 0.1, "value": value, "passed": value <= 0.1}]}
+              for seed, value in enumerate(values)}
+        for arm, values in {"transformer": (0.01, 0.02, 0.0), "mamba": (0.02, 0.3, 0.01)}.items()
+    }  # fmt: skip
+    table = gates_table(replace(record, evaluations=evaluations))
+    ((_, (cells,)),) = table.groups
+    assert [cell.text for cell in cells] == ["causality", "0.1", "0.02", "0.3", "3"]
+    ((note, letter),) = table.notes.items()
+    assert note == "failed: what it taints is marked as not comparable"
+    assert [cell.marks for cell in cells] == ["", "", "", letter, ""]
