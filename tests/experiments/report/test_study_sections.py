@@ -155,3 +155,14 @@ def test_the_order_of_history_is_said_of_no_other_order(arms: list[str], ordered
     assert ("which is not that of history" in section.intro) != ordered
     assert ("which is not that of history" in table.caption) != ordered
     assert [cells[0].text for _, body in table.groups for cells in body] == arms
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill", "train", "load"])
+def test_what_a_decode_step_computes_explains_no_other_phase(phase: str) -> None:
+    one = record(over_seeds=lambda phase, metric, arm: [row(arm, phase, metric, 1.0 if "analytic" in metric else 2.0)])
+    table = Table("Memory", [])
+    *_, residual = memory._beside_formula(table, one, "a", phase, "peak_bytes")
+    ((reason, letter),) = table.notes.items()
+    assert (residual.text, residual.marks) == ("+100%", letter)
+    assert ("buffers of libraries, what a decode step computes" in reason) == (phase == "decode")
+    assert reason.startswith("beyond 5%. Not predicted are what the allocator keeps or rounds up, buffers of libraries")
