@@ -19,6 +19,7 @@ PACKAGES = (
     "triton", "mamba-ssm", "causal-conv1d", "nvidia-ml-py", "transformers", "mambapy",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
+_VECTORS = ("sse", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")
 _CODE = ("models", "experiments", "cli", "benchmarks", "tests", "pyproject.toml")  # a page beside them changes nothing
 
 
@@ -43,6 +44,7 @@ def describe(device: str, asked_threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
+        "cpu_instructions": cpu_instructions(),
         "cores": available_cores(),
         "threads": threads(asked_threads),
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
@@ -66,11 +68,7 @@ def threads(asked: int) -> int:
 def cpu_name() -> str:
     """With the numbers of its generation where the system has them: a virtual machine often has no more of a name than
     the maker's."""
-    try:
-        first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
-    except OSError:
-        first = ""  # not Linux
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    told = _cpuinfo()
     generation = ("cpu family", "model", "stepping")
     if "model name" not in told:
         return platform.processor() or platform.machine()
@@ -78,6 +76,24 @@ def cpu_name() -> str:
         return told["model name"]
     family, model, stepping = (told[key] for key in generation)
     return f"{told['model name']} (family {family}, model {model}, stepping {stepping})"
+
+
+def cpu_instructions() -> dict[str, str]:
+    """The vector instructions that torch takes and, where the system tells, those that the processor has. The order in
+    which sums are rounded depends on them, and processors of one name can differ: a virtual machine may hide some."""
+    told = _cpuinfo()
+    flags = (told.get("flags") or told.get("Features") or "").split()  # of x86, of Arm
+    vectors = sorted(flag for flag in flags if flag.startswith(_VECTORS))
+    return {"torch": torch.backends.cpu.get_cpu_capability()} | ({"processor": " ".join(vectors)} if vectors else {})
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux tells of the first core; elsewhere nothing."""
+    try:
+        first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
 def _version(package: str) -> str | None:

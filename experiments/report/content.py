@@ -552,6 +552,7 @@ LABELS = {
     "git_commit": "Git commit",
     "git_dirty": "Uncommitted changes",
     "cpu": "CPU",
+    "cpu_instructions": "CPU instructions",
     "gpu": "GPU",
     "gpu_capability": "Compute capability",
     "cuda": "CUDA",

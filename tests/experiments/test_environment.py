@@ -24,11 +24,30 @@ stepping\t: 1
     (None, "by platform"),
 ])  # fmt: skip
 def test_a_processor_is_named_with_its_generation(monkeypatch: pytest.MonkeyPatch, text: str | None, named: str):
+    _tells(monkeypatch, text)
+    monkeypatch.setattr("platform.processor", lambda: "by platform")
+    assert environment.cpu_name() == named
+
+
+@pytest.mark.parametrize(("text", "has"), [
+    ("flags\t\t: fpu avx2 sse4_1 avx512f amx_tile fma hypervisor\n\nflags\t\t: avx512_fp16\n",
+     {"processor": "amx_tile avx2 avx512f fma sse4_1"}),
+    ("Features\t: fp asimd sve2 crc32 bf16\n", {"processor": "asimd bf16 sve2"}),
+    ("flags\t\t: fpu hypervisor\n", {}),
+    (None, {}),
+])  # fmt: skip
+def test_vector_instructions_are_torchs_choice_and_the_processors(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, has: dict[str, str]
+):
+    _tells(monkeypatch, text)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert environment.cpu_instructions() == {"torch": "AVX2"} | has
+
+
+def _tells(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
     def read(self: Path, **_: object) -> str:
         if text is None:
             raise FileNotFoundError(self)
         return text
 
     monkeypatch.setattr(Path, "read_text", read)
-    monkeypatch.setattr("platform.processor", lambda: "by platform")
-    assert environment.cpu_name() == named
