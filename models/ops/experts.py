@@ -28,12 +28,14 @@ def reference(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: 
 
 def by_expert(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Tokens sorted by their expert; one product for each expert that was chosen at all."""
+    # taken apart at once: the gradient of one that is taken by its number is as large as all of them
+    weights = list(zip(gate_up.unbind(), down.unbind(), strict=True))
 
     def run(rows: Tensor, counts: Tensor) -> Tensor:
         parts = rows.split(_on_host(counts, len(rows)))
         return torch.cat([
-            swiglu(part @ gate_up[expert].t()) @ down[expert].t() if len(part) else part
-            for expert, part in enumerate(parts)
+            swiglu(part @ up.t()) @ back.t() if len(part) else part
+            for part, (up, back) in zip(parts, weights, strict=True)
         ])  # fmt: skip
 
     return _sorted(x, chosen, weight, gate_up.shape[0], run)
@@ -72,9 +74,11 @@ def _sorted(x: Tensor, chosen: Tensor, weight: Tensor, experts: int, run: Callab
     """`run` on the tokens in the order of their experts; then back, and the sum over each token's K."""
     (M, D), K = x.shape, chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)
-    y = run(x[order.div(K, rounding_mode="floor")], load(chosen, experts))
+    # all copies first, then their order: so each has a place of its own for its gradient, and these are summed after
+    copies = x[:, None].expand(M, K, D).reshape(M * K, D)
+    y = run(copies.index_select(0, order), load(chosen, experts))
     back = torch.empty_like(order).scatter_(0, order, torch.arange(M * K, device=x.device))
-    return (y[back].view(M, K, D) * weight[..., None].to(x.dtype)).sum(1)
+    return (y.index_select(0, back).view(M, K, D) * weight[..., None].to(x.dtype)).sum(1)
 
 
 def _on_host(counts: Tensor, rows: int) -> list[int]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.feedforward.moe import MoE, MoEConfig
 from models.ops import experts as ops
@@ -117,6 +118,30 @@ def test_tokens_do_not_see_each_other(form):
 
 
 # widths that a GPU takes, rows of 16 bytes, and some that are filled up to them
+class WholeGradients(TorchDispatchMode):
+    """Counts the operations whose result has a shape of interest."""
+
+    def __init__(self, *shapes: torch.Size) -> None:
+        super().__init__()
+        self.made = dict.fromkeys(shapes, 0)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **keywords or {})
+        if isinstance(result, torch.Tensor) and result.shape in self.made:
+            self.made[result.shape] += 1
+        return result
+
+
+def test_the_gradient_of_all_experts_is_written_once():
+    """Not once for each of them, which would cost more than their products do."""
+    x, chosen, weight, gate_up, down = draw(40, 6, 5, 8, 2)
+    leaves = [m.requires_grad_() for m in (x, weight, gate_up, down)]
+    y = ops.by_expert(x, chosen, weight, gate_up, down)
+    with WholeGradients(gate_up.shape, down.shape) as seen:
+        torch.autograd.grad(y.sum(), leaves)
+    assert seen.made == {gate_up.shape: 1, down.shape: 1}
+
+
 @pytest.mark.parametrize("shape", [(40, 16, 8, 4, 2), (5, 16, 24, 6, 2), (9, 8, 16, 3, 3), (30, 13, 11, 5, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_form_agrees_within_16_bits(shape, dtype):
