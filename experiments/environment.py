@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ PACKAGES = (
     "triton", "mamba-ssm", "causal-conv1d", "nvidia-ml-py", "transformers", "mambapy",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
+_GENERATION = (  # in the words of /proc/cpuinfo on x86 and on Arm, and in a report's
+    {"cpu family": "family", "model": "model", "stepping": "stepping"},
+    {"CPU implementer": "implementer", "CPU part": "part", "CPU variant": "variant"},
+)
 _VECTORS = ("sse", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")
 _CODE = ("models", "experiments", "cli", "benchmarks", "tests", "pyproject.toml")  # a page beside them changes nothing
 
@@ -67,15 +72,13 @@ def threads(asked: int) -> int:
 
 def cpu_name() -> str:
     """With the numbers of its generation where the system has them: a virtual machine often has no more of a name than
-    the maker's."""
+    the maker's, and Linux has none for Arm's processors."""
     told = _cpuinfo()
-    generation = ("cpu family", "model", "stepping")
-    if "model name" not in told:
-        return platform.processor() or platform.machine()
-    if not told.keys() >= set(generation):
-        return told["model name"]
-    family, model, stepping = (told[key] for key in generation)
-    return f"{told['model name']} (family {family}, model {model}, stepping {stepping})"
+    name = told.get("model name") or _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
+    for numbers in _GENERATION:
+        if told.keys() >= numbers.keys():
+            return f"{name} ({', '.join(f'{short} {told[long]}' for long, short in numbers.items())})"
+    return name
 
 
 def cpu_instructions() -> dict[str, str]:
@@ -94,6 +97,17 @@ def _cpuinfo() -> dict[str, str]:
     except OSError:
         return {}
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _sysctl(name: str) -> str | None:
+    """What macOS tells under this name."""
+    if sys.platform != "darwin":
+        return None
+    try:
+        command = ["sysctl", "-n", name]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _version(package: str) -> str | None:

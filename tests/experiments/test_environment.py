@@ -1,6 +1,7 @@
 """What a run says of its machine."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,11 +22,28 @@ stepping\t: 1
     (CORE.format(n=0, model=1), "AMD EPYC (family 25, model 1, stepping 1)"),
     ("model name\t: A core\n", "A core"),
     ("Hardware\t: a board\n", "by platform"),
+    ("CPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n",
+     "by platform (implementer 0x41, part 0xd0c, variant 0x3)"),
     (None, "by platform"),
 ])  # fmt: skip
 def test_a_processor_is_named_with_its_generation(monkeypatch: pytest.MonkeyPatch, text: str | None, named: str):
     _tells(monkeypatch, text)
     monkeypatch.setattr("platform.processor", lambda: "by platform")
+    assert environment.cpu_name() == named
+
+
+@pytest.mark.parametrize(("answer", "named"), [("Apple M9\n", "Apple M9"), ("\n", "arm"), (None, "arm")])
+def test_macos_is_asked_for_the_name(monkeypatch: pytest.MonkeyPatch, answer: str | None, named: str):
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        assert command == ["sysctl", "-n", "machdep.cpu.brand_string"]
+        if answer is None:
+            raise FileNotFoundError(command[0])
+        return SimpleNamespace(stdout=answer)
+
+    _tells(monkeypatch, None)
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("subprocess.run", run)
     assert environment.cpu_name() == named
 
 
