@@ -174,8 +174,8 @@ def _warnings(
 
 
 def _sampled(result: dict[str, Any]) -> str | None:
-    """By which method the memory of a cell was sampled, if it was."""
-    method = result.get("memory_method", "")
+    """By which method the memory of a cell was sampled, if it was: in training or in what was measured."""
+    method = (result.get("train") or result).get("memory_method", "")
     return method if method.startswith(SAMPLED) else None
 
 

@@ -163,6 +163,13 @@ def test_memory_read_in_pages_is_not_exact(run: RunDirectory) -> None:
         assert verdicts[one]["p"] is not None
 
 
+def test_sampled_memory_of_training_is_warned_of(run: RunDirectory):
+    """A run that measures nothing else has it from there alone."""
+    change(run, "mamba", 1, lambda result: result["train"].update(memory_method="sampled every 1 ms"))
+    (told,) = [one for one in build_result(run, EXPERIMENT, FACTS)["warnings"] if "memory of processes" in one]
+    assert "was sampled every 1 ms" in told
+
+
 def test_arms_of_several_sizes_and_a_short_test_text_are_told(run: RunDirectory) -> None:
     short = "the test text has only 9 bytes: its bits per byte say little of other text"
     *others, last = build_result(run, EXPERIMENT, FACTS)["warnings"]
