@@ -63,6 +63,8 @@ def notices(record: Record) -> list[Notice]:
     if differing:
         title = "The arms of these seeds were trained on different tokens: their difference means nothing"
         found.append(Notice("failure", title, _first([f"seed {seed}" for seed in differing])))
+    if beaten := by_frequencies(record):
+        found.append(Notice("warning", beaten))
     return found
 
 
@@ -96,8 +98,6 @@ def verdict(record: Record) -> Section:
             "is called resolved when a paired t test over the seeds gives p < 0.05 after Holm's "
             "correction for making several comparisons, or when what was counted is the same at every seed."
         )
-        if beaten := by_frequencies(record):
-            blocks.append(Notice("warning", beaten))
         chosen = headlines(record.verdicts)
         if len(chosen) > HEADLINES and len({one["a"] for one in chosen}) == 1:
             blocks += _by_question(chosen)
@@ -122,9 +122,10 @@ def verdict(record: Record) -> Section:
 
 
 def by_frequencies(record: Record) -> str | None:
-    """Which arms have learned no more than how frequent tokens are, if any."""
+    """Which arms have learned no more than how frequent tokens are, if any. Where vocabularies differ, so do
+    frequencies: that study tells of them itself."""
     known: float | None = (record.result["baselines"] or {}).get("unigram_bits_per_byte")
-    if known is None:
+    if known is None or record.study == "vocabulary":
         return None
     rows = {arm: record.row(arm, "quality", "test_bits_per_byte") for arm in record.arms}
     arms = [arm for arm, row in rows.items() if row and row.value is not None and row.value >= known]

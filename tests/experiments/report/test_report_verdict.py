@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.report.document import Notice, Text, Verdict
+from experiments.report.document import Text, Verdict
 from experiments.report.record import Record, read
 from experiments.report.tables import evidence, standing
 from experiments.report.verdict import HEADLINES, by_frequencies, limits, notices, on_validation, verdict
@@ -168,11 +168,16 @@ def test_arms_that_learned_no_more_than_frequencies_are_named(record: Record, kn
     values = [record.row(arm, "quality", "test_bits_per_byte").known for arm in ("mamba", "transformer")]
     assert 1.0 < values[0] < 2.0095 < values[1] < 3.412
     made = replace(record, result=record.result | {"baselines": {"unigram_bits_per_byte": known}})
-    found = [block.title for block in verdict(made).blocks if isinstance(block, Notice)]
+    found = [one.title for one in notices(made) if "frequencies" in one.title]  # on top, before any finding
     assert len(found) == bool(said)
-    assert isinstance(verdict(made).blocks[0], Notice) == bool(said)  # before anything is called resolved
     assert all(text.startswith(f"{said} the test text no better than the frequencies") for text in found)
     assert all(text.endswith("this run cannot say.") for text in found)
+
+
+def test_each_vocabulary_has_frequencies_of_its_own(record: Record) -> None:
+    result = record.result | {"baselines": {"unigram_bits_per_byte": 1.0}}
+    assert by_frequencies(replace(record, result=result))
+    assert by_frequencies(replace(record, result=result, spec=record.spec | {"study": "vocabulary"})) is None
 
 
 def test_as_good_as_frequencies_is_no_better_than_they_are(record: Record) -> None:
@@ -187,10 +192,10 @@ def test_an_arm_alone_is_not_asked_which_of_the_arms_learns_more(record: Record)
         "failures": [{"cell": "transformer/seed0/train", "message": "loss inf"}],
     }  # fmt: skip
     rows = [row for row in record.rows if row.arm == "mamba"]
-    blocks = verdict(replace(record, result=result, rows=rows)).blocks
-    said = [block.text for block in blocks if isinstance(block, Text)]
-    (notice,) = [block.title for block in blocks if isinstance(block, Notice)]
-    assert notice.endswith("of its tokens in the training text, 1.000 bits per byte.")
+    made = replace(record, result=result, rows=rows)
+    said = [block.text for block in verdict(made).blocks if isinstance(block, Text)]
+    (told,) = [one.title for one in notices(made) if "frequencies" in one.title]
+    assert told.endswith("of its tokens in the training text, 1.000 bits per byte.")
     assert "This run recorded no comparison. Cells of transformer failed." in said
 
 
