@@ -1,6 +1,7 @@
 """Text that nobody here wrote, made harmless to print: control characters, lone surrogates and bidirectional overrides
 become visible escapes."""
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,11 @@ def clean(value: Any) -> Any:
     if isinstance(value, list):
         return [clean(item) for item in value]
     return value
+
+
+def without_gaps(text: str) -> str:
+    """More than two empty lines in a row as one line that counts them: models trained little write pages of them."""
+    return re.sub(r"\n(?:[^\S\n]*\n){3,}", lambda gap: f"\n⋯ {gap[0].count(chr(10)) - 1} empty lines ⋯\n", text)
 
 
 def _visible(character: str) -> str:

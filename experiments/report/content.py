@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.kernels.verdict import by_form
 from experiments.numbers import DASH, count, interval, number, plural, size
+from experiments.printable import without_gaps
 from experiments.report import curves, lineage, moe, sparse
 from experiments.report import masking as masking_study
 from experiments.report import memory as memory_study
@@ -497,16 +498,17 @@ def sweep(record: Record) -> Section:
 
 def samples(record: Record) -> Section:
     intro = (
-        "Text that the trained models wrote, unedited; control characters are shown as visible signs. A "
-        "small model trained briefly writes fragments. Samples illustrate, they prove nothing. For a seed all "
-        "arms draw with the same random numbers, so models that know little yet write alike."
+        "Text that the trained models wrote, unedited, except that control characters are shown as visible signs and "
+        "long runs of empty lines are counted. A small model trained briefly writes fragments. Samples illustrate, "
+        "they prove nothing. For a seed all arms draw with the same random numbers, so models that know little yet "
+        "write alike."
     )
     blocks: list[Block] = []
     for arm in _sampled(record):
         for seed, evaluation in sorted(record.evaluations.get(arm, {}).items()):
             for one in evaluation.get("samples", []):
                 label = f"{arm}, seed {seed}, temperature {one['temperature']:g}: the prompt, a bar, the model's words"
-                blocks.append(Code(label, one["text"], prompt=one["prompt"]))
+                blocks.append(Code(label, without_gaps(one["text"]), prompt=one["prompt"]))
     if not blocks:
         blocks.append(Text("This run generated no samples."))
     return Section("samples", "Samples", intro, blocks, terminal=False)

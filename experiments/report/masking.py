@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from experiments.numbers import DASH, MINUS, after_holm, interval, number, plural
+from experiments.printable import without_gaps
 from experiments.report.document import Block, Cell, Code, Column, Figure, Section, Table, Text, Verdict
 from experiments.report.record import Record, Row
 from experiments.report.tables import WITHIN, seed_counts, value_cell
@@ -134,8 +135,9 @@ def _judged_cell(table: Table, record: Record, arm: str, way: str) -> Cell:
 
 def texts(record: Record) -> Section:
     intro = (
-        "What stands behind those numbers, for the first prompts of one seed, unedited: the text that really follows, "
-        "then what each decoder wrote. Illustrations prove nothing; the table above counts all prompts and seeds."
+        "What stands behind those numbers, for the first prompts of one seed: the text that really follows, then what "
+        "each decoder wrote, unedited, except that long runs of empty lines are counted. Illustrations prove nothing; "
+        "the table above counts all prompts and seeds."
     )
     blocks: list[Block] = []
     for finding in record.findings:
@@ -146,7 +148,7 @@ def texts(record: Record) -> Section:
                 who = "the text that really follows" if one["way"] == TRUE else f"{one['arm']}, {one['way']}"
                 cost = f"{number(one['nats_per_token'])} nats/token under {finding['arm']}"
                 label = f"Prompt {at + 1}, seed {finding['seed']}, {who} ({cost}): the prompt, a bar, what follows"
-                blocks.append(Code(label, one["text"], folded=at > 0, prompt=one["prompt"]))
+                blocks.append(Code(label, without_gaps(one["text"]), folded=at > 0, prompt=one["prompt"]))
     if not blocks:
         blocks.append(Text("This run has no judged text."))
     return Section("masking-texts", "Their texts", intro, blocks, terminal=False)
