@@ -13,7 +13,9 @@ def sections(record: Record) -> list[Section]:
         "With a sliding window a token attends to the latest tokens only, itself included, so that cache and work "
         "stop growing. What lies further back can still come through the layers in between: each reaches a window "
         "further. Here full attention and windows are trained on the same texts, longer than the windows, and "
-        "compared at each position. In parentheses stand 95% intervals over paired seeds; of the losses, Holm's "
+        "compared at each position. Where both see all that was read, they differ by what training made of each, by "
+        "chance as well; how much the difference grows once the window is full is nearer to what the bound itself "
+        "costs. In parentheses stand 95% intervals over paired seeds; of the losses, Holm's "
         f"correction covers all that are told.{room(record)}{together(record)}"
     )
     if not reads_test(record):
@@ -23,11 +25,14 @@ def sections(record: Record) -> list[Section]:
     if by_kind["quality"]:
         blocks.append(Figure("sparse", _alt(record), _caption(record)))
     for one in by_kind["quality"]:
-        judged = one["after"] or one["before"]
-        tone, standing = resolution(judged)
-        blocks.append(
-            Verdict(tone, one["sentence"], f"after the window is full: {standing}" if one["after"] else standing, "")
-        )
+        tone, standing = resolution(one["after"] or one["before"])
+        if one["after"]:
+            standing = f"after the window is full: {standing}"
+        if growth := one.get("growth"):  # absent in older records
+            sure, grows = resolution(growth, "its growth:")
+            tone = sure if tone == "open" else tone
+            standing += f"; {grows}"
+        blocks.append(Verdict(tone, one["sentence"], standing, ""))
     blocks += [Verdict("note", one["sentence"], "cache counted, speed measured", "") for one in by_kind["cost"]]
     if not by_kind["quality"]:
         blocks.append(Text("No trained arm with a window stands beside one without, so no losses are compared."))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cells
-from experiments.numbers import fitting, number, signed, size
+from experiments.numbers import fitting, listed, number, signed, size
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, binned, mean_interval, paired_difference
 from experiments.store import Cell, RunDirectory
@@ -59,10 +59,11 @@ def findings(rows: list[dict], experiment: Experiment, run: RunDirectory) -> lis
         return []
     found, told = _qualities(rows, experiment, base, bounded, run), verdicts(rows, experiment)
     found += [one for arm in bounded if (one := _cost(rows, told, experiment, base, arm))]
-    after = {one["arm"]: one["after"] for one in found if one["kind"] == "quality" and one["after"]}
+    full = [one for one in found if one["kind"] == "quality" and one["after"]]
+    after, growth = ({one["arm"]: one[zone] for one in full} for zone in ("after", "growth"))
     lost = [arm for arm in bounded if not any((one["kind"], one["arm"]) == ("quality", arm) for one in found)]
     several = after and len(after) + len(lost) > 1
-    return found + ([_overall(base, after, lost)] if several else [])
+    return found + ([_overall(base, after, growth, lost)] if several else [])
 
 
 def _losses(experiment: Experiment, arm: str, run: RunDirectory) -> dict[int, np.ndarray]:
@@ -79,7 +80,9 @@ def _losses(experiment: Experiment, arm: str, run: RunDirectory) -> dict[int, np
 def _qualities(
     rows: list[dict], experiment: Experiment, base: str, bounded: dict[str, ModelConfig], run: RunDirectory
 ) -> list[dict]:
-    """The paired differences of every window and zone, with one correction over all of them."""
+    """The paired differences of every window and zone, and how much each grows once the window is full, with one
+    correction over all of them. Chance in training makes a model better or worse at every position alike, so the growth
+    is known far more closely than the difference itself."""
     drafts: list[tuple[dict, Comparison]] = []
     curves: dict[str, dict[str, Any]] = {}
     plain = _losses(experiment, base, run)
@@ -96,13 +99,23 @@ def _qualities(
         without = {name: [seed for seed in experiment.seeds if seed not in had]
                    for name, had in ((base, plain), (arm, own))}  # fmt: skip
         lacking = {name: those for name, those in without.items() if those}
-        for name, (first, last) in _zones(config, len(own[seeds[0]])).items():
-            means = [[float(side[seed][first - 1 : last].mean()) for seed in seeds] for side in (plain, own)]
+        zones = _zones(config, len(own[seeds[0]]))
+        means = {
+            name: [[float(side[seed][first - 1 : last].mean()) for seed in seeds] for side in (plain, own)]
+            for name, (first, last) in zones.items()
+        }
+        if "after" in zones:
+            zones["growth"] = zones["after"]
+            means["growth"] = [
+                [late - early for late, early in zip(*sides, strict=True)]
+                for sides in zip(means["after"], means["before"], strict=True)
+            ]
+        for name, (first, last) in zones.items():
             head = {
                 "zone": name, "first": first, "last": last, "a": base, "b": arm, "kind": "difference",
                 "direction": "lower", "lacking": lacking, **pairing.comparability(judged),
             }  # fmt: skip
-            drafts.append((head, paired_difference(*means)))
+            drafts.append((head, paired_difference(*means[name])))
     settled = pairing.settled(drafts)
     return [
         _quality(base, arm, config, {one["zone"]: one for one in settled if one["b"] == arm}, curves[arm])
@@ -141,7 +154,7 @@ def parting(curve: dict[str, Any]) -> float | None:
 
 
 def _quality(base: str, arm: str, config: ModelConfig, zones: dict[str, dict], curve: dict[str, Any]) -> dict:
-    before, after, beyond = (zones.get(name) for name in ("before", "after", "beyond"))
+    before, after, growth, beyond = (zones.get(name) for name in ("before", "after", "growth", "beyond"))
     assert before is not None
     text = (
         f"{arm} against {base}: over the first {before['last']:,} positions, where both see all that was read, "
@@ -157,12 +170,14 @@ def _quality(base: str, arm: str, config: ModelConfig, zones: dict[str, dict], c
             text += f", from about position {number(part, 0)} on at every one"
         elif worse:
             text += ", though not at every one from some position on"
+    if growth and growth["comparable"]:
+        text += f"; {_growth(growth)}"
     if beyond:
         layers = f"the {reach(config):,} tokens that its {len(config.blocks)} layers reach together"
         text += f"; beyond {layers} {_difference(beyond)}"
     return {
         "kind": "quality", "arm": arm, "against": base, "windows": windows(config), "reach": reach(config),
-        "before": before, "after": after, "beyond": beyond, "parting": part, "curve": curve,
+        "before": before, "after": after, "growth": growth, "beyond": beyond, "parting": part, "curve": curve,
         "sentence": f"{text}.{wording.without(before)}",
     }  # fmt: skip
 
@@ -171,14 +186,25 @@ def _difference(one: dict) -> str:
     """Of losses within a sentence."""
     if not one["comparable"]:
         return f"the losses do not compare ({one['reason']})"
-    if one["n"] < 2:
-        return f"the loss differs by {signed(one['estimate'], 3)} nats/token (one seed, not resolved)"
     if wording.identical(one):
         return "the losses are the same at every seed"
+    return f"the loss differs by {_size(one)}"
+
+
+def _growth(one: dict) -> str:
+    """Of the difference, from the positions before the window is full to those after."""
+    if wording.identical(one):
+        return "from the ones to the others the difference stays the same at every seed"
+    return f"from the ones to the others the difference grows by {_size(one)}"
+
+
+def _size(one: dict) -> str:
+    if one["n"] < 2:
+        return f"{signed(one['estimate'], 3)} nats/token (one seed, not resolved)"
     open_ = "" if one["resolved"] else f", {wording.unresolved(one)}"
     at = fitting(*(one[end] for end in ("estimate", "ci_low", "ci_high")))
     size, low, high = (signed(one[end], at) for end in ("estimate", "ci_low", "ci_high"))
-    return f"the loss differs by {size} nats/token ({low} to {high}{open_})"
+    return f"{size} nats/token ({low} to {high}{open_})"
 
 
 def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str, arm: str) -> dict | None:
@@ -214,17 +240,30 @@ def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str,
     }  # fmt: skip
 
 
-def _overall(base: str, after: dict[str, dict], without: list[str]) -> dict:
-    """Which windows lose, once they are full. without: those of which no loss is known."""
-    lost = [arm for arm, one in after.items() if one["resolved"] and one["estimate"] > 0]
-    won = [arm for arm, one in after.items() if one["resolved"] and one["estimate"] < 0]
-    blocked = [arm for arm, one in after.items() if not one["comparable"]]
-    open_ = [arm for arm in after if arm not in lost + won + blocked]
+def _overall(base: str, after: dict[str, dict], growth: dict[str, dict], without: list[str]) -> dict:
+    """Which windows lose once they are full, and which lose more than before. without: those without a known loss."""
+    lost, won, open_, blocked = _standing(after)
     groups = {"worse than": lost, "better than": won, "not resolved against": open_, "not comparable with": blocked}
     told = [f"{', '.join(arms)}: {what} {base}" for what, arms in groups.items() if arms]
     told += [f"{', '.join(without)}: no result"] if without else []
     sentence = f"Loss at the positions after the window is full. {'; '.join(told)}."
-    return {"kind": "overall", "against": base, "worse": lost, "better": won, "sentence": sentence}
+    grown, shrunk, unclear, _ = _standing(growth)
+    changes = {"larger for": grown, "smaller for": shrunk, "not resolved for": unclear}
+    changed = [f"{what} {listed(arms)}" for what, arms in changes.items() if arms]
+    if changed:
+        sentence += f" Compared with the difference at the positions before: {'; '.join(changed)}."
+    return {
+        "kind": "overall", "against": base, "worse": lost, "better": won, "grown": grown, "shrunk": shrunk,
+        "sentence": sentence,
+    }  # fmt: skip
+
+
+def _standing(of: dict[str, dict]) -> tuple[list[str], list[str], list[str], list[str]]:
+    """The arms whose difference is above 0, below it, open, and not comparable."""
+    above = [arm for arm, one in of.items() if one["resolved"] and one["estimate"] > 0]
+    below = [arm for arm, one in of.items() if one["resolved"] and one["estimate"] < 0]
+    blocked = [arm for arm, one in of.items() if not one["comparable"]]
+    return above, below, [arm for arm in of if arm not in above + below + blocked], blocked
 
 
 def _kept(rows: list[dict], arm: str, contexts: Sequence[int]) -> dict[int, float]:

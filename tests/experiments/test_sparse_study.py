@@ -73,7 +73,7 @@ def test_a_window_that_loses_after_it_is_full(run: RunDirectory) -> None:
     assert "not resolved" in wide["sentence"]
     (whole,) = kind(found, "overall")
     assert (whole["worse"], whole["better"]) == (["narrow"], [])
-    assert whole["sentence"].endswith("full. narrow: worse than full; wide: not resolved against full.")
+    assert "full. narrow: worse than full; wide: not resolved against full. " in whole["sentence"]
 
 
 @pytest.mark.parametrize("read", ["test", "validation"])
@@ -89,12 +89,42 @@ def test_the_losses_are_of_the_test_text_where_it_was_read(run: RunDirectory, re
     assert one["after"]["estimate"] == pytest.approx(added[read])
 
 
+def test_what_a_full_window_adds_is_known_where_the_difference_is_not(run: RunDirectory) -> None:
+    """Each seed makes an arm better or worse at every position: that hides the loss, and not its growth."""
+    full = np.arange(1, T + 1) > 8
+    by_seed, grows = (0.5, -0.4, 0.2), (0.30, 0.31, 0.32)
+    for seed, (shift, more) in enumerate(zip(by_seed, grows, strict=True)):
+        for name, added in (("full", 0 * full), ("narrow", shift + more * full), ("wide", shift - more * full)):
+            losses = 5 - 0.5 * np.log2(np.arange(1, T + 1)) + added
+            run.finish(Cell(name, seed, "train"), {"splits": {"test": {"loss_at_position": losses.tolist()}}})
+    found = sparse.findings(QUALITY, experiment(narrow=arm(8), wide=arm(8)), run)
+    narrow, wide = kind(found, "quality")
+    for one, sign in ((narrow, 1), (wide, -1)):
+        assert not one["after"]["resolved"]
+        assert one["growth"]["resolved"]
+        assert one["growth"]["estimate"] == pytest.approx(sign * 0.31)
+        spread = (one["growth"]["ci_high"] - one["growth"]["ci_low"]) / 2
+        assert spread == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+        assert (one["growth"]["first"], one["growth"]["last"]) == (9, T)
+        assert one["growth"]["tested"] == 6  # before, after and growth of two windows
+    assert (
+        "; from the ones to the others the difference grows by +0.310 nats/token (+0.285 to +0.335)."
+        in (narrow["sentence"])
+    )
+    (whole,) = kind(found, "overall")
+    assert (whole["grown"], whole["shrunk"], whole["worse"]) == (["narrow"], ["wide"], [])
+    assert whole["sentence"].endswith(" at the positions before: larger for narrow; smaller for wide.")
+
+
 def test_a_window_that_was_refused_is_not_called_open() -> None:
     open_, blocked = ({"comparable": one, "resolved": False, "estimate": 0.1} for one in (True, False))
-    whole = sparse._overall("full", {"narrow": blocked, "wide": open_}, ["tiny"])
-    assert whole["sentence"].endswith(
-        "full. wide: not resolved against full; narrow: not comparable with full; tiny: no result."
+    windows = {"narrow": blocked, "wide": open_}
+    assert sparse._overall("full", windows, windows, ["tiny"])["sentence"].endswith(
+        "full. wide: not resolved against full; narrow: not comparable with full; tiny: no result. "
+        "Compared with the difference at the positions before: not resolved for wide."
     )
+    alone = sparse._overall("full", {"narrow": blocked}, {"narrow": blocked}, [])
+    assert alone["sentence"].endswith("narrow: not comparable with full.")
 
 
 def test_a_window_names_the_seeds_that_it_is_without(run: RunDirectory) -> None:
@@ -107,7 +137,7 @@ def test_a_window_names_the_seeds_that_it_is_without(run: RunDirectory) -> None:
     assert narrow["after"]["n"] == 2
     assert narrow["sentence"].endswith(" It leaves out seed 1 of narrow, where there is no value.")
     assert "leaves out" not in wide["sentence"]
-    assert kind(found, "overall")[0]["sentence"].endswith("; tiny: no result.")
+    assert "; tiny: no result. " in kind(found, "overall")[0]["sentence"]
 
 
 def test_a_lost_window_is_told_beside_a_single_other(run: RunDirectory) -> None:
@@ -115,12 +145,13 @@ def test_a_lost_window_is_told_beside_a_single_other(run: RunDirectory) -> None:
     alone = experiment(narrow=arm(8)), experiment(narrow=arm(8), tiny=arm(4)), experiment(tiny=arm(4))
     overall = [kind(sparse.findings(QUALITY, one, run), "overall") for one in alone]
     assert [len(found) for found in overall] == [0, 1, 0]
-    assert overall[1][0]["sentence"].endswith("narrow: not resolved against full; tiny: no result.")
+    assert "narrow: not resolved against full; tiny: no result. " in overall[1][0]["sentence"]
 
 
 def test_the_same_losses_are_no_open_difference() -> None:
     one = {"comparable": True, "n": 2, "estimate": 0.0, "ci_low": 0.0, "ci_high": 0.0, "resolved": False, "p": None}
     assert sparse._difference(one) == "the losses are the same at every seed"
+    assert sparse._growth(one).endswith("the difference stays the same at every seed")
     assert "one seed, not resolved" in sparse._difference(one | {"n": 1})
 
 
@@ -158,6 +189,7 @@ def test_a_window_as_long_as_the_text_is_never_full(run: RunDirectory) -> None:
     finish(run, "wide", np.zeros(T))
     (one,) = kind(sparse.findings(QUALITY, experiment(wide=arm(T)), run), "quality")
     assert one["after"] is None
+    assert one["growth"] is None
     assert "over the first 64 positions" in one["sentence"]
     assert "the window is never full at the length of these texts" in one["sentence"]
 
@@ -167,6 +199,7 @@ def test_one_seed_and_a_failed_gate_decide_nothing(run: RunDirectory, tmp_path: 
     failed = [row | {"comparable": False, "reason": "a gate failed"} for row in QUALITY if row["arm"] == "narrow"]
     (one,) = kind(sparse.findings(failed, experiment(narrow=arm(8)), run), "quality")
     assert "the losses do not compare (a gate failed)" in one["sentence"]
+    assert "grows" not in one["sentence"]
     alone = RunDirectory(tmp_path / "alone")
     finish(alone, "full", np.zeros(T), (0,))
     finish(alone, "narrow", np.full(T, 0.3), (0,))

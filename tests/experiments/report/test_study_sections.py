@@ -79,6 +79,25 @@ def test_what_a_mixture_bought_stands_by_its_quality() -> None:
     ]  # fmt: skip
 
 
+def test_a_window_stands_by_its_loss_and_by_its_growth() -> None:
+    open_ = {"ci_low": -1.0, "ci_high": 1.0, "resolved": False, "comparable": True}
+    sure = open_ | {"ci_low": 0.5, "resolved": True}
+    curve = {"difference": [0.0, 0.1], "positions": [1.0, 9.0]}
+    one = {"kind": "quality", "arm": "a", "sentence": "s.", "before": open_, "after": open_, "curve": curve}
+    blocked = {zone: open_ | {"comparable": False} for zone in ("after", "growth")}
+    found = [
+        one | {"growth": sure}, one | {"after": sure, "growth": open_}, one | {"growth": open_}, one | blocked,
+        one | {"after": None, "growth": None}, one,
+    ]  # fmt: skip
+    assert standings(sparse.sections(record(found))[0]) == [
+        ("resolved", "after the window is full: not resolved; its growth: resolved"),
+        ("resolved", "after the window is full: resolved; its growth: not resolved"),
+        ("open", "after the window is full: not resolved; its growth: not resolved"),
+        ("blocked", "after the window is full: not comparable; its growth: not comparable"),
+        ("open", "not resolved"), ("open", "after the window is full: not resolved"),
+    ]  # fmt: skip
+
+
 def test_the_loads_told_are_those_drawn() -> None:
     load = {"kind": "load", "arm": "a", "loads": [[0.5, 0.5], [0.7, 0.3]], "busiest": 9.0, "idlest": 0.01}
     held = {"kind": "bytes", "arm": "a", "loaded_bytes": 1e6, "touched_bytes": {"1": 1e6}}
