@@ -75,8 +75,7 @@ def _sorted(x: Tensor, chosen: Tensor, weight: Tensor, experts: int, run: Callab
     (M, D), K = x.shape, chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)
     # all copies first, then their order: so each has a place of its own for its gradient, and these are summed after
-    copies = x[:, None].expand(M, K, D).reshape(M * K, D)
-    y = run(copies.index_select(0, order), load(chosen, experts))
+    y = run(x[:, None].expand(M, K, D).reshape(M * K, D).index_select(0, order), load(chosen, experts))
     back = torch.empty_like(order).scatter_(0, order, torch.arange(M * K, device=x.device))
     return (y.index_select(0, back).view(M, K, D) * weight[..., None].to(x.dtype)).sum(1)
 

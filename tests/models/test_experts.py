@@ -142,6 +142,14 @@ def test_the_gradient_of_all_experts_is_written_once():
     assert seen.made == {gate_up.shape: 1, down.shape: 1}
 
 
+def test_reading_holds_no_more_than_three_times_what_goes_to_the_experts():
+    """The copies in their order, what comes of them, and that in one piece; not the copies in another order as well."""
+    x, chosen, weight, gate_up, down = draw(512, 64, 8, 8, 2)
+    with torch.no_grad(), Allocations() as seen:
+        ops.by_expert(x, chosen, weight, gate_up, down)
+    assert seen.peak < 3.2 * chosen.shape[1] * x.nbytes
+
+
 @pytest.mark.parametrize("shape", [(40, 16, 8, 4, 2), (5, 16, 24, 6, 2), (9, 8, 16, 3, 3), (30, 13, 11, 5, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_form_agrees_within_16_bits(shape, dtype):
