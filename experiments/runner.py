@@ -39,7 +39,10 @@ from models.mixers import MIXERS
 from models.ops.kernels import has_triton
 
 # of the environment, what a run that goes on must find as it was: its numbers would not compare with new ones
-SETTLED = ("source_sha256", "cpu", "cores", "gpu", "gpu_driver", "threads", "gomp_spincount", "packages", "python")
+SETTLED = (
+    "source_sha256", "cpu", "cpu_instructions", "cores", "gpu", "gpu_driver", "threads", "gomp_spincount", "packages",
+    "python",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

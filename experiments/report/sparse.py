@@ -13,11 +13,14 @@ def sections(record: Record) -> list[Section]:
         "With a sliding window a token attends to the latest tokens only, itself included, so that cache and work "
         "stop growing. What lies further back can still come through the layers in between: each reaches a window "
         "further. Here full attention and windows are trained on the same texts, longer than the windows, and "
-        "compared at each position. Where both see all that was read, they differ by what training made of each, by "
-        "chance as well; how much the difference grows once the window is full is nearer to what the bound itself "
-        "costs. In parentheses stand 95% intervals over paired seeds; of the losses, Holm's "
+        "compared at each position. In parentheses stand 95% intervals over paired seeds; of the losses, Holm's "
         f"correction covers all that are told.{room(record)}{together(record)}"
     )
+    if any(one.get("growth") for one in record.findings):
+        intro += (
+            " Where both see all that was read, they differ by what training made of each, by chance as well; how much "
+            "the difference grows once the window is full is nearer to what the bound itself costs."
+        )
     if not reads_test(record):
         intro += " The losses here are of the validation text: this run did not read the test split."
     by_kind = {kind: [one for one in record.findings if one["kind"] == kind] for kind in ("overall", "quality", "cost")}
@@ -29,7 +32,7 @@ def sections(record: Record) -> list[Section]:
         if one["after"]:
             standing = f"after the window is full: {standing}"
         if growth := one.get("growth"):  # absent in older records
-            sure, grows = resolution(growth, "its growth:")
+            sure, grows = resolution(growth, "growth of the difference:")
             tone = sure if tone == "open" else tone
             standing += f"; {grows}"
         blocks.append(Verdict(tone, one["sentence"], standing, ""))

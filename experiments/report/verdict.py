@@ -128,14 +128,16 @@ def by_frequencies(record: Record) -> str | None:
     if known is None or record.study == "vocabulary":
         return None
     rows = {arm: record.row(arm, "quality", "test_bits_per_byte") for arm in record.arms}
-    arms = [arm for arm, row in rows.items() if row and row.value is not None and row.value >= known]
+    values = {arm: row.value for arm, row in rows.items()
+              if row and row.value is not None and record.objective(arm) != "unmasked"}  # fmt: skip
+    arms = [arm for arm, value in values.items() if value >= known]
     if not arms:
         return None
     sentence = (
         f"{listed(arms)} {'predicts' if len(arms) == 1 else 'predict'} the test text no better than the frequencies of "
         f"its tokens in the training text, {number(known, 3)} bits per byte"
     )
-    if sum(row is not None and row.value is not None for row in rows.values()) < 2:
+    if len(values) < 2:
         return f"{sentence}."
     return f"{sentence}: which of the arms learns more once they have learned something, this run cannot say."
 

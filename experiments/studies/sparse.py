@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cells
-from experiments.numbers import fitting, listed, number, signed, size
+from experiments.numbers import fitting, number, signed, size
 from experiments.spec import Experiment
 from experiments.statistics import Comparison, binned, mean_interval, paired_difference
 from experiments.store import Cell, RunDirectory
@@ -81,8 +81,8 @@ def _qualities(
     rows: list[dict], experiment: Experiment, base: str, bounded: dict[str, ModelConfig], run: RunDirectory
 ) -> list[dict]:
     """The paired differences of every window and zone, and how much each grows once the window is full, with one
-    correction over all of them. Chance in training makes a model better or worse at every position alike, so the growth
-    is known far more closely than the difference itself."""
+    correction over all of them. What chance in training does to a model it does to early and late positions much alike,
+    so that the growth may be known far more closely than the difference itself."""
     drafts: list[tuple[dict, Comparison]] = []
     curves: dict[str, dict[str, Any]] = {}
     plain = _losses(experiment, base, run)
@@ -171,7 +171,7 @@ def _quality(base: str, arm: str, config: ModelConfig, zones: dict[str, dict], c
         elif worse:
             text += ", though not at every one from some position on"
     if growth and growth["comparable"]:
-        text += f"; {_growth(growth)}"
+        text += f"; {_growth(growth, base)}"
     if beyond:
         layers = f"the {reach(config):,} tokens that its {len(config.blocks)} layers reach together"
         text += f"; beyond {layers} {_difference(beyond)}"
@@ -191,11 +191,19 @@ def _difference(one: dict) -> str:
     return f"the loss differs by {_size(one)}"
 
 
-def _growth(one: dict) -> str:
+def _growth(one: dict, base: str) -> str:
     """Of the difference, from the positions before the window is full to those after."""
     if wording.identical(one):
-        return "from the ones to the others the difference stays the same at every seed"
-    return f"from the ones to the others the difference grows by {_size(one)}"
+        return f"from the former to the latter it neither loses nor gains against {base}, at any seed"
+    lost = one["estimate"] >= 0
+    size = _size(one if lost else one | {"estimate": -one["estimate"], **_turned(one)}).removeprefix("+")
+    return f"from the former to the latter it {'loses' if lost else 'gains'} {size} against {base}"
+
+
+def _turned(one: dict) -> dict[str, float | None]:
+    """The interval of what is as far on the other side of 0."""
+    low, high = (None if one[end] is None else -one[end] for end in ("ci_high", "ci_low"))
+    return {"ci_low": low, "ci_high": high}
 
 
 def _size(one: dict) -> str:
@@ -242,28 +250,35 @@ def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str,
 
 def _overall(base: str, after: dict[str, dict], growth: dict[str, dict], without: list[str]) -> dict:
     """Which windows lose once they are full, and which lose more than before. without: those without a known loss."""
-    lost, won, open_, blocked = _standing(after)
-    groups = {"worse than": lost, "better than": won, "not resolved against": open_, "not comparable with": blocked}
+    stand, change = _standing(after), _standing(growth)
+    groups = {
+        "worse than": stand["above"], "better than": stand["below"], "the same as": stand["same"],
+        "not resolved against": stand["open"], "not comparable with": stand["blocked"],
+    }  # fmt: skip
     told = [f"{', '.join(arms)}: {what} {base}" for what, arms in groups.items() if arms]
     told += [f"{', '.join(without)}: no result"] if without else []
     sentence = f"Loss at the positions after the window is full. {'; '.join(told)}."
-    grown, shrunk, unclear, _ = _standing(growth)
-    changes = {"larger for": grown, "smaller for": shrunk, "not resolved for": unclear}
-    changed = [f"{what} {listed(arms)}" for what, arms in changes.items() if arms]
+    changes = {
+        "loses ground": change["above"], "gains ground": change["below"], "no change": change["same"],
+        "not resolved": change["open"],
+    }  # fmt: skip
+    changed = [f"{', '.join(arms)}: {what}" for what, arms in changes.items() if arms]
     if changed:
-        sentence += f" Compared with the difference at the positions before: {'; '.join(changed)}."
+        sentence += f" Against {base}, from the positions before to those after. {'; '.join(changed)}."
     return {
-        "kind": "overall", "against": base, "worse": lost, "better": won, "grown": grown, "shrunk": shrunk,
-        "sentence": sentence,
+        "kind": "overall", "against": base, "worse": stand["above"], "better": stand["below"],
+        "loses_ground": change["above"], "gains_ground": change["below"], "sentence": sentence,
     }  # fmt: skip
 
 
-def _standing(of: dict[str, dict]) -> tuple[list[str], list[str], list[str], list[str]]:
-    """The arms whose difference is above 0, below it, open, and not comparable."""
-    above = [arm for arm, one in of.items() if one["resolved"] and one["estimate"] > 0]
-    below = [arm for arm, one in of.items() if one["resolved"] and one["estimate"] < 0]
-    blocked = [arm for arm, one in of.items() if not one["comparable"]]
-    return above, below, [arm for arm in of if arm not in above + below + blocked], blocked
+def _standing(of: dict[str, dict]) -> dict[str, list[str]]:
+    """The arms by what is known of their difference."""
+    found: dict[str, list[str]] = {name: [] for name in ("above", "below", "same", "open", "blocked")}
+    for arm, one in of.items():
+        side = "above" if one["estimate"] > 0 else "below"
+        name = "same" if wording.identical(one) else side if one["resolved"] else "open"
+        found[name if one["comparable"] else "blocked"].append(arm)
+    return found
 
 
 def _kept(rows: list[dict], arm: str, contexts: Sequence[int]) -> dict[int, float]:

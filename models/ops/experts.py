@@ -28,14 +28,14 @@ def reference(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: 
 
 def by_expert(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Tokens sorted by their expert; one product for each expert that was chosen at all."""
-    # taken apart at once: the gradient of one that is taken by its number is as large as all of them
-    weights = list(zip(gate_up.unbind(), down.unbind(), strict=True))
+    # for gradients taken apart at once: that of a part taken by its number is as large as the whole
+    up, back = (gate_up.unbind(), down.unbind()) if torch.is_grad_enabled() else (gate_up, down)
 
     def run(rows: Tensor, counts: Tensor) -> Tensor:
         parts = rows.split(_on_host(counts, len(rows)))
         return torch.cat([
-            swiglu(part @ up.t()) @ back.t() if len(part) else part
-            for part, (up, back) in zip(parts, weights, strict=True)
+            swiglu(part @ up[expert].t()) @ back[expert].t() if len(part) else part
+            for expert, part in enumerate(parts)
         ])  # fmt: skip
 
     return _sorted(x, chosen, weight, gate_up.shape[0], run)

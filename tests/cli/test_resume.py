@@ -196,7 +196,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with_alone(
     shutil.copytree(smoke.directory, directory)
     environment = directory / "environment.json"
     recorded = json.loads(environment.read_text(encoding="utf-8"))
-    other = {"torch": "0"} if key == "packages" else "another"
+    other = {"torch": "0"} if key in ("packages", "cpu_instructions") else "another"
     environment.write_text(json.dumps(recorded | {key: other}), encoding="utf-8")
     code, _, stderr = in_process("resume", directory)
     assert code == 1
@@ -205,7 +205,8 @@ def test_a_run_goes_on_with_what_it_was_begun_with_alone(
 
 def test_what_a_run_is_begun_with_are_machine_code_and_packages() -> None:
     assert set(runner.SETTLED) == {
-        "source_sha256", "cpu", "cores", "gpu", "gpu_driver", "threads", "gomp_spincount", "packages", "python",
+        "source_sha256", "cpu", "cpu_instructions", "cores", "gpu", "gpu_driver", "threads", "gomp_spincount",
+        "packages", "python",
     }  # fmt: skip
 
 

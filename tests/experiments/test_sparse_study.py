@@ -107,21 +107,39 @@ def test_what_a_full_window_adds_is_known_where_the_difference_is_not(run: RunDi
         assert spread == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
         assert (one["growth"]["first"], one["growth"]["last"]) == (9, T)
         assert one["growth"]["tested"] == 6  # before, after and growth of two windows
-    assert (
-        "; from the ones to the others the difference grows by +0.310 nats/token (+0.285 to +0.335)."
-        in (narrow["sentence"])
-    )
+    told = "; from the former to the latter it {} 0.310 nats/token (+0.285 to +0.335) against full."
+    assert narrow["sentence"].endswith(told.format("loses"))
+    assert wide["sentence"].endswith(told.format("gains"))
     (whole,) = kind(found, "overall")
-    assert (whole["grown"], whole["shrunk"], whole["worse"]) == (["narrow"], ["wide"], [])
-    assert whole["sentence"].endswith(" at the positions before: larger for narrow; smaller for wide.")
+    assert (whole["loses_ground"], whole["gains_ground"], whole["worse"]) == (["narrow"], ["wide"], [])
+    assert whole["sentence"].endswith(" to those after. narrow: loses ground; wide: gains ground.")
+
+
+def test_a_lead_that_shrinks_is_ground_lost(run: RunDirectory) -> None:
+    """Better than full attention before and after: that it is so by less is a loss, and by more a gain."""
+    full = np.arange(1, T + 1) > 8
+    finish(run, "narrow", np.where(full, -0.1, -0.3))
+    finish(run, "wide", np.where(full, -0.3, -0.1))
+    found = sparse.findings(QUALITY, experiment(narrow=arm(8), wide=arm(8)), run)
+    assert ["loses 0.200" in one["sentence"] for one in kind(found, "quality")] == [True, False]
+    assert ["gains 0.200" in one["sentence"] for one in kind(found, "quality")] == [False, True]
+    (whole,) = kind(found, "overall")
+    assert (whole["better"], whole["loses_ground"], whole["gains_ground"]) == (["narrow", "wide"], ["narrow"], ["wide"])
 
 
 def test_a_window_that_was_refused_is_not_called_open() -> None:
-    open_, blocked = ({"comparable": one, "resolved": False, "estimate": 0.1} for one in (True, False))
+    ends = {"n": 3, "ci_low": -1.0, "ci_high": 1.0}
+    open_, blocked = ({"comparable": one, "resolved": False, "estimate": 0.1} | ends for one in (True, False))
+    same = open_ | {"estimate": 0.0, "ci_low": 0.0, "ci_high": 0.0}
     windows = {"narrow": blocked, "wide": open_}
     assert sparse._overall("full", windows, windows, ["tiny"])["sentence"].endswith(
         "full. wide: not resolved against full; narrow: not comparable with full; tiny: no result. "
-        "Compared with the difference at the positions before: not resolved for wide."
+        "Against full, from the positions before to those after. wide: not resolved."
+    )
+    equal = sparse._overall("full", {"narrow": same, "wide": open_}, {"narrow": same, "wide": open_}, [])
+    assert equal["sentence"].endswith(
+        "full. narrow: the same as full; wide: not resolved against full. "
+        "Against full, from the positions before to those after. narrow: no change; wide: not resolved."
     )
     alone = sparse._overall("full", {"narrow": blocked}, {"narrow": blocked}, [])
     assert alone["sentence"].endswith("narrow: not comparable with full.")
@@ -151,7 +169,11 @@ def test_a_lost_window_is_told_beside_a_single_other(run: RunDirectory) -> None:
 def test_the_same_losses_are_no_open_difference() -> None:
     one = {"comparable": True, "n": 2, "estimate": 0.0, "ci_low": 0.0, "ci_high": 0.0, "resolved": False, "p": None}
     assert sparse._difference(one) == "the losses are the same at every seed"
-    assert sparse._growth(one).endswith("the difference stays the same at every seed")
+    assert sparse._growth(one, "full").endswith("it neither loses nor gains against full, at any seed")
+    alone = one | {"n": 1, "estimate": -0.31, "ci_low": None, "ci_high": None}
+    assert sparse._growth(alone, "full").endswith("it gains 0.310 nats/token (one seed, not resolved) against full")
+    unclear = one | {"estimate": -0.01, "ci_low": -0.04, "ci_high": 0.02, "p": 0.4}
+    assert "it gains 0.010 nats/token (−0.020 to +0.040, not resolved)" in sparse._growth(unclear, "full")
     assert "one seed, not resolved" in sparse._difference(one | {"n": 1})
 
 
@@ -199,7 +221,7 @@ def test_one_seed_and_a_failed_gate_decide_nothing(run: RunDirectory, tmp_path: 
     failed = [row | {"comparable": False, "reason": "a gate failed"} for row in QUALITY if row["arm"] == "narrow"]
     (one,) = kind(sparse.findings(failed, experiment(narrow=arm(8)), run), "quality")
     assert "the losses do not compare (a gate failed)" in one["sentence"]
-    assert "grows" not in one["sentence"]
+    assert "from the former" not in one["sentence"]
     alone = RunDirectory(tmp_path / "alone")
     finish(alone, "full", np.zeros(T), (0,))
     finish(alone, "narrow", np.full(T, 0.3), (0,))

@@ -117,7 +117,6 @@ def test_tokens_do_not_see_each_other(form):
     )
 
 
-# widths that a GPU takes, rows of 16 bytes, and some that are filled up to them
 class WholeGradients(TorchDispatchMode):
     """Counts the operations whose result has a shape of interest."""
 
@@ -150,6 +149,7 @@ def test_reading_holds_no_more_than_three_times_what_goes_to_the_experts():
     assert seen.peak < 3.2 * chosen.shape[1] * x.nbytes
 
 
+# widths that a GPU takes, rows of 16 bytes, and some that are filled up to them
 @pytest.mark.parametrize("shape", [(40, 16, 8, 4, 2), (5, 16, 24, 6, 2), (9, 8, 16, 3, 3), (30, 13, 11, 5, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_form_agrees_within_16_bits(shape, dtype):

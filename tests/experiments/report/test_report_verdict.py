@@ -174,6 +174,18 @@ def test_arms_that_learned_no_more_than_frequencies_are_named(record: Record, kn
     assert all(text.endswith("this run cannot say.") for text in found)
 
 
+def test_an_arm_that_sees_what_it_predicts_learned_no_frequencies(record: Record) -> None:
+    """Nor is it a second one that could have learned more."""
+    values = [record.row(arm, "quality", "test_bits_per_byte").known for arm in ("mamba", "transformer")]
+    result = record.result | {"baselines": {"unigram_bits_per_byte": min(values) - 0.1}}
+    arms = {arm: dict(given) for arm, given in record.spec["arms"].items()}
+    arms["mamba"]["objective"] = "unmasked"
+    told = by_frequencies(replace(record, result=result, spec=record.spec | {"arms": arms}))
+    assert told is not None
+    assert told.startswith("transformer predicts the test text no better than")
+    assert "learns more" not in told
+
+
 def test_each_vocabulary_has_frequencies_of_its_own(record: Record) -> None:
     result = record.result | {"baselines": {"unigram_bits_per_byte": 1.0}}
     assert by_frequencies(replace(record, result=result))

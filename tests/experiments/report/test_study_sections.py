@@ -90,10 +90,10 @@ def test_a_window_stands_by_its_loss_and_by_its_growth() -> None:
         one | {"after": None, "growth": None}, one,
     ]  # fmt: skip
     assert standings(sparse.sections(record(found))[0]) == [
-        ("resolved", "after the window is full: not resolved; its growth: resolved"),
-        ("resolved", "after the window is full: resolved; its growth: not resolved"),
-        ("open", "after the window is full: not resolved; its growth: not resolved"),
-        ("blocked", "after the window is full: not comparable; its growth: not comparable"),
+        ("resolved", "after the window is full: not resolved; growth of the difference: resolved"),
+        ("resolved", "after the window is full: resolved; growth of the difference: not resolved"),
+        ("open", "after the window is full: not resolved; growth of the difference: not resolved"),
+        ("blocked", "after the window is full: not comparable; growth of the difference: not comparable"),
         ("open", "not resolved"), ("open", "after the window is full: not resolved"),
     ]  # fmt: skip
 
