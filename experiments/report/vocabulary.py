@@ -204,13 +204,13 @@ def memory(record: Record) -> Section:
             row = _row(record, name, "model", "state_bytes_per_byte")
             tokens = table.cell(DASH, _absent(record, name)) if row is None else count(row.context or 0)
             table.add(
-                arm, count(size), tokens, _plain(table, record, name, "model", "state_bytes_per_byte"),
+                arm, count(size), tokens, _plain(table, record, name, "model", "state_bytes_per_byte", 1),
                 *(_plain(table, record, name, "decode", metric, 0, record.batch)
                   for metric in ("state_bytes", "state_bytes_analytic")),
             )  # fmt: skip
         found = lines(record, arm, "model", "state_bytes_per_byte")
         if found:
-            told.append(f"{arm} " + ", ".join(f"{number(row.known)} at {size:,}" for size, row in found.items()))
+            told.append(f"{arm} " + ", ".join(f"{number(row.known, 1)} at {size:,}" for size, row in found.items()))
     blocks: list[Block] = [table]
     if told:
         caption = (

@@ -173,8 +173,8 @@ def falling(values: dict[int, float]) -> bool:
     return all(after < before for before, after in pairwise(steps))
 
 
-def _listed(values: dict[int, float], digits: int | None = None) -> str:
-    return ", ".join(f"{number(value, digits)} at {size:,}" for size, value in values.items())
+def _listed(values: dict[int, float], at: int) -> str:
+    return ", ".join(f"{number(value, at)} at {size:,}" for size, value in values.items())
 
 
 def _tokens(values: dict[int, float]) -> dict | None:
@@ -340,14 +340,14 @@ def _state(arm: str, values: dict[int, float], text_bytes: int) -> dict | None:
         kind = "constant"
         sentence = (
             f"{after} {arm}'s state takes {held[first]} {unit} whatever the vocabulary: "
-            f"{number(values[first])} bytes for each of them."
+            f"{number(values[first], 1)} bytes for each of them."
         )
     else:
         kind = "falling" if falling(values) else "mixed"
         course = "falling at every step of size" if kind == "falling" else "not falling at every step of size"
         sentence = (
             f"{after} {arm}'s cache takes {held[first]} {unit} at {first:,} entries and "
-            f"{held[last]} {unit} at {last:,}, {course}; for each of them, bytes: {_listed(values)}."
+            f"{held[last]} {unit} at {last:,}, {course}; for each of them, bytes: {_listed(values, 1)}."
         )
     return {"kind": "state-per-byte", "arm": arm, "course": kind, "values": list(values.values()),
             "sizes": list(values), "sentence": sentence}  # fmt: skip

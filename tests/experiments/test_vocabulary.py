@@ -347,6 +347,7 @@ def test_speed() -> None:
         (([40.0], [40.0], [40.0]), "constant", "20.5 kB whatever the vocabulary: 40.0 bytes for each of them."),
         (([40.0], [30.0], [20.0]), "falling", "20.5 kB at 257 entries and 10.2 kB at 1,024, falling at every step"),
         (([40.0], [30.0], [30.0]), "mixed", "not falling at every step of size;"),
+        (([1032.0], [400.75], [8.0]), "falling", "bytes: 1,032.0 at 257, 400.8 at 512, 8.0 at 1,024."),
     ],
 )  # fmt: skip
 def test_state(values: tuple, course: str, said: str) -> None:
