@@ -35,8 +35,8 @@ def triples(of: Any) -> Iterator[tuple[float, float, float]]:
     """Estimate and interval of everything in a record that has them; also turned round, as a loss is told as a gain."""
     if isinstance(of, dict):
         low, high = of.get("ci_low"), of.get("ci_high")
-        if low is not None and high is not None and not isinstance(low, list):
-            for middle in [of[name] for name in ("value", "estimate", "tokens", "ratio") if of.get(name) is not None]:
+        if None not in (low, high) and not isinstance(low, list):
+            for middle in [of[name] for name in ("value", "estimate", "difference", "tokens", "ratio") if of.get(name) is not None]:
                 yield middle, low, high
                 yield -middle, -high, -low
     for one in of.values() if isinstance(of, dict) else of if isinstance(of, list) else ():
