@@ -11,7 +11,10 @@ from test_readme import PRINTED, ROOT, agrees, result
 INTERVAL = re.compile(rf"([+−]?{PRINTED})(?:\*\*)?(?: [a-z]+){{0,4}} \[([+−]?{PRINTED}), ([+−]?{PRINTED})\]")
 LINK = re.compile(r"\(results/([\w-]+)/")
 UNITS = (1, 1e-3, 1e-6)  # bytes are printed as kB or MB
-PAGES = {"architectures.md": 52, "masking.md": 15, "memory-and-speed.md": 11, "vocabulary.md": 14}  # and how many intervals they tell
+ESTIMATES = ("value", "estimate", "difference", "tokens", "ratio")
+PAGES = {  # and how many intervals each tells
+    "architectures.md": 52, "masking.md": 15, "memory-and-speed.md": 11, "vocabulary.md": 14,
+}  # fmt: skip
 
 
 def same(printed: str, value: float) -> bool:
@@ -35,8 +38,8 @@ def triples(of: Any) -> Iterator[tuple[float, float, float]]:
     """Estimate and interval of everything in a record that has them; also turned round, as a loss is told as a gain."""
     if isinstance(of, dict):
         low, high = of.get("ci_low"), of.get("ci_high")
-        if None not in (low, high) and not isinstance(low, list):
-            for middle in [of[name] for name in ("value", "estimate", "difference", "tokens", "ratio") if of.get(name) is not None]:
+        if isinstance(low, float) and isinstance(high, float):
+            for middle in [of[name] for name in ESTIMATES if of.get(name) is not None]:
                 yield middle, low, high
                 yield -middle, -high, -low
     for one in of.values() if isinstance(of, dict) else of if isinstance(of, list) else ():
