@@ -122,10 +122,9 @@ def verdict(record: Record) -> Section:
 
 
 def by_frequencies(record: Record) -> str | None:
-    """Which arms have learned no more than how frequent tokens are, if any. Where vocabularies differ, so do
-    frequencies: that study tells of them itself."""
+    """Which arms have learned no more than how frequent tokens are, if any."""
     known: float | None = (record.result["baselines"] or {}).get("unigram_bits_per_byte")
-    if known is None or record.study == "vocabulary":
+    if known is None:
         return None
     rows = {arm: record.row(arm, "quality", "test_bits_per_byte") for arm in record.arms}
     values = {arm: row.value for arm, row in rows.items()

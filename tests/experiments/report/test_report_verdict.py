@@ -186,12 +186,6 @@ def test_an_arm_that_sees_what_it_predicts_learned_no_frequencies(record: Record
     assert "learns more" not in told
 
 
-def test_each_vocabulary_has_frequencies_of_its_own(record: Record) -> None:
-    result = record.result | {"baselines": {"unigram_bits_per_byte": 1.0}}
-    assert by_frequencies(replace(record, result=result))
-    assert by_frequencies(replace(record, result=result, spec=record.spec | {"study": "vocabulary"})) is None
-
-
 def test_as_good_as_frequencies_is_no_better_than_they_are(record: Record) -> None:
     known = record.row("transformer", "quality", "test_bits_per_byte").known
     made = replace(record, result=record.result | {"baselines": {"unigram_bits_per_byte": known}})
