@@ -55,7 +55,7 @@ def lineage(record: Record, layout: Layout) -> Figure:
         every[1].xaxis.set_minor_formatter(NullFormatter())
         every[1].margins(x=0.2)
         every[1].set_title("Memory of the text")
-        every[1].set_xlabel(f"cache or state of a sequence after {kept[0].context:,} tokens, {unit}")
+        every[1].set_xlabel(f"cache or state of a sequence\nafter {kept[0].context:,} tokens, {unit}")
     for axes in every:
         axes.set_yticks(range(len(record.arms)), [short(arm, 16) for arm in record.arms])
         axes.set_ylim(len(record.arms) - 0.5, -0.5)

@@ -56,23 +56,24 @@ def _step(rows: list[dict], experiment: Experiment, a: str, b: str, told: dict[t
     figures: dict[str, Any] = {key: quality[key] for key in ("resolved", "comparable")}
     figures["identical"] = wording.identical(quality)
     figures["bits_per_byte"] = quality["estimate"]
-    parts = [wording.predicts(quality)]
+    parts, who = [wording.predicts(quality)], b  # named first, since the arm that predicts better may be a
     decoding = experiment.measurement.enabled and all(cells.model_configs(experiment)[arm].causal for arm in (a, b))
     for phase, word in (("train", "trains"), ("decode", "decodes")):
         one = told.get((phase, "tokens_per_s"))
         if one is None and phase == "decode" and decoding:
-            parts.append("how fast it decodes is not known, for want of a result")
+            parts.append(f"how fast {who} decodes is not known, for want of a result")
         if one:
             figures[f"{phase}_speed_ratio"] = one["estimate"]
             where = f" after {one['context']:,} tokens" if one["context"] else ""
-            parts.append(f"it {word}{where} {wording.faster(one)}")
+            parts.append(f"{who} {word}{where} {wording.faster(one)}")
+            who = "it"
     longest = experiment.measurement.contexts[-1]
     before, after = (pairing.mean_over_seeds(rows, arm, "decode", "state_bytes", longest) for arm in (a, b))
     if before is not None and after is not None:
         before, after = (held / experiment.measurement.batch for held in (before, after))
         figures |= {"state_bytes_before": before, "state_bytes": after}
         instead = "as before" if before == after else f"instead of {size(before)}"
-        parts.append(f"it keeps {size(after)} {instead} as cache or state of a sequence")
+        parts.append(f"{who} keeps {size(after)} {instead} as cache or state of a sequence")
     sentence = f"{a} → {b}: {'; '.join(parts)}.{wording.without(quality)}"
     return {"kind": "step", "arm": b, "against": a, **figures, "sentence": sentence}
 

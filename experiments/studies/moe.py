@@ -123,11 +123,11 @@ def _bought(told: list[dict], experiment: Experiment, configs: dict[str, ModelCo
     quality = of_pair.get(("quality", "test_bits_per_byte", None, None))
     parts += [wording.predicts(quality)] if quality else []
     train = of_pair.get(("train", "tokens_per_s", None, None))
-    parts += [f"it trains {wording.faster(train)}"] if train else []
+    parts += [f"{sparse} trains {wording.faster(train)}"] if train else []
     for asked in _decodes(experiment, dense, sparse):
         one = of_pair.get((asked.phase, asked.metric, asked.context, asked.batch))
         after = f"after {asked.context:,} tokens at batch {asked.batch}"
-        parts += [f"it decodes {after} {wording.faster(one)}"] if one else []
+        parts += [f"{sparse} decodes {after} {wording.faster(one)}"] if one else []
     return {
         "kind": "bought", "arm": sparse, "against": dense, "loaded_ratio": loaded, "touched_ratio": touched,
         "bits_per_byte": quality["estimate"] if quality else None, "resolved": bool(quality and quality["resolved"]),

@@ -240,7 +240,7 @@ def _cost(rows: list[dict], told: list[dict], experiment: Experiment, base: str,
     }  # fmt: skip
     for phase, word in (("prefill", "reads a text of that length"), ("decode", "decodes after it")):
         if phase in speeds:
-            text += f"; it {word} {wording.faster(speeds[phase])}"
+            text += f"; {arm} {word} {wording.faster(speeds[phase])}"
     return {
         "kind": "cost", "arm": arm, "against": base, "context": longest, "cache_bytes": here, "full_cache_bytes": there,
         "constant_from": same if same < longest else None,

@@ -67,12 +67,12 @@ def test_what_the_arms_are_equal_in_and_what_that_bought() -> None:
     dense, wide = kind(moe.findings(rows, experiment("dense", "moe", "wide"), NOWHERE), "bought")
     assert dense["sentence"].startswith("moe against dense (equal parameters, active): it loads 2.5")
     assert "moe predicts better, by 0.100 bits per byte" in dense["sentence"]
-    assert "it decodes after 64 tokens at batch 1 0.500 times" in dense["sentence"]
-    assert "it decodes after 64 tokens at batch 4 0.500 times" in dense["sentence"]
+    assert "moe decodes after 64 tokens at batch 1 0.500 times" in dense["sentence"]
+    assert "moe decodes after 64 tokens at batch 4 0.500 times" in dense["sentence"]
     assert wide["sentence"].startswith("moe against wide (equal parameters, in total): it loads 1.00 times the bytes")
     assert "wide predicts better, by 0.199 bits per byte" in wide["sentence"]
-    assert "it decodes after 64 tokens at batch 1 1.25 times" in wide["sentence"]
-    assert "it decodes after 64 tokens at batch 4 0.312 times" in wide["sentence"]
+    assert "moe decodes after 64 tokens at batch 1 1.25 times" in wide["sentence"]
+    assert "moe decodes after 64 tokens at batch 4 0.312 times" in wide["sentence"]
     (other,) = kind(moe.findings([], experiment("other", "moe"), NOWHERE), "bought")
     assert "times the parameters, active" in other["sentence"]
     assert other["bits_per_byte"] is None

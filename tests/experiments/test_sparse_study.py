@@ -249,7 +249,7 @@ def test_what_the_cache_saves(run: RunDirectory) -> None:
     (one,) = kind(sparse.findings(rows, experiment(batch=2, narrow=arm(8)), run), "cost")
     assert (one["cache_bytes"], one["full_cache_bytes"], one["constant_from"]) == (10_000, 51_200, 128)
     assert "10.0 kB of cache a sequence, as much as after 128, where full keeps 51.2 kB" in one["sentence"]
-    assert "it decodes after it 1.50 times" in one["sentence"]
+    assert "narrow decodes after it 1.50 times" in one["sentence"]
     assert one["decode_speed_ratio"] == pytest.approx(1.5)
     growing = [
         row | {"value": row["value"] + row["context"]} if row["metric"] == "state_bytes" else row for row in rows
