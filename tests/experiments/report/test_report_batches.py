@@ -68,6 +68,6 @@ def test_the_figures_of_caches_are_of_a_sequence(of_eight: Record, layout: study
     assert losses.get_ylabel() == "nats/token"
     unit = {"kB of a sequence": 1e3, "MB of a sequence": 1e6}[caches.get_ylabel()]
     assert [line.get_ydata()[-1] * unit for line in caches.lines] == pytest.approx(list(each.values()))
-    unit = {"kB": 1e3, "MB": 1e6}[held.get_xlabel().removeprefix("cache or state of a sequence after 2,048 tokens, ")]
+    unit = {"kB": 1e3, "MB": 1e6}[held.get_xlabel().removeprefix("cache or state of a sequence\nafter 2,048 tokens, ")]
     assert [line.get_xdata()[0] * unit for line in held.lines] == pytest.approx(list(each.values()))
     assert "Cache or state of a sequence after 2,048 tokens" in lineage._alt(record)
